@@ -1,0 +1,21 @@
+"""Configs: what a run is, as data."""
+
+from embedshard.config.load import Loaded, build_config, differences, dump_tree, load_config, schema_json
+from embedshard.config.lookups import Lookup, TableSpec, bias_key, negative_key, num_negative_slots, table_specs
+from embedshard.config.root import Config
+
+__all__ = [
+    "Config",
+    "Loaded",
+    "Lookup",
+    "TableSpec",
+    "bias_key",
+    "build_config",
+    "differences",
+    "dump_tree",
+    "load_config",
+    "negative_key",
+    "num_negative_slots",
+    "schema_json",
+    "table_specs",
+]

@@ -1,0 +1,491 @@
+"""The words of a config: inert, complete, printable data.
+
+Each class is one part of a config; `root.py` puts them together and checks them against each other. A config says
+what is trained, never how it is launched. Every field has its meaning in its description, which
+`embedshard config schema` hands to editors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+__all__ = [
+    "BagFeature",
+    "CheckpointConfig",
+    "CustomModelConfig",
+    "DataConfig",
+    "DenseFeature",
+    "DenseOptimizerConfig",
+    "EarlyStoppingConfig",
+    "EvaluateConfig",
+    "Feature",
+    "FileVocabulary",
+    "HashVocabulary",
+    "IdFeature",
+    "IdentityVocabulary",
+    "InBatchSoftmaxConfig",
+    "InitConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "PointwiseConfig",
+    "SampledSoftmaxConfig",
+    "ScheduleConfig",
+    "ShardingConfig",
+    "TableConfig",
+    "TableOptimizerConfig",
+    "TableOptimizerOverride",
+    "TableShardingConfig",
+    "TowerConfig",
+    "TrackingConfig",
+    "TrainConfig",
+    "TwoTowerConfig",
+    "Vocabulary",
+    "Name",
+    "Strict",
+    "WeightedBagFeature",
+]
+
+_NAME = r"^[A-Za-z_][A-Za-z0-9_\-]*$"
+Name = Annotated[str, Field(pattern=_NAME)]
+"""A table's, feature's or label's name: letters, digits, `_` and `-`. Dots are kept for derived names."""
+
+
+class Strict(BaseModel):
+    """A part of a config: unknown keys are refused, values don't change afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+def _as_kind(value: Any) -> Any:
+    """Reads the short form `identity` as `{kind: identity}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- data
+class DataConfig(Strict):
+    """Where the rows are and in which order they are trained."""
+
+    train: Paths | None = None
+    """Path, URI or glob of the Parquet files to train on, or a list of them."""
+    partitions: list[str] | None = Field(None, min_length=1)
+    """Ordered globs (days, say), trained one after the other. Instead of `train`."""
+    validation: Paths | None = None
+    """Rows that early stopping and the choice of the best checkpoint look at."""
+    test: Paths | None = None
+    """Rows that are evaluated once, at the end."""
+    catalogue: Paths | None = None
+    """One row per item, with each column that the item tower reads. Needed where the item tower reads more than one
+    id and a metric or a negative sample needs items apart from interactions."""
+    lanes: int = Field(64, ge=1, le=65536)
+    """Equal spans into which an epoch is cut. The worlds that can train are the divisors of it."""
+    window_steps: int | Literal["auto"] = "auto"
+    """Steps within which a lane's rows are shuffled. `auto`: the whole lane if the data fit `cache_bytes`, else about
+    a million rows over all lanes."""
+    shuffle: bool = True
+    """False trains the rows in file order (each lane's), as streams that are ordered by time may want."""
+    cache_bytes: int = Field(2 * 1024**3, ge=0)
+    """Data whose decoded columns fit this many bytes (per process) are decoded once and kept."""
+    label: Name | None = None
+    """Column of the one label, a number."""
+    labels: dict[Name, Name] = Field(default_factory=dict)
+    """Label name to column, where there are several."""
+    weight: Name | None = None
+    """Column of a row's weight, a number of at least 0."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataConfig:
+        if (self.train is None) == (self.partitions is None):
+            raise ValueError("give either 'train' (a glob) or 'partitions' (a list of globs in order), not both")
+        if self.label is not None and self.labels:
+            raise ValueError("give either 'label' (one column) or 'labels' (name: column), not both")
+        if isinstance(self.window_steps, int) and self.window_steps < 1:
+            raise ValueError("window_steps must be at least 1, or 'auto'")
+        return self
+
+    @property
+    def label_columns(self) -> dict[str, str]:
+        """Label name to column, in config order; a single label is named by its column."""
+        return {self.label: self.label} if self.label is not None else dict(self.labels)
+
+    @property
+    def train_partitions(self) -> list[list[str]]:
+        """The globs of each training partition, in order."""
+        return [[glob] for glob in self.partitions] if self.partitions is not None else [list(self.train or [])]
+
+
+# ------------------------------------------------------------------------------------------------------------ features
+class IdFeature(Strict):
+    """One id a row, looked up in a table."""
+
+    kind: Literal["id"]
+    table: Name
+    column: str | None = None
+    """The Parquet column; the feature's name where absent."""
+    unknown: Literal["error", "oov"] = "error"
+    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+
+
+class BagFeature(Strict):
+    """A list of ids a row, looked up in a table and pooled. A null or empty list pools to zeros."""
+
+    kind: Literal["bag"]
+    table: Name
+    column: str | None = None
+    pooling: Literal["sum", "mean"] = "mean"
+    max_length: int | None = Field(None, ge=1)
+    """Ids kept of a list; all where absent."""
+    keep: Literal["first", "last"] = "last"
+    """Which end of a longer list is kept."""
+    unknown: Literal["error", "oov"] = "error"
+
+
+class WeightedBagFeature(Strict):
+    """A list of ids a row with a list of weights of the same lengths, pooled by them."""
+
+    kind: Literal["weighted_bag"]
+    table: Name
+    column: str | None = None
+    weights: str
+    """The Parquet column of the weights."""
+    pooling: Literal["sum", "mean"] = "sum"
+    """`mean` divides by the sum of the weights."""
+    max_length: int | None = Field(None, ge=1)
+    keep: Literal["first", "last"] = "last"
+    unknown: Literal["error", "oov"] = "error"
+
+
+class DenseFeature(Strict):
+    """A number a row."""
+
+    kind: Literal["dense"]
+    column: str | None = None
+    normalise: Literal["none", "log1p", "standardise"] = "none"
+    """`log1p`: sign(x) log(1 + |x|). `standardise`: by mean and deviation of the training set, kept with the run."""
+    missing: Literal["error", "zero"] = "error"
+    """What a null or NaN does: stop the run, or count as 0 after normalisation."""
+
+
+Feature = Annotated[IdFeature | BagFeature | WeightedBagFeature | DenseFeature, Field(discriminator="kind")]
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+class IdentityVocabulary(Strict):
+    """Ids are integers from 0 to rows - 1 and are rows already."""
+
+    kind: Literal["identity"]
+
+
+class HashVocabulary(Strict):
+    """Ids of any kind are hashed to rows by a stable 64-bit hash; two ids may share a row."""
+
+    kind: Literal["hash"]
+    rows: int | None = Field(None, ge=1)
+    """The table's rows, where `rows` of the table is not given."""
+    seed: int = Field(0, ge=0)
+
+
+class FileVocabulary(Strict):
+    """A Parquet file names the ids, integers or strings, in row order."""
+
+    kind: Literal["file"]
+    path: str
+    column: str | None = None
+    """The column of the ids; the file's only column where absent."""
+
+
+Vocabulary = Annotated[
+    Annotated[IdentityVocabulary | HashVocabulary | FileVocabulary, Field(discriminator="kind")],
+    BeforeValidator(_as_kind),
+]
+
+
+class InitConfig(Strict):
+    """How a table's rows begin: a function of (seed, table, row), the same under every plan."""
+
+    kind: Literal["normal", "uniform", "zeros"] = "normal"
+    scale: float | None = Field(None, gt=0)
+    """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
+
+
+class TableOptimizerConfig(Strict):
+    """The fused optimizer of a table."""
+
+    kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    lr: float = Field(0.05, gt=0)
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the statistic (Adagrad, row-wise Adagrad, Adam)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's."""
+
+
+class TableOptimizerOverride(Strict):
+    """What a table's optimizer has otherwise than `optimizer.tables`."""
+
+    kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] | None = None
+    lr: float | None = Field(None, gt=0)
+    eps: float | None = Field(None, gt=0)
+    betas: tuple[float, float] | None = None
+
+
+class TableShardingConfig(Strict):
+    """How one table may be cut."""
+
+    types: list[
+        Literal[
+            "table_wise",
+            "column_wise",
+            "table_column_wise",
+            "row_wise",
+            "table_row_wise",
+            "grid_shard",
+            "data_parallel",
+        ]
+    ] = Field(default_factory=list)
+    """Sharding types the planner may choose for it; any that leave its optimizer as it is where empty."""
+
+
+class TableConfig(Strict):
+    """An embedding table: rows that features look up."""
+
+    rows: int | None = Field(None, ge=1)
+    """Ids that have a row of their own; unknown ids share one more. Known from the vocabulary for `file` and `hash`."""
+    dim: int = Field(gt=0)
+    """Columns, a multiple of 4 (FBGEMM's vectors)."""
+    vocabulary: Vocabulary = IdentityVocabulary(kind="identity")
+    dtype: Literal["fp32", "fp16"] = "fp32"
+    init: InitConfig = InitConfig()
+    optimizer: TableOptimizerOverride = TableOptimizerOverride()
+    l2_lookup: float = Field(0.0, ge=0)
+    """Penalty on what a row looks up: this times the squared length of each pooled vector, added to the row's loss."""
+    sharding: TableShardingConfig = TableShardingConfig()
+
+    @field_validator("dim")
+    @classmethod
+    def _multiple_of_four(cls, dim: int) -> int:
+        if dim % 4:
+            low, high = dim // 4 * 4, -(-dim // 4) * 4
+            choices = f"{low} or {high}" if low else f"{high}"
+            raise ValueError(f"must be a multiple of 4, which FBGEMM's kernels need. Choose {choices}")
+        return dim
+
+    @model_validator(mode="after")
+    def _rows_are_known(self) -> TableConfig:
+        vocabulary = self.vocabulary
+        if isinstance(vocabulary, HashVocabulary):
+            if self.rows is None and vocabulary.rows is None:
+                raise ValueError("a hash vocabulary needs 'rows', the number of rows to hash to")
+            if self.rows is not None and vocabulary.rows is not None and self.rows != vocabulary.rows:
+                raise ValueError(f"rows={self.rows} and vocabulary.rows={vocabulary.rows} differ. Give one of them")
+        elif isinstance(vocabulary, IdentityVocabulary) and self.rows is None:
+            raise ValueError("an identity vocabulary needs 'rows', one more than the greatest id")
+        return self
+
+    @property
+    def known_rows(self) -> int | None:
+        """The rows that the config itself tells; None where a vocabulary file does."""
+        if self.rows is None and isinstance(self.vocabulary, HashVocabulary):
+            return self.vocabulary.rows
+        return self.rows
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+class TowerConfig(Strict):
+    """One tower: features, joined, through an optional MLP."""
+
+    features: list[Name] = Field(min_length=1)
+    mlp: list[int] = Field(default_factory=list)
+    """Sizes of the layers, ReLU between them; the last is the tower's output. Empty: the joined vectors as they are."""
+    combine: Literal["auto", "concat", "sum"] = "auto"
+    """How the features' vectors are joined. `auto`: concatenated before an MLP, else summed."""
+
+
+class TwoTowerConfig(Strict):
+    """Two towers whose outputs are compared by a dot product."""
+
+    kind: Literal["two_tower"]
+    user: TowerConfig
+    item: TowerConfig
+    similarity: Literal["dot", "cosine"] = "dot"
+    biases: list[Literal["global", "user", "item"]] = Field(default_factory=list)
+    """Biases added to the score. A user's or item's is a table of 4 columns whose first is used."""
+    user_id: Name | None = None
+    """The user tower's feature that names the user; its first `id` feature where absent."""
+    item_id: Name | None = None
+    """The item tower's feature that names the item; its first `id` feature where absent."""
+
+
+class CustomModelConfig(Strict):
+    """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
+
+    kind: Literal["custom"]
+    factory: str
+    """Import path, `package.module:callable`."""
+    user_id: Name | None = None
+    """The feature that names the user, for retrieval metrics."""
+    item_id: Name | None = None
+    """The feature that names the item, for retrieval metrics and in-batch negatives."""
+    item_features: list[Name] = Field(default_factory=list)
+    """The features that describe an item: what is looked up for candidates. `item_id` alone where empty."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Handed to the factory as it is."""
+
+
+ModelConfig = Annotated[TwoTowerConfig | CustomModelConfig, Field(discriminator="kind")]
+
+
+# ----------------------------------------------------------------------------------------------------------- objective
+class PointwiseConfig(Strict):
+    """A loss on each row's label: squared error, or cross entropy on the logit."""
+
+    kind: Literal["mse", "bce"]
+
+
+class InBatchSoftmaxConfig(Strict):
+    """Softmax over the batch's own items (Yi et al. 2019)."""
+
+    kind: Literal["in_batch_softmax"]
+    temperature: float = Field(1.0, gt=0)
+    log_q: Literal["off", "streaming"] = "streaming"
+    """Whether an item's logit is corrected by the log of how often it turns up, estimated as training goes."""
+    log_q_half_life_steps: float | None = Field(None, gt=0)
+    """Steps after which a count weighs half; absent: all counts weigh the same."""
+    log_q_buckets: int = Field(2**22, ge=1)
+    """Counters. Tables with more rows share them by the row's remainder."""
+    negatives: Literal["global", "local"] = "global"
+    """Whose items are candidates: all workers', or the worker's own (the result then depends on the world)."""
+    mask_accidental_hits: bool = True
+    """Whether other rows' candidates that are the row's own item are left out."""
+
+
+class SampledSoftmaxConfig(Strict):
+    """Softmax over the row's item and items drawn once a step for the whole batch."""
+
+    kind: Literal["sampled_softmax"]
+    num_negatives: int = Field(1024, ge=1)
+    """Items drawn a step, shared by the rows of the global batch."""
+    distribution: Literal["uniform", "popularity"] = "uniform"
+    alpha: float = Field(0.75, ge=0)
+    """`popularity`: an item is drawn in proportion to its training count to this power."""
+    mixed: bool = False
+    """Whether the batch's own items are candidates too (Yang et al. 2020)."""
+    temperature: float = Field(1.0, gt=0)
+    log_q: Literal["off", "on"] = "on"
+    """Whether logits are corrected by the log of the probability with which a candidate turns up."""
+    mask_accidental_hits: bool = True
+
+
+ObjectiveConfig = Annotated[
+    PointwiseConfig | InBatchSoftmaxConfig | SampledSoftmaxConfig,
+    Field(discriminator="kind"),
+]
+
+
+# ----------------------------------------------------------------------------------------------------------- optimizer
+class DenseOptimizerConfig(Strict):
+    """The optimizer of all that is not a table: torch's, by name."""
+
+    kind: Literal["sgd", "adagrad", "adam", "adamw", "rmsprop"] = "adam"
+    lr: float = Field(1e-3, gt=0)
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the class in torch.optim (betas, eps, momentum, weight_decay, ...)."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Greatest norm of the dense gradient; a longer one is scaled down to it. Fused tables are not clipped."""
+
+
+class ScheduleConfig(Strict):
+    """A factor on every learning rate, tables and dense."""
+
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the factor rises linearly to 1."""
+    decay: Literal["none", "linear", "cosine"] = "none"
+    decay_steps: int | None = Field(None, ge=1)
+    """Steps after warm-up until the factor is `final`; the rest of the run where absent."""
+    final: float = Field(0.0, ge=0, le=1)
+
+
+class OptimizerConfig(Strict):
+    """The optimizers: of tables (fused into the backward pass) and of the dense part."""
+
+    tables: TableOptimizerConfig = TableOptimizerConfig()
+    dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+# ------------------------------------------------------------------------------------------------------------ the rest
+class ShardingConfig(Strict):
+    """How tables are cut and placed."""
+
+    planner: Literal["auto"] = "auto"
+    """`auto`: TorchRec's planner, within what each table allows."""
+
+
+class EarlyStoppingConfig(Strict):
+    """Stops when the selected metric has not improved for a while."""
+
+    patience: int = Field(3, ge=1)
+    """Evaluations without improvement after which training stops."""
+    min_delta: float = Field(0.0, ge=0)
+    """What counts as an improvement."""
+
+
+class TrainConfig(Strict):
+    """How long and in what portions."""
+
+    global_batch_size: int = Field(8192, ge=1)
+    """Rows a step over all workers; a multiple of `data.lanes`."""
+    epochs: int = Field(1, ge=0)
+    max_steps: int | None = Field(None, ge=0)
+    """Ends the run after so many steps, if that comes before the epochs do. 0 evaluates the untrained model."""
+    early_stopping: EarlyStoppingConfig | None = None
+    log_every_steps: int = Field(50, ge=1)
+    deterministic: bool = False
+    """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
+
+
+class EvaluateConfig(Strict):
+    """What is measured, on what and how often."""
+
+    metrics: list[str] = Field(default_factory=list)
+    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc."""
+    candidates: str = "catalogue"
+    """`catalogue`: rank every item. Else the column of each row's negatives, against which its item is ranked."""
+    filter_seen: bool = True
+    """Whether a user's training items (for the test set, validation items too) are left out of the ranking."""
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between evaluations on the validation set. Absent: at the end of each epoch."""
+    select: str | None = None
+    """The metric by which the best checkpoint is chosen; the first of `metrics` where absent."""
+    max_users: int | None = Field(None, ge=1)
+    """Users of the validation set that are evaluated, drawn once by the seed; all where absent. The test set is
+    always evaluated whole."""
+    batch_size: int = Field(8192, ge=1)
+    """Rows encoded at once."""
+
+
+class CheckpointConfig(Strict):
+    """When and how the state is saved."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Steps between checkpoints. Absent: at the end of each epoch."""
+    keep: int = Field(3, ge=1)
+    """Newest checkpoints that are kept, beside the best one."""
+    mode: Literal["auto", "background", "blocking"] = "auto"
+    """`background` copies the state and writes while training goes on; `auto` does so if the copy fits
+    `memory_bytes`, else writes piece by piece before training goes on."""
+    memory_bytes: int = Field(2 * 1024**3, ge=0)
+
+
+class TrackingConfig(Strict):
+    """Where curves go, beside metrics.jsonl."""
+
+    tensorboard: bool = True

@@ -1,0 +1,249 @@
+"""The whole config, and what its parts must agree on."""
+
+from __future__ import annotations
+
+__all__ = ["Config"]
+
+import math
+
+from pydantic import Field, model_validator
+
+from embedshard.config.parts import (
+    BagFeature,
+    CheckpointConfig,
+    CustomModelConfig,
+    DataConfig,
+    DenseFeature,
+    EvaluateConfig,
+    Feature,
+    IdFeature,
+    InBatchSoftmaxConfig,
+    ModelConfig,
+    Name,
+    ObjectiveConfig,
+    OptimizerConfig,
+    PointwiseConfig,
+    SampledSoftmaxConfig,
+    ShardingConfig,
+    Strict,
+    TableConfig,
+    TowerConfig,
+    TrackingConfig,
+    TrainConfig,
+    TwoTowerConfig,
+    WeightedBagFeature,
+)
+from embedshard.errors import nearest
+
+_POINTWISE_METRICS = frozenset({"rmse", "mae", "log_loss", "auc"})
+
+
+class Config(Strict):
+    """All that determines a run, with the data and nothing else."""
+
+    name: str | None = None
+    """The run's name; the config file's where absent."""
+    seed: int = Field(0, ge=0, lt=2**32)
+    """Of every random choice: order, first values, negatives."""
+    data: DataConfig
+    features: dict[Name, Feature] = Field(min_length=1)
+    tables: dict[Name, TableConfig] = Field(default_factory=dict)
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    # ------------------------------------------------------------------------------------------- what parts agree on
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Config:
+        self._check_batch()
+        self._check_tables()
+        if isinstance(self.model, TwoTowerConfig):
+            self._check_tower("user", self.model.user, self.model.biases)
+            self._check_tower("item", self.model.item, self.model.biases)
+            self._check_tower_sizes(self.model)
+        for role in ("user_id", "item_id"):
+            self._check_identity(role)
+        for name in getattr(self.model, "item_features", []):
+            if name not in self.features:
+                raise ValueError(
+                    f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}"
+                )
+        self._check_objective()
+        self._check_metrics()
+        return self
+
+    def _check_batch(self) -> None:
+        batch, lanes = self.train.global_batch_size, self.data.lanes
+        if batch % lanes:
+            low, high = batch // lanes * lanes, -(-batch // lanes) * lanes
+            choices = " or ".join(str(size) for size in (low, high) if size)
+            divisor = max(n for n in range(1, min(batch, lanes) + 1) if batch % n == 0)
+            raise ValueError(
+                f"train.global_batch_size={batch} does not divide into data.lanes={lanes} lanes. "
+                f"Choose global_batch_size {choices}, or lanes={divisor}"
+            )
+
+    def _check_tables(self) -> None:
+        for name, feature in self.features.items():
+            if not isinstance(feature, DenseFeature) and feature.table not in self.tables:
+                raise ValueError(
+                    f"features.{name}.table: there is no table '{feature.table}'. {nearest(feature.table, self.tables)}"
+                )
+        used = {feature.table for feature in self.features.values() if not isinstance(feature, DenseFeature)}
+        for name in self.tables:
+            if name not in used:
+                raise ValueError(f"tables.{name}: no feature looks it up. Remove it, or give a feature 'table: {name}'")
+
+    def _check_tower(self, side: str, tower: TowerConfig, biases: list[str]) -> None:
+        for name in tower.features:
+            if name not in self.features:
+                raise ValueError(
+                    f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}"
+                )
+        dims = {name: self._width(name) for name in tower.features}
+        if self.combines_by_sum(tower):
+            dense = [name for name in tower.features if isinstance(self.features[name], DenseFeature)]
+            if dense:
+                raise ValueError(
+                    f"model.{side}: a dense feature ('{dense[0]}') cannot be summed with embeddings. "
+                    f"Give the tower an 'mlp', or 'combine: concat'"
+                )
+            if len(set(dims.values())) > 1:
+                shown = ", ".join(f"{name}: {dim}" for name, dim in dims.items())
+                raise ValueError(
+                    f"model.{side}: the features' vectors are summed but differ in size ({shown}). "
+                    f"Use one dim, 'combine: concat', or an 'mlp'"
+                )
+        if side in biases and self.identity(f"{side}_id") is None:
+            raise ValueError(f"model.biases: '{side}' needs an 'id' feature in the {side} tower; it has none")
+
+    def _check_tower_sizes(self, model: TwoTowerConfig) -> None:
+        sizes = {side: self.tower_width(tower) for side, tower in (("user", model.user), ("item", model.item))}
+        if sizes["user"] != sizes["item"]:
+            raise ValueError(
+                f"model: the user tower ends in {sizes['user']} numbers, the item tower in {sizes['item']}; "
+                f"a dot product needs as many of each. Change a table's dim or the last size of an mlp"
+            )
+
+    def _check_identity(self, role: str) -> None:
+        name = getattr(self.model, role)
+        if name is None:
+            return
+        if name not in self.features:
+            raise ValueError(f"model.{role}: there is no feature '{name}'. {nearest(name, self.features)}")
+        if not isinstance(self.features[name], IdFeature):
+            raise ValueError(f"model.{role}: feature '{name}' is a {self.features[name].kind}, it must be an id")
+
+    def _check_objective(self) -> None:
+        objective, labels = self.objective, self.data.label_columns
+        if isinstance(objective, PointwiseConfig):
+            if len(labels) != 1:
+                raise ValueError(
+                    f"objective '{objective.kind}' learns one label, data names {len(labels)}. "
+                    f"Give data.label the column of it"
+                )
+            return
+        if self.identity("item_id") is None:
+            raise ValueError(
+                f"objective '{objective.kind}' needs to know the item: give model.item_id the name of an 'id' feature"
+            )
+        if isinstance(objective, SampledSoftmaxConfig):
+            if objective.num_negatives % self.data.lanes:
+                raise ValueError(
+                    f"objective.num_negatives={objective.num_negatives} does not divide into data.lanes="
+                    f"{self.data.lanes}, so that every world can share them out. "
+                    f"Choose {math.ceil(objective.num_negatives / self.data.lanes) * self.data.lanes}"
+                )
+            self._check_catalogue(f"objective '{objective.kind}'")
+
+    def _check_metrics(self) -> None:
+        from_ranking = [name for name in self.evaluate.metrics if name not in _POINTWISE_METRICS]
+        pointwise = [name for name in self.evaluate.metrics if name in _POINTWISE_METRICS]
+        if pointwise and len(self.data.label_columns) != 1:
+            raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
+        if from_ranking:
+            for role in ("user_id", "item_id"):
+                if self.identity(role) is None:
+                    raise ValueError(
+                        f"evaluate.metrics: '{from_ranking[0]}' ranks items for users, so model.{role} must name "
+                        f"an 'id' feature"
+                    )
+            self._check_catalogue(f"metric '{from_ranking[0]}'")
+        select, metrics = self.evaluate.select, self.evaluate.metrics
+        if select is not None and select not in metrics:
+            raise ValueError(
+                f"evaluate.select: '{select}' is not among evaluate.metrics. {nearest(select, metrics)}"
+            )
+        if self.train.early_stopping is not None:
+            if self.data.validation is None:
+                raise ValueError("train.early_stopping looks at a validation set: give data.validation")
+            if not metrics:
+                raise ValueError("train.early_stopping looks at a metric: give evaluate.metrics")
+
+    def _check_catalogue(self, who: str) -> None:
+        described_by = self.item_features()
+        if self.data.catalogue is None and described_by != [self.identity("item_id")]:
+            raise ValueError(
+                f"{who} needs items apart from interactions, and the item tower reads {', '.join(described_by)}. "
+                f"Give data.catalogue a Parquet file with one row per item and these columns"
+            )
+
+    # ---------------------------------------------------------------------------------------- what others ask of it
+    def _width(self, name: str) -> int:
+        feature = self.features[name]
+        return 1 if isinstance(feature, DenseFeature) else self.tables[feature.table].dim
+
+    @staticmethod
+    def combines_by_sum(tower: TowerConfig) -> bool:
+        """Whether a tower adds its features' vectors up instead of concatenating them."""
+        return tower.combine == "sum" or (tower.combine == "auto" and not tower.mlp)
+
+    def tower_width(self, tower: TowerConfig) -> int:
+        """The size of a tower's output."""
+        return tower.mlp[-1] if tower.mlp else self.joined_width(tower)
+
+    def joined_width(self, tower: TowerConfig) -> int:
+        """The size of a tower's features as they are joined."""
+        widths = [self._width(name) for name in tower.features]
+        return widths[0] if self.combines_by_sum(tower) else sum(widths)
+
+    def identity(self, role: str) -> str | None:
+        """The feature that names the user (`user_id`) or the item (`item_id`), if there is one."""
+        named = getattr(self.model, role)
+        if named is not None:
+            return named
+        if isinstance(self.model, CustomModelConfig):
+            return None
+        tower = self.model.user if role == "user_id" else self.model.item
+        return next((name for name in tower.features if isinstance(self.features[name], IdFeature)), None)
+
+    def item_features(self) -> list[str]:
+        """The features that describe an item, in order: what is looked up for a candidate."""
+        if isinstance(self.model, CustomModelConfig):
+            identity = self.identity("item_id")
+            return list(self.model.item_features) or ([identity] if identity else [])
+        return list(self.model.item.features)
+
+    def column_of(self, feature: str) -> str:
+        """The Parquet column of a feature."""
+        return self.features[feature].column or feature
+
+    def bags(self, table: str) -> list[BagFeature | WeightedBagFeature]:
+        """The bag features over a table."""
+        return [
+            feature
+            for feature in self.features.values()
+            if isinstance(feature, BagFeature | WeightedBagFeature) and feature.table == table
+        ]
+
+    def has_global_negatives(self) -> bool:
+        """Whether the loss of a row looks at other workers' rows."""
+        objective = self.objective
+        return isinstance(objective, SampledSoftmaxConfig) or (
+            isinstance(objective, InBatchSoftmaxConfig) and objective.negatives == "global"
+        )

@@ -1,0 +1,103 @@
+"""What crosses from the data floor to the model: one rank's part of a step, as tensors."""
+
+from __future__ import annotations
+
+__all__ = ["Batch", "Draws"]
+
+from dataclasses import dataclass, replace
+
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+from torchrec.streamable import Pipelineable
+
+from embedshard.data.order import Position
+
+
+@dataclass
+class Draws:
+    """This rank's share of the candidates drawn for a step, the same for all rows of the global batch.
+
+    The shares of all ranks, in rank order, are what a single process would draw. Their ids travel in the batch's
+    KeyedJaggedTensors, under the keys of slots, from the first place on.
+
+    Attributes:
+        ids: rows of the item's table, (n,) int64.
+        log_q: natural log of the probability with which one draw gives this candidate, (n,) float32.
+        own_log_q: the same of each row's own item, (B,) float32; -inf where it is no candidate.
+        dense: the candidates' dense features, (n, F) float32, in config order.
+    """
+
+    ids: torch.Tensor
+    log_q: torch.Tensor
+    own_log_q: torch.Tensor
+    dense: torch.Tensor
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.log_q, self.own_log_q, self.dense
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Draws:
+        """Returns a copy on a device."""
+        return Draws(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()))
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors' memory until the stream is done with it."""
+        for tensor in self._tensors():
+            tensor.record_stream(stream)
+
+
+@dataclass
+class Batch(Pipelineable):
+    """One rank's rows of one step.
+
+    A place without a row (padding, only in the last step of an epoch) has weight 0, row number -1 and empty features.
+
+    Attributes:
+        sparse: ids of the features over unweighted tables; None if there are none.
+        weighted: ids and weights of the features over weighted tables; None if there are none.
+        dense: (B, F) float32, dense features in config order.
+        labels: (B, L) float32, labels in config order.
+        weights: (B,) float32, at least 0.
+        ids: rows of tables, (B,) int64 each, -1 where absent, of the features that name the user and the item.
+        rows: row numbers in the partition, (B,) int64; -1 for padding. Stays on the CPU.
+        draws: candidates drawn for the step, if the objective asks for them.
+        position: where the step is in the data; None outside training.
+    """
+
+    sparse: KeyedJaggedTensor | None
+    weighted: KeyedJaggedTensor | None
+    dense: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    ids: dict[str, torch.Tensor]
+    rows: torch.Tensor
+    draws: Draws | None = None
+    position: Position | None = None
+
+    @property
+    def size(self) -> int:
+        """Places, padding included."""
+        return len(self.rows)
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
+        """Returns a copy on a device; itself where it is there already."""
+        if self.weights.device == device:
+            return self
+        move = {"device": device, "non_blocking": non_blocking}
+        return replace(
+            self,
+            sparse=None if self.sparse is None else self.sparse.to(**move),
+            weighted=None if self.weighted is None else self.weighted.to(**move),
+            dense=self.dense.to(**move),
+            labels=self.labels.to(**move),
+            weights=self.weights.to(**move),
+            ids={name: ids.to(**move) for name, ids in self.ids.items()},
+            draws=None if self.draws is None else self.draws.to(**move),
+        )
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors' memory until the stream is done with it."""
+        for part in (self.sparse, self.weighted, self.draws):
+            if part is not None:
+                part.record_stream(stream)
+        for tensor in (self.dense, self.labels, self.weights, *self.ids.values()):
+            tensor.record_stream(stream)

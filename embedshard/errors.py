@@ -1,0 +1,60 @@
+"""The errors that a user can act on.
+
+Each message says four things: what was met, what was needed, where, and what to do. The command line shows them
+without a traceback and ends with `exit_code`. A mistake of the programmer is an `assert`, never one of these.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "EmbedshardError",
+    "PlanError",
+    "TrainingError",
+    "nearest",
+]
+
+import difflib
+from collections.abc import Iterable
+
+
+class EmbedshardError(Exception):
+    """A mistake or a failure that a user can act on."""
+
+    exit_code = 2
+
+
+class ConfigError(EmbedshardError):
+    """The config asks for something that does not exist, or that contradicts itself."""
+
+
+class DataError(EmbedshardError):
+    """A file, a column or a row is not what the config says it is."""
+
+
+class PlanError(EmbedshardError):
+    """A sharding plan cannot be made, or would change what is trained."""
+
+
+class CheckpointError(EmbedshardError):
+    """A checkpoint is missing, unfinished, damaged, or belongs to another run."""
+
+
+class TrainingError(EmbedshardError):
+    """Training met something that makes its result worthless, such as a loss that is not finite."""
+
+    exit_code = 1
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """Returns a sentence that offers the known name nearest to `word`, or lists the known names."""
+    names = [str(name) for name in known]
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    if close:
+        return f"Did you mean '{close[0]}'?"
+    if not names:
+        return "There are none to choose from."
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return f"Known names: {shown}."

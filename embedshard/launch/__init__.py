@@ -1,0 +1,1 @@
+"""Launching: how processes come to train together."""

@@ -1,0 +1,1 @@
+"""Models and objectives: plain modules that do not know how they are sharded."""

@@ -1,0 +1,50 @@
+"""What every objective is.
+
+An objective gives one unweighted loss a row. Weighting, the sums over ranks and the mean are the loop's, so that they
+are the same for all; so are the penalties on looked-up vectors, since they do not depend on the objective.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Objective", "l2_penalty"]
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedshard.data.batch import Batch
+from embedshard.errors import ConfigError
+
+
+class Objective(nn.Module):
+    """A loss, with whatever it estimates on the way as buffers."""
+
+    def forward(self, output: Any, batch: Batch) -> torch.Tensor:
+        """Returns the loss of each row, (B,) float32, in nats or squared units. Rows of weight 0 may hold anything.
+
+        Collective where the objective says so. Changes its estimates: call it once a step, in training only.
+        """
+        raise NotImplementedError
+
+
+def l2_penalty(lookups: Mapping[str, torch.Tensor], strengths: Mapping[str, float]) -> torch.Tensor:
+    """Returns each row's penalty: the sum over keys of strength times the squared length of the pooled vector, (B,).
+
+    Equal under every plan, unlike weight decay of fused optimizers. Drawn candidates are not penalised.
+
+    Args:
+        lookups: pooled vectors by key, (B, D) each.
+        strengths: penalty by key; at least one.
+
+    Raises:
+        ConfigError: if the model does not hand on what a penalised key looked up.
+    """
+    missing = [key for key in strengths if key not in lookups]
+    if missing:
+        raise ConfigError(
+            f"l2_lookup is asked for, but the model's output has no lookups['{missing[0]}']. "
+            f"A custom model must put the dict that its lookup returned into its output."
+        )
+    return torch.stack([strength * lookups[key].square().sum(dim=1) for key, strength in strengths.items()]).sum(dim=0)

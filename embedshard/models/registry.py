@@ -1,0 +1,106 @@
+"""From a config to a model and an objective: the only dispatch, and the door for a user's own module."""
+
+from __future__ import annotations
+
+__all__ = ["ModelContext", "build_model", "build_objective"]
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from embedshard.config import Config, TableSpec
+from embedshard.config.parts import (
+    CustomModelConfig,
+    DenseFeature,
+    InBatchSoftmaxConfig,
+    PointwiseConfig,
+    SampledSoftmaxConfig,
+    TwoTowerConfig,
+)
+from embedshard.errors import ConfigError
+from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.models.objectives.objective import Objective
+from embedshard.models.objectives.pointwise import Pointwise
+from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
+from embedshard.models.two_tower import TwoTower
+from embedshard.world import World
+
+
+@dataclass(frozen=True)
+class ModelContext:
+    """What a custom model's factory is given.
+
+    Attributes:
+        config: the whole config.
+        tables: its tables.
+        options: `model.options` of the config.
+    """
+
+    config: Config
+    tables: tuple[TableSpec, ...]
+    options: dict[str, Any]
+
+    def lookup(self) -> EmbeddingLookup:
+        """Returns the module that looks all features up: call it with a batch for a dict of vectors by feature name."""
+        return EmbeddingLookup(self.tables)
+
+    def dense_column(self, feature: str) -> int:
+        """Returns which column of `batch.dense` holds a dense feature."""
+        names = [name for name, spec in self.config.features.items() if isinstance(spec, DenseFeature)]
+        return names.index(feature)
+
+
+def build_model(config: Config, specs: Sequence[TableSpec]) -> nn.Module:
+    """Builds the model on the CPU, its tables on the meta device, the same for a seed in every process.
+
+    Raises:
+        ConfigError: if a custom model's factory cannot be imported or returns no module.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        match config.model:
+            case TwoTowerConfig():
+                return TwoTower(config, specs)
+            case CustomModelConfig():
+                return _custom(config, config.model, specs)
+
+
+def build_objective(config: Config, specs: Sequence[TableSpec], world: World) -> Objective:
+    """Builds the objective."""
+    match config.objective:
+        case PointwiseConfig():
+            return Pointwise(config.objective.kind)
+        case InBatchSoftmaxConfig():
+            return InBatchSoftmax(config.objective, *_item(config, specs), world)
+        case SampledSoftmaxConfig():
+            return SampledSoftmax(config.objective, *_item(config, specs), world)
+
+
+def _item(config: Config, specs: Sequence[TableSpec]) -> tuple[int, str]:
+    item_id = config.identity("item_id")
+    assert item_id is not None, "the config checks that the objective knows the item"
+    spec = next(spec for spec in specs if item_id in (lookup.key for lookup in spec.lookups))
+    return spec.num_embeddings, item_id
+
+
+def _custom(config: Config, custom: CustomModelConfig, specs: Sequence[TableSpec]) -> nn.Module:
+    where = f"model.factory: '{custom.factory}'"
+    module_name, colon, name = custom.factory.partition(":")
+    if not colon:
+        raise ConfigError(f"{where} is not of the form package.module:callable, for example my_models.wide:build")
+    try:
+        factory = getattr(importlib.import_module(module_name), name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{where} cannot be imported: {error}. Install its package, or put its folder on PYTHONPATH."
+        ) from error
+    except AttributeError as error:
+        raise ConfigError(f"{where}: module '{module_name}' has no '{name}'.") from error
+    model = factory(ModelContext(config, tuple(specs), dict(custom.options)))
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"{where} returned a {type(model).__name__}; it must return a torch.nn.Module.")
+    return model

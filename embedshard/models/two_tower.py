@@ -1,0 +1,131 @@
+"""Two towers: a query and a candidate become vectors, their dot product is the score.
+
+Shapes: B rows on this rank, D dim of a tower's output, N drawn candidates on this rank.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Tower", "TwoTower"]
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from embedshard.config import Config, TableSpec, bias_key, negative_key, num_negative_slots
+from embedshard.config.parts import DenseFeature, TowerConfig, TwoTowerConfig
+from embedshard.data.batch import Batch, Draws
+from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.models.layers import mlp
+from embedshard.models.output import RetrievalOutput
+
+
+class Tower(nn.Module):
+    """Joins the vectors of its features, in config order, and maps them through an optional MLP."""
+
+    def __init__(self, config: Config, tower: TowerConfig) -> None:
+        super().__init__()
+        self._by_sum = config.combines_by_sum(tower)
+        self.mlp = mlp(config.joined_width(tower), tower.mlp) if tower.mlp else None
+
+    def forward(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Returns (B, D) from each feature's (B, width)."""
+        joined = sum(vectors[1:], start=vectors[0]) if self._by_sum else torch.cat(list(vectors), dim=1)
+        return joined if self.mlp is None else self.mlp(joined)
+
+
+class TwoTower(nn.Module):
+    """The model of kind `two_tower`.
+
+    Biases are columns of the vectors, so that a score is a dot product and nothing else: a query is
+    [vector, user bias + global bias, 1], a candidate [vector, 1, item bias].
+
+    Args:
+        config: the config, whose model is a two-tower.
+        specs: its tables.
+    """
+
+    def __init__(self, config: Config, specs: Sequence[TableSpec]) -> None:
+        super().__init__()
+        model = config.model
+        assert isinstance(model, TwoTowerConfig), "the registry builds it for this kind"
+        self._config = model
+        self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
+        self._user_id, self._item_id = config.identity("user_id"), config.identity("item_id")
+        self._num_slots = num_negative_slots(config)
+        self.embeddings = EmbeddingLookup(specs)
+        self.user_tower = Tower(config, model.user)
+        self.item_tower = Tower(config, model.item)
+        self.global_bias = nn.Parameter(torch.zeros(1)) if "global" in model.biases else None
+
+    def forward(self, batch: Batch) -> RetrievalOutput:
+        """Returns the vectors of the batch's rows and of what was drawn. Collective where tables are sharded."""
+        lookups = self.embeddings(batch)
+        return RetrievalOutput(
+            query_BD=self._queries(lookups, batch),
+            candidate_BD=self._candidates(lookups, batch.dense, None),
+            negative_ND=None if batch.draws is None else self._drawn(lookups, batch.draws),
+            lookups=lookups,
+        )
+
+    def encode_queries(self, batch: Batch) -> torch.Tensor:
+        """Returns (B, D) vectors of queries; the batch's item features may be empty. Collective as `forward`."""
+        return self._queries(self.embeddings(batch), batch)
+
+    def encode_candidates(self, batch: Batch) -> torch.Tensor:
+        """Returns (B, D) vectors of candidates; the batch's user features may be empty. Collective as `forward`."""
+        return self._candidates(self.embeddings(batch), batch.dense, None)
+
+    def _queries(self, lookups: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        vector = self.user_tower([self._vector(lookups, batch.dense, name, None) for name in self._config.user.features])
+        if self._config.similarity == "cosine":
+            vector = F.normalize(vector, dim=1)
+        if not self._config.biases:
+            return vector
+        bias = self._bias(lookups, "user", self._user_id, None, vector)
+        if self.global_bias is not None:
+            bias = bias + self.global_bias
+        return torch.cat([vector, bias, torch.ones_like(bias)], dim=1)
+
+    def _candidates(
+        self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, slot_count: int | None
+    ) -> torch.Tensor:
+        vector = self.item_tower(
+            [self._vector(lookups, dense, name, slot_count) for name in self._config.item.features]
+        )
+        if self._config.similarity == "cosine":
+            vector = F.normalize(vector, dim=1)
+        if not self._config.biases:
+            return vector
+        bias = self._bias(lookups, "item", self._item_id, slot_count, vector)
+        return torch.cat([vector, torch.ones_like(bias), bias], dim=1)
+
+    def _drawn(self, lookups: Mapping[str, torch.Tensor], draws: Draws) -> torch.Tensor:
+        return self._candidates(lookups, draws.dense, len(draws.ids))
+
+    def _bias(
+        self,
+        lookups: Mapping[str, torch.Tensor],
+        side: str,
+        feature: str | None,
+        slot_count: int | None,
+        like: torch.Tensor,
+    ) -> torch.Tensor:
+        if side not in self._config.biases or feature is None:
+            return like.new_zeros(len(like), 1)
+        return self._looked_up(lookups, bias_key(feature), slot_count)[:, :1]
+
+    def _vector(
+        self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, name: str, slot_count: int | None
+    ) -> torch.Tensor:
+        if name in self._dense:
+            place = self._dense.index(name)
+            return dense[:, place : place + 1]
+        return self._looked_up(lookups, name, slot_count)
+
+    def _looked_up(self, lookups: Mapping[str, torch.Tensor], key: str, slot_count: int | None) -> torch.Tensor:
+        """Returns the vectors of the rows (slot_count None), or of that many drawn candidates."""
+        if slot_count is None:
+            return lookups[key]
+        return torch.cat([lookups[negative_key(key, slot)] for slot in range(self._num_slots)])[:slot_count]

@@ -1,0 +1,1 @@
+"""Sharding: the only floor that imports `torchrec.distributed`."""

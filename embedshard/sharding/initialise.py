@@ -1,0 +1,60 @@
+"""How rows begin: a function of (seed, table, row), so that every plan begins with the same weights.
+
+TorchRec initialises each shard by itself, so another plan would begin with other weights. Here the element (row, column)
+of a table is draw number row * dim + column of a counter-based generator keyed by (seed, table), so a row can be made
+wherever it lies, and a table that grows keeps its rows.
+"""
+
+from __future__ import annotations
+
+__all__ = ["initial_rows", "initialise_tables"]
+
+import zlib
+from collections.abc import Iterable
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from embedshard.config import TableSpec
+from embedshard.sharding.shards import Shard
+
+_BLOCK_ELEMENTS = 4 * 1024 * 1024
+_WORDS_PER_COUNT = 4  # Philox4x64 gives four words a count; a dim is a multiple of four
+
+
+def initial_rows(seed: int, spec: TableSpec, first: int, last: int) -> npt.NDArray[np.float32]:
+    """Returns the first values of rows [first, last) of a table, (last - first, dim) float32.
+
+    `normal` by Box and Muller's transform, `uniform` in [-scale, scale).
+    """
+    count = (last - first) * spec.dim
+    if spec.init.kind == "zeros":
+        return np.zeros((last - first, spec.dim), dtype=np.float32)
+    key = np.array([seed, zlib.crc32(spec.name.encode())], dtype=np.uint64)
+    generator = np.random.Philox(key=key)
+    generator.advance(first * spec.dim // _WORDS_PER_COUNT)
+    words = generator.random_raw(count)
+    scale = spec.init.scale if spec.init.scale is not None else spec.dim**-0.5
+    if spec.init.kind == "uniform":
+        values = ((words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0) * scale
+    else:
+        first_uniform = ((words >> np.uint64(32)).astype(np.float64) + 1.0) * 2.0**-32  # (0, 1]
+        second_uniform = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32
+        values = np.sqrt(-2.0 * np.log(first_uniform)) * np.cos(2.0 * np.pi * second_uniform) * scale
+    return values.astype(np.float32).reshape(last - first, spec.dim)
+
+
+@torch.no_grad()
+def initialise_tables(seed: int, specs: Iterable[TableSpec], shards: Iterable[Shard]) -> None:
+    """Writes the first values into this rank's shards of tables, a block of rows at a time. Not collective."""
+    by_name = {spec.name: spec for spec in specs}
+    for shard in shards:
+        spec = by_name[shard.table]
+        row, column = shard.offset
+        rows, columns = shard.tensor.shape
+        block = max(1, _BLOCK_ELEMENTS // spec.dim)
+        for start in range(0, rows, block):
+            stop = min(start + block, rows)
+            values = initial_rows(seed, spec, row + start, row + stop)[:, column : column + columns]
+            shard.tensor[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(values)))

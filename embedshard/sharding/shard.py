@@ -1,0 +1,42 @@
+"""Applies a plan to a model from outside: the model's code does not change."""
+
+from __future__ import annotations
+
+__all__ = ["shard_model"]
+
+from collections.abc import Sequence
+
+from torch import nn
+from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.types import ShardingEnv
+
+from embedshard.config import Config, TableSpec
+from embedshard.sharding.initialise import initialise_tables
+from embedshard.sharding.optimizers import attach_table_optimizers
+from embedshard.sharding.plan import AnyTypeSharder, make_plan
+from embedshard.sharding.shards import weight_shards
+from embedshard.world import World
+
+
+def shard_model(model: nn.Module, config: Config, specs: Sequence[TableSpec], world: World) -> DistributedModelParallel:
+    """Shards the tables by the plan, replicates the rest, and gives every row its first value. Collective.
+
+    Raises:
+        PlanError: if there is no plan within what the config allows.
+        ConfigError: if a table's optimizer is not to be had on this device.
+    """
+    attach_table_optimizers(model, specs, world.device)
+    # Rounding at random would make the result depend on more than (config, data, seed).
+    sharder = AnyTypeSharder(fused_params={"stochastic_rounding": False})
+    plan = make_plan(model, specs, sharder, world)
+    sharded = DistributedModelParallel(
+        model,
+        env=ShardingEnv.from_process_group(world.group),
+        device=world.device,
+        plan=plan,
+        sharders=[sharder],
+        # The output is a dataclass, into which a static graph's hooks do not look.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+    )
+    initialise_tables(config.seed, specs, weight_shards(sharded))
+    return sharded

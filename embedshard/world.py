@@ -1,0 +1,179 @@
+"""The processes that train together, as a value.
+
+`open_world` adopts a process group that exists (Ray's workers), else joins torchrun's, else makes a group of one that
+needs no port, no environment and no launcher: a single process runs the same code as many. The few collectives that
+others use are methods of `World`.
+
+Beside the command line, this is the only module that reads the environment.
+"""
+
+from __future__ import annotations
+
+__all__ = ["World", "open_world", "set_thread_environment"]
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from embedshard.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
+
+TIMEOUT = timedelta(seconds=300)
+"""How long a collective waits: the only detector of a hung one."""
+
+
+def set_thread_environment() -> None:
+    """Keeps OpenMP threads from spinning, unless the environment says otherwise. Call before torch is imported.
+
+    Spinning threads that want a busy core make small kernels up to 80 times slower.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that train together.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        world_size: processes that train.
+        local_rank: its number on this machine.
+        local_world_size: processes on this machine.
+        device: where it computes.
+        group: the process group of exactly these processes.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    group: dist.ProcessGroup
+
+    @property
+    def is_rank_zero(self) -> bool:
+        """Whether this process speaks and writes for all."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over all ranks. Collective; without gradient."""
+        import torch.distributed as dist
+
+        if self.world_size == 1:
+            return tensor
+        total = tensor.detach().clone().contiguous()
+        dist.all_reduce(total, group=self.group)
+        return total
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns all ranks' tensors, concatenated along the first axis in rank order. Collective.
+
+        With gradient: the backward pass sums over ranks what each did with this rank's part. All ranks give equal shapes.
+        """
+        if self.world_size == 1:
+            return tensor
+        import torch.distributed as dist
+        from torch.distributed._functional_collectives import all_gather_single_autograd
+
+        if tensor.requires_grad:
+            return all_gather_single_autograd(tensor.contiguous(), 0, self.group)
+        parts = [tensor.new_empty(tensor.shape) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        import torch
+
+        return torch.cat(parts)
+
+    def broadcast_object(self, value: Any) -> Any:
+        """Returns rank 0's value on every rank. Collective. Between processes of one run only: it pickles."""
+        import torch.distributed as dist
+
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, group=self.group, group_src=0)
+        return box[0]
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Returns every rank's value, in rank order, on every rank. Collective; it pickles."""
+        import torch.distributed as dist
+
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def barrier(self) -> None:
+        """Waits for all ranks. Collective."""
+        import torch.distributed as dist
+
+        if self.world_size > 1:
+            dist.barrier(group=self.group)
+
+    def describe(self) -> str:
+        """Returns the rank, host and device, for messages."""
+        return f"rank {self.rank} of {self.world_size} on {socket.gethostname()} ({self.device})"
+
+
+def _device(asked: str, local_rank: int) -> torch.device:
+    import torch
+
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(asked)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                f"--device {asked}: torch {torch.__version__} sees no CUDA device. "
+                f"Use --device cpu, or look at 'embedshard doctor'."
+            )
+        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def open_world(device: str = "auto") -> Iterator[World]:
+    """Opens the world that this process belongs to, and closes what it opened.
+
+    Args:
+        device: `cpu`, `cuda`, or `auto` for the first of the two that is there.
+
+    Raises:
+        ConfigError: if the device is not there.
+    """
+    import torch.distributed as dist
+
+    adopted = dist.is_initialized()
+    launched = not adopted and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    environment = os.environ if adopted or launched else {}
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    chosen = _device(device, local_rank)
+    if not adopted:
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        if launched:
+            dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            os.environ["LOCAL_WORLD_SIZE"] = "1"  # TorchRec reads it
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None, "the process group was just initialised"
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, chosen, group)
+    try:
+        yield world
+    except BaseException:
+        if not adopted:
+            dist.destroy_process_group()  # no barrier: the others may never come
+        raise
+    else:
+        if not adopted:
+            world.barrier()
+            dist.destroy_process_group()
