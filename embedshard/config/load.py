@@ -208,7 +208,9 @@ def _walk(location: Iterable[int | str]) -> tuple[str, list[str]]:
         if tagged and isinstance(part, str) and not any(part in model.model_fields for model in models):
             annotation, known = tagged[0], list(tagged[0].model_fields)
             continue  # the name of a union's member, which the user does not write
-        if isinstance(part, str) and part.startswith(("function-", "constrained-", "list[", "dict[", "literal[", "int")):
+        if isinstance(part, str) and part.startswith(
+            ("function-", "constrained-", "list[", "dict[", "literal[", "int")
+        ):
             continue
         parts.append(str(part))
         holder = next((model for model in models if part in model.model_fields), None)

@@ -128,7 +128,9 @@ class IdFeature(Strict):
     """One id a row, looked up in a table."""
 
     kind: Literal["id"]
+    """Which kind it is."""
     table: Name
+    """The table that it is looked up in."""
     column: str | None = None
     """The Parquet column; the feature's name where absent."""
     unknown: Literal["error", "oov"] = "error"
@@ -139,36 +141,49 @@ class BagFeature(Strict):
     """A list of ids a row, looked up in a table and pooled. A null or empty list pools to zeros."""
 
     kind: Literal["bag"]
+    """Which kind it is."""
     table: Name
+    """The table that it is looked up in."""
     column: str | None = None
+    """The Parquet column; the feature's name where absent."""
     pooling: Literal["sum", "mean"] = "mean"
+    """How a row's vectors become one."""
     max_length: int | None = Field(None, ge=1)
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
     unknown: Literal["error", "oov"] = "error"
+    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
 
 
 class WeightedBagFeature(Strict):
     """A list of ids a row with a list of weights of the same lengths, pooled by them."""
 
     kind: Literal["weighted_bag"]
+    """Which kind it is."""
     table: Name
+    """The table that it is looked up in."""
     column: str | None = None
+    """The Parquet column; the feature's name where absent."""
     weights: str
     """The Parquet column of the weights."""
     pooling: Literal["sum", "mean"] = "sum"
     """`mean` divides by the sum of the weights."""
     max_length: int | None = Field(None, ge=1)
+    """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
+    """Which end of a longer list is kept."""
     unknown: Literal["error", "oov"] = "error"
+    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
 
 
 class DenseFeature(Strict):
     """A number a row."""
 
     kind: Literal["dense"]
+    """Which kind it is."""
     column: str | None = None
+    """The Parquet column; the feature's name where absent."""
     normalise: Literal["none", "log1p", "standardise"] = "none"
     """`log1p`: sign(x) log(1 + |x|). `standardise`: by mean and deviation of the training set, kept with the run."""
     missing: Literal["error", "zero"] = "error"
@@ -183,22 +198,27 @@ class IdentityVocabulary(Strict):
     """Ids are integers from 0 to rows - 1 and are rows already."""
 
     kind: Literal["identity"]
+    """Which kind it is."""
 
 
 class HashVocabulary(Strict):
     """Ids of any kind are hashed to rows by a stable 64-bit hash; two ids may share a row."""
 
     kind: Literal["hash"]
+    """Which kind it is."""
     rows: int | None = Field(None, ge=1)
     """The table's rows, where `rows` of the table is not given."""
     seed: int = Field(0, ge=0)
+    """Of the hash."""
 
 
 class FileVocabulary(Strict):
     """A Parquet file names the ids, integers or strings, in row order."""
 
     kind: Literal["file"]
+    """Which kind it is."""
     path: str
+    """The Parquet file."""
     column: str | None = None
     """The column of the ids; the file's only column where absent."""
 
@@ -213,6 +233,7 @@ class InitConfig(Strict):
     """How a table's rows begin: a function of (seed, table, row), the same under every plan."""
 
     kind: Literal["normal", "uniform", "zeros"] = "normal"
+    """Which kind it is."""
     scale: float | None = Field(None, gt=0)
     """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
 
@@ -221,7 +242,9 @@ class TableOptimizerConfig(Strict):
     """The fused optimizer of a table."""
 
     kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
+    """Which kind it is."""
     lr: float = Field(0.05, gt=0)
+    """Learning rate, before the schedule's factor."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the statistic (Adagrad, row-wise Adagrad, Adam)."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -232,9 +255,13 @@ class TableOptimizerOverride(Strict):
     """What a table's optimizer has otherwise than `optimizer.tables`."""
 
     kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] | None = None
+    """Which kind it is."""
     lr: float | None = Field(None, gt=0)
+    """Learning rate, before the schedule's factor."""
     eps: float | None = Field(None, gt=0)
+    """Added to the root of the statistic."""
     betas: tuple[float, float] | None = None
+    """Adam's."""
 
 
 class TableShardingConfig(Strict):
@@ -262,12 +289,17 @@ class TableConfig(Strict):
     dim: int = Field(gt=0)
     """Columns, a multiple of 4 (FBGEMM's vectors)."""
     vocabulary: Vocabulary = IdentityVocabulary(kind="identity")
+    """How ids become rows."""
     dtype: Literal["fp32", "fp16"] = "fp32"
+    """Of the weights; optimizer state is always fp32."""
     init: InitConfig = InitConfig()
+    """How its rows begin."""
     optimizer: TableOptimizerOverride = TableOptimizerOverride()
+    """What differs from `optimizer.tables`."""
     l2_lookup: float = Field(0.0, ge=0)
     """Penalty on what a row looks up: this times the squared length of each pooled vector, added to the row's loss."""
     sharding: TableShardingConfig = TableShardingConfig()
+    """How it may be cut."""
 
     @field_validator("dim")
     @classmethod
@@ -303,6 +335,7 @@ class TowerConfig(Strict):
     """One tower: features, joined, through an optional MLP."""
 
     features: list[Name] = Field(min_length=1)
+    """Features of the tower, in order."""
     mlp: list[int] = Field(default_factory=list)
     """Sizes of the layers, ReLU between them; the last is the tower's output. Empty: the joined vectors as they are."""
     combine: Literal["auto", "concat", "sum"] = "auto"
@@ -313,9 +346,13 @@ class TwoTowerConfig(Strict):
     """Two towers whose outputs are compared by a dot product."""
 
     kind: Literal["two_tower"]
+    """Which kind it is."""
     user: TowerConfig
+    """The query's tower."""
     item: TowerConfig
+    """The candidate's tower."""
     similarity: Literal["dot", "cosine"] = "dot"
+    """`cosine` scales both vectors to length 1."""
     biases: list[Literal["global", "user", "item"]] = Field(default_factory=list)
     """Biases added to the score. A user's or item's is a table of 4 columns whose first is used."""
     user_id: Name | None = None
@@ -328,6 +365,7 @@ class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
     kind: Literal["custom"]
+    """Which kind it is."""
     factory: str
     """Import path, `package.module:callable`."""
     user_id: Name | None = None
@@ -348,13 +386,16 @@ class PointwiseConfig(Strict):
     """A loss on each row's label: squared error, or cross entropy on the logit."""
 
     kind: Literal["mse", "bce"]
+    """Which kind it is."""
 
 
 class InBatchSoftmaxConfig(Strict):
     """Softmax over the batch's own items (Yi et al. 2019)."""
 
     kind: Literal["in_batch_softmax"]
+    """Which kind it is."""
     temperature: float = Field(1.0, gt=0)
+    """Logits are divided by it."""
     log_q: Literal["off", "streaming"] = "streaming"
     """Whether an item's logit is corrected by the log of how often it turns up, estimated as training goes."""
     log_q_half_life_steps: float | None = Field(None, gt=0)
@@ -371,17 +412,21 @@ class SampledSoftmaxConfig(Strict):
     """Softmax over the row's item and items drawn once a step for the whole batch."""
 
     kind: Literal["sampled_softmax"]
+    """Which kind it is."""
     num_negatives: int = Field(1024, ge=1)
     """Items drawn a step, shared by the rows of the global batch."""
     distribution: Literal["uniform", "popularity"] = "uniform"
+    """From which items are drawn."""
     alpha: float = Field(0.75, ge=0)
     """`popularity`: an item is drawn in proportion to its training count to this power."""
     mixed: bool = False
     """Whether the batch's own items are candidates too (Yang et al. 2020)."""
     temperature: float = Field(1.0, gt=0)
+    """Logits are divided by it."""
     log_q: Literal["off", "on"] = "on"
     """Whether logits are corrected by the log of the probability with which a candidate turns up."""
     mask_accidental_hits: bool = True
+    """Whether candidates that are the row's own item are left out."""
 
 
 ObjectiveConfig = Annotated[
@@ -395,7 +440,9 @@ class DenseOptimizerConfig(Strict):
     """The optimizer of all that is not a table: torch's, by name."""
 
     kind: Literal["sgd", "adagrad", "adam", "adamw", "rmsprop"] = "adam"
+    """Which kind it is."""
     lr: float = Field(1e-3, gt=0)
+    """Learning rate, before the schedule's factor."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the class in torch.optim (betas, eps, momentum, weight_decay, ...)."""
     clip_norm: float | None = Field(None, gt=0)
@@ -408,17 +455,22 @@ class ScheduleConfig(Strict):
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the factor rises linearly to 1."""
     decay: Literal["none", "linear", "cosine"] = "none"
+    """How the factor falls after warm-up."""
     decay_steps: int | None = Field(None, ge=1)
     """Steps after warm-up until the factor is `final`; the rest of the run where absent."""
     final: float = Field(0.0, ge=0, le=1)
+    """The factor at the end of the decay."""
 
 
 class OptimizerConfig(Strict):
     """The optimizers: of tables (fused into the backward pass) and of the dense part."""
 
     tables: TableOptimizerConfig = TableOptimizerConfig()
+    """Of all tables, unless a table says otherwise."""
     dense: DenseOptimizerConfig = DenseOptimizerConfig()
+    """Of everything else."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """Of both."""
 
 
 # ------------------------------------------------------------------------------------------------------------ the rest
@@ -444,10 +496,13 @@ class TrainConfig(Strict):
     global_batch_size: int = Field(8192, ge=1)
     """Rows a step over all workers; a multiple of `data.lanes`."""
     epochs: int = Field(1, ge=0)
+    """Passes over the training data."""
     max_steps: int | None = Field(None, ge=0)
     """Ends the run after so many steps, if that comes before the epochs do. 0 evaluates the untrained model."""
     early_stopping: EarlyStoppingConfig | None = None
+    """Stops when the validation set says so; absent: never."""
     log_every_steps: int = Field(50, ge=1)
+    """Steps between measurements in metrics.jsonl and plain lines of progress."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 
@@ -483,9 +538,11 @@ class CheckpointConfig(Strict):
     """`background` copies the state and writes while training goes on; `auto` does so if the copy fits
     `memory_bytes`, else writes piece by piece before training goes on."""
     memory_bytes: int = Field(2 * 1024**3, ge=0)
+    """How much the copy of a background save may take."""
 
 
 class TrackingConfig(Strict):
     """Where curves go, beside metrics.jsonl."""
 
     tensorboard: bool = True
+    """Whether curves are written for TensorBoard."""

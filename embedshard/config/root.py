@@ -46,16 +46,27 @@ class Config(Strict):
     seed: int = Field(0, ge=0, lt=2**32)
     """Of every random choice: order, first values, negatives."""
     data: DataConfig
+    """Where the rows are."""
     features: dict[Name, Feature] = Field(min_length=1)
+    """What a model reads of a row, by name."""
     tables: dict[Name, TableConfig] = Field(default_factory=dict)
+    """Embedding tables, by name."""
     model: ModelConfig
+    """What maps features to scores."""
     objective: ObjectiveConfig
+    """The loss."""
     optimizer: OptimizerConfig = OptimizerConfig()
+    """What changes the weights."""
     sharding: ShardingConfig = ShardingConfig()
+    """How tables are cut and placed."""
     train: TrainConfig = TrainConfig()
+    """How long and in what portions."""
     evaluate: EvaluateConfig = EvaluateConfig()
+    """What is measured, on what and how often."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """When and how the state is saved."""
     tracking: TrackingConfig = TrackingConfig()
+    """Where curves go."""
 
     # ------------------------------------------------------------------------------------------- what parts agree on
     @model_validator(mode="after")
@@ -70,9 +81,7 @@ class Config(Strict):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
             if name not in self.features:
-                raise ValueError(
-                    f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}"
-                )
+                raise ValueError(f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}")
         self._check_objective()
         self._check_metrics()
         return self
@@ -102,9 +111,7 @@ class Config(Strict):
     def _check_tower(self, side: str, tower: TowerConfig, biases: list[str]) -> None:
         for name in tower.features:
             if name not in self.features:
-                raise ValueError(
-                    f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}"
-                )
+                raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}")
         dims = {name: self._width(name) for name in tower.features}
         if self.combines_by_sum(tower):
             dense = [name for name in tower.features if isinstance(self.features[name], DenseFeature)]
@@ -176,9 +183,7 @@ class Config(Strict):
             self._check_catalogue(f"metric '{from_ranking[0]}'")
         select, metrics = self.evaluate.select, self.evaluate.metrics
         if select is not None and select not in metrics:
-            raise ValueError(
-                f"evaluate.select: '{select}' is not among evaluate.metrics. {nearest(select, metrics)}"
-            )
+            raise ValueError(f"evaluate.select: '{select}' is not among evaluate.metrics. {nearest(select, metrics)}")
         if self.train.early_stopping is not None:
             if self.data.validation is None:
                 raise ValueError("train.early_stopping looks at a validation set: give data.validation")

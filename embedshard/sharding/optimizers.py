@@ -132,6 +132,25 @@ class Optimizers:
             self._factor = factor
         return factor
 
+    def make_dense_state(self) -> None:
+        """Makes the dense optimizer's state, which torch makes at the first step, so that it can be loaded into.
+
+        Takes a step without gradients: parameters must be loaded afterwards.
+        """
+        if self.dense is not None:
+            self.dense.init_state()
+
+    def dense_state(self) -> dict[str, torch.Tensor]:
+        """Returns the dense optimizer's tensors as live views, by `<parameter>/<state>`."""
+        if self.dense is None:
+            return {}
+        return {
+            f"{parameter}/{kind}": value
+            for parameter, values in self.dense.state_dict()["state"].items()
+            for kind, value in values.items()
+            if isinstance(value, torch.Tensor)
+        }
+
     def zero_grad(self) -> None:
         """Forgets the dense gradients."""
         if self.dense is not None:
@@ -152,7 +171,7 @@ def _dense_optimizer(
     if not parameters:
         return None
     try:
-        optimizer = KeyedOptimizerWrapper(
+        return KeyedOptimizerWrapper(
             dict(parameters), lambda values: _DENSE_CLASSES[dense.kind](values, lr=dense.lr, **dense.options)
         )
     except (TypeError, ValueError) as error:
@@ -160,8 +179,6 @@ def _dense_optimizer(
             f"optimizer.dense.options: torch.optim.{_DENSE_CLASSES[dense.kind].__name__} refuses "
             f"{dense.options}: {error}. See its arguments in torch's documentation."
         ) from error
-    optimizer.init_state()
-    return optimizer
 
 
 def check_ownership(

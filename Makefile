@@ -1,0 +1,46 @@
+# make train   a generated data set, a trained two-tower model, its recall beside the best reachable one
+# make test    the test suite (at most 15 minutes on two cores)
+# make setup   the environment alone; make check, what CI checks; make test-all, also the slow tests and the pipelines
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+SEED ?= 0
+DATA := $(or $(EMBEDSHARD_DATA),data)/synthetic
+
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: setup train check test test-all clean
+.DEFAULT_GOAL := train
+
+setup: $(READY)
+
+$(READY): $(wildcard requirements/*.txt) pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "embedshard needs Python 3.11 or later; $(PYTHON) is older. Use: make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt -r requirements/dev.txt --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/torchrec.txt
+	@touch $@
+
+train: setup
+	@run=runs/synthetic-$$(date +%Y%m%d-%H%M%S) && \
+	$(BIN)/python pipelines/synthetic/prepare.py --out $(DATA) --seed $(SEED) && \
+	$(BIN)/embedshard train pipelines/synthetic/two_tower.yaml --set seed=$(SEED) --run-dir $$run && \
+	$(BIN)/python pipelines/synthetic/compare.py $$run --data $(DATA)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: setup
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -1,0 +1,208 @@
+"""The command line: parses, calls one function, prints.
+
+Imports that take long happen inside the commands, so that `--help` is quick and the environment of threads is set before
+torch reads it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["app", "main"]
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from embedshard import __version__
+from embedshard.errors import ConfigError, EmbedshardError
+from embedshard.world import set_thread_environment
+
+if TYPE_CHECKING:
+    from embedshard.models.summary import Row
+
+app = typer.Typer(
+    name="embedshard",
+    help="Trains embedding tables from Parquet, with TorchRec and FBGEMM: on a laptop, on many workers, on Ray.",
+    epilog="Start with: embedshard train pipelines/synthetic/two_tower.yaml. "
+    "Exit codes: 0 done, 1 a check failed, 2 a mistake in what was given, 143 stopped by SIGTERM with a checkpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+config_app = typer.Typer(help="About config files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", show_default=False)]
+RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the config, in YAML. Can be repeated."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
+
+_INTERRUPTED = 130
+_TERMINATED = 143
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"embedshard {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def train(
+    config: Annotated[
+        Optional[Path], typer.Argument(help="A YAML config. With --resume, the run's own where left out.")
+    ] = None,
+    overrides: Overrides = None,
+    run_dir: Annotated[
+        Optional[Path], typer.Option(help="Folder for the run. Default: runs/NAME-TIME.", show_default=False)
+    ] = None,
+    resume: Annotated[
+        Optional[Path],
+        typer.Option(metavar="RUN_DIR", help="Continue a run from its newest checkpoint.", show_default=False),
+    ] = None,
+    device: Device = "auto",
+) -> None:
+    """Train a config, evaluate it, and leave a run's folder behind."""
+    from embedshard.launch.local import train_here
+
+    outcome = train_here(
+        config,
+        overrides or [],
+        run_dir,
+        resume,
+        device,
+        environment=os.environ,
+        console=Console(soft_wrap=True, highlight=False),
+    )
+    if outcome.stopped_by is not None:
+        raise typer.Exit(_INTERRUPTED if outcome.stopped_by == "SIGINT" else _TERMINATED)
+
+
+@app.command()
+def evaluate(
+    run_dir: RunPath,
+    checkpoint: Annotated[
+        Optional[int], typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    device: Device = "auto",
+) -> None:
+    """Measure a run's checkpoint on its validation and test sets."""
+    from embedshard.launch.local import evaluate_here
+
+    evaluation = evaluate_here(run_dir, checkpoint, device, environment=os.environ)
+    if as_json:
+        typer.echo(json.dumps(evaluation, indent=2))
+        return
+    table = Table(title=f"{run_dir}, step {evaluation['step']}", title_justify="left")
+    table.add_column("metric")
+    splits = [split for split in ("validation", "test") if split in evaluation]
+    for split in splits:
+        table.add_column(split, justify="right")
+    names = list(dict.fromkeys(name for split in splits for name in evaluation[split]))
+    for name in names:
+        table.add_row(name, *(f"{evaluation[split][name]:.4f}" for split in splits))
+    Console().print(table)
+
+
+@app.command()
+def summary(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Show every table and layer of a config: shape, parameters, bytes."""
+    from embedshard.launch.local import summarise_config
+
+    found = summarise_config(config, overrides or [], os.environ)
+    console = Console()
+    table = Table(title="Tables (one row each is for unknown ids) and layers", title_justify="left")
+    for heading, justify in (
+        ("name", "left"), ("shape", "right"), ("parameters", "right"), ("weights", "right"),
+        ("optimizer state", "right"), ("", "left"),
+    ):  # fmt: skip
+        table.add_column(heading, justify=justify)  # type: ignore[arg-type]  # rich's type is a Literal
+    for row in found.tables:
+        table.add_row(*_cells(row))
+    table.add_section()
+    for row in found.layers:
+        table.add_row(*_cells(row))
+    table.add_section()
+    table.add_row(*_cells(found.total))
+    console.print(table)
+    console.print("The result is a function of config, data and seed, except:" if found.exceptions else "")
+    for exception in found.exceptions:
+        console.print(f"  - {exception}", highlight=False)
+
+
+def _cells(row: Row) -> list[str]:
+    shape = " x ".join(f"{size:,}" for size in row.shape)
+    return [row.name, shape, f"{row.parameters:,}", _size(row.weight_bytes), _size(row.state_bytes), row.note]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1024
+    return f"{count:,.1f} TiB"
+
+
+@app.command()
+def doctor() -> None:
+    """Look at this machine and name the fix for what is wrong."""
+    from embedshard.launch.doctor import examine
+
+    console = Console(highlight=False)
+    marks = {"ok": "[green]ok   [/]", "note": "[yellow]note [/]", "wrong": "[red]wrong[/]"}
+    wrong = 0
+    for finding in examine(os.environ, Path("runs")):
+        console.print(f"{marks[finding.state]} {finding.what}: {finding.found}", soft_wrap=True)
+        if finding.fix:
+            console.print(f"      {finding.fix}", soft_wrap=True)
+        wrong += finding.state == "wrong"
+    if wrong:
+        raise typer.Exit(1)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of config files, for editors."""
+    from embedshard.config import schema_json
+
+    typer.echo(schema_json())
+
+
+def main() -> None:
+    """Runs the command line; a user's mistake is shown without a traceback."""
+    set_thread_environment()
+    try:
+        app()
+    except EmbedshardError as error:
+        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error:[/] {_plain(name + str(error))}")
+        sys.exit(error.exit_code)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

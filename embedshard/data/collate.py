@@ -1,0 +1,176 @@
+"""From columns in final order to a `Batch`: slices and concatenations, nothing per row."""
+
+from __future__ import annotations
+
+__all__ = ["Collator"]
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+from embedshard.config import Config, Lookup, TableSpec
+from embedshard.config.parts import BagFeature, DenseFeature, WeightedBagFeature
+from embedshard.data.batch import Batch, Draws
+from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.negatives import DrawnCandidates
+from embedshard.data.order import Position
+
+Jagged = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32] | None]
+"""Values, lengths, and weights if they are asked for."""
+
+
+class Collator:
+    """Builds batches from columns.
+
+    Args:
+        config: the config.
+        specs: its tables: which ids travel under which key.
+    """
+
+    def __init__(self, config: Config, specs: Sequence[TableSpec]) -> None:
+        self._config = config
+        self._plain = [lookup for spec in specs if not spec.weighted for lookup in spec.lookups]
+        self._weighted = [lookup for spec in specs if spec.weighted for lookup in spec.lookups]
+        self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
+        self._labels = [f"label:{name}" for name in config.data.label_columns]
+        self._identities = list(
+            dict.fromkeys(name for role in ("user_id", "item_id") if (name := config.identity(role)) is not None)
+        )
+
+    def batch(
+        self,
+        columns: Columns,
+        first: int,
+        last: int,
+        draws: DrawnCandidates | None = None,
+        position: Position | None = None,
+    ) -> Batch:
+        """Builds a batch of the rows [first, last).
+
+        Args:
+            columns: features, labels and weights by name. A feature that is absent is empty in every row.
+            first: of the rows.
+            last: after the last of the rows.
+            draws: this rank's share of the candidates drawn for the step.
+            position: where the step is.
+
+        Returns:
+            A batch that shares no memory with `columns`.
+        """
+        size = last - first
+        rows = _flat(columns, "row", first, last, np.int64, -1 if position is not None else 0)
+        weights = _flat(columns, "weight", first, last, np.float32, 1.0)
+        weights[rows < 0] = 0.0
+        return Batch(
+            sparse=self._jagged(self._plain, columns, first, last, draws, with_weights=False),
+            weighted=self._jagged(self._weighted, columns, first, last, draws, with_weights=True),
+            dense=torch.from_numpy(self._stack(self._dense, columns, first, last)),
+            labels=torch.from_numpy(self._stack(self._labels, columns, first, last)),
+            weights=torch.from_numpy(weights),
+            ids={name: torch.from_numpy(_flat(columns, name, first, last, np.int64, -1)) for name in self._identities},
+            rows=torch.from_numpy(rows),
+            draws=None if draws is None else self._draws(draws, columns, first, last, size),
+            position=position,
+        )
+
+    def _jagged(
+        self,
+        lookups: Sequence[Lookup],
+        columns: Columns,
+        first: int,
+        last: int,
+        draws: DrawnCandidates | None,
+        with_weights: bool,
+    ) -> KeyedJaggedTensor | None:
+        if not lookups:
+            return None
+        parts = [self._part(lookup, columns, first, last, draws, with_weights) for lookup in lookups]
+        weights = [part[2] for part in parts if part[2] is not None]
+        return KeyedJaggedTensor(
+            keys=[lookup.key for lookup in lookups],
+            values=torch.from_numpy(np.concatenate([part[0] for part in parts])),
+            lengths=torch.from_numpy(np.concatenate([part[1] for part in parts])),
+            weights=torch.from_numpy(np.concatenate(weights)) if with_weights else None,
+        )
+
+    def _part(
+        self,
+        lookup: Lookup,
+        columns: Columns,
+        first: int,
+        last: int,
+        draws: DrawnCandidates | None,
+        with_weights: bool,
+    ) -> Jagged:
+        size = last - first
+        if lookup.slot is None:
+            return self._jagged_column(lookup.feature, columns, first, last, with_weights)
+        if draws is None:
+            return _empty(size, with_weights)
+        begin = min(lookup.slot * size, draws.count)
+        end = min(begin + size, draws.count)
+        values, lengths, weights = self._jagged_column(lookup.feature, draws.columns, begin, end, with_weights)
+        return values, np.concatenate([lengths, np.zeros(size - len(lengths), dtype=np.int64)]), weights
+
+    def _jagged_column(self, feature: str, columns: Columns, first: int, last: int, with_weights: bool) -> Jagged:
+        column = columns.get(feature)
+        if column is None:
+            return _empty(last - first, with_weights)
+        if isinstance(column, Flat):
+            values = column.values[first:last]
+            valid = values >= 0
+            lengths = valid.astype(np.int64)
+            if not valid.all():
+                values = values[valid]
+            return values, lengths, np.ones(len(values), dtype=np.float32) if with_weights else None
+        offsets = column.offsets[first : last + 1]
+        lengths = np.diff(offsets)
+        span = slice(offsets[0], offsets[-1])
+        return column.values[span], lengths, self._weights(feature, column, span, lengths) if with_weights else None
+
+    def _weights(
+        self, feature: str, column: Ragged, span: slice, lengths: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        if column.weights is not None:
+            return column.weights[span]
+        bag = self._config.features[feature]
+        assert isinstance(bag, BagFeature | WeightedBagFeature), "only bags are ragged"
+        if bag.pooling == "mean":
+            return np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+        return np.ones(span.stop - span.start, dtype=np.float32)
+
+    @staticmethod
+    def _stack(names: Sequence[str], columns: Columns, first: int, last: int) -> npt.NDArray[np.float32]:
+        stacked = np.zeros((last - first, len(names)), dtype=np.float32)
+        for place, name in enumerate(names):
+            column = columns.get(name)
+            if column is not None:
+                stacked[:, place] = column.values[first:last]
+        return stacked
+
+    def _draws(self, draws: DrawnCandidates, columns: Columns, first: int, last: int, size: int) -> Draws:
+        item_id = self._config.identity("item_id")
+        assert item_id is not None, "the config checks that what draws items knows them"
+        own = _flat(columns, item_id, first, last, np.int64, -1)
+        own_log_q = np.where(own >= 0, draws.log_q_of_row[np.maximum(own, 0)], -np.inf).astype(np.float32)
+        return Draws(
+            ids=torch.from_numpy(draws.ids.copy()),
+            log_q=torch.from_numpy(draws.log_q.copy()),
+            own_log_q=torch.from_numpy(own_log_q),
+            dense=torch.from_numpy(self._stack(self._dense, draws.columns, 0, draws.count)),
+        )
+
+
+def _flat(columns: Columns, name: str, first: int, last: int, dtype: type, default: float) -> npt.NDArray[np.generic]:
+    column = columns.get(name)
+    if column is None:
+        return np.full(last - first, default, dtype=dtype)
+    return column.values[first:last].astype(dtype, copy=True)
+
+
+def _empty(size: int, with_weights: bool) -> Jagged:
+    none = np.zeros(0, dtype=np.int64)
+    return none, np.zeros(size, dtype=np.int64), np.zeros(0, dtype=np.float32) if with_weights else None

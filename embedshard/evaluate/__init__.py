@@ -1,0 +1,1 @@
+"""How good a model is: metrics from positions, from scores, and from labels."""

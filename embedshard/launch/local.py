@@ -1,0 +1,136 @@
+"""Trains and evaluates in this process: a world of one, or the world that a launcher made this process part of."""
+
+from __future__ import annotations
+
+__all__ = ["evaluate_here", "summarise_config", "train_here"]
+
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from embedshard.config import Config, Loaded, load_config, table_specs
+from embedshard.data.vocabulary import load_vocabularies, table_rows
+from embedshard.errors import CheckpointError, ConfigError
+from embedshard.models.summary import Summary, summarise
+from embedshard.train.assembly import assemble
+from embedshard.train.checkpoint import Checkpoint, newest_intact, open_step
+from embedshard.train.loop import TrainResult, train
+from embedshard.train.run_directory import RunDirectory
+from embedshard.train.snapshot import restore_model
+from embedshard.train.tracking import ConsoleReporter, JsonLinesReporter, Reporter, Reporters, TensorBoardReporter
+from embedshard.world import World, open_world
+
+
+def train_here(
+    config_path: Path | None,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    resume: Path | None,
+    device: str,
+    environment: Mapping[str, str],
+    console: Console,
+) -> TrainResult:
+    """Trains a config, or continues a run, and tells a person where the result lies.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    loaded, run, resume_from = _open_run(config_path, overrides, run_dir, resume, environment)
+    config = loaded.config
+    console.print(f"Run: {run.path}")
+    if resume is not None:
+        where = "at its beginning: it has no checkpoint yet" if resume_from is None else f"after step {resume_from.step}"
+        console.print(f"Resumes {where}.")
+    with open_world(device) as world:
+        reporter = _reporter(config, run, world, console)
+        try:
+            result = train(config, world, run, reporter, resume_from)
+        finally:
+            reporter.finished()
+    if result.stopped_by is not None:
+        console.print(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
+        console.print(f"  embedshard train --resume {run.path}")
+    else:
+        console.print(f"Result: {run.path / 'result.json'}")
+    return result
+
+
+def _open_run(
+    config_path: Path | None,
+    overrides: Sequence[str],
+    run_dir: Path | None,
+    resume: Path | None,
+    environment: Mapping[str, str],
+) -> tuple[Loaded, RunDirectory, Checkpoint | None]:
+    if resume is None:
+        if config_path is None:
+            raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
+        loaded = load_config(config_path, environment, overrides)
+        return loaded, RunDirectory.create(run_dir or _default_run_dir(loaded.config, config_path), loaded), None
+    if run_dir is not None and run_dir.resolve() != resume.resolve():
+        raise ConfigError(f"--run-dir {run_dir} and --resume {resume} name two folders. A run continues in its own.")
+    run = RunDirectory.open(resume)
+    loaded = load_config(config_path or run.path / "config.yaml", environment, overrides)
+    run.check_same_run(loaded.config, environment)
+    run.save_config(loaded)
+    return loaded, run, newest_intact(run.checkpoints)
+
+
+def _default_run_dir(config: Config, config_path: Path) -> Path:
+    name = config.name or config_path.stem
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
+
+
+def _reporter(config: Config, run: RunDirectory, world: World, console: Console) -> Reporter:
+    if not world.is_rank_zero:
+        return Reporter()
+    attempts = run.path / "attempts.jsonl"
+    attempt = len(attempts.read_text(encoding="utf-8").splitlines()) + 1 if attempts.exists() else 1
+    reporters: list[Reporter] = [
+        ConsoleReporter(console, config.train.log_every_steps),
+        JsonLinesReporter(run.path / "metrics.jsonl", attempt),
+    ]
+    if config.tracking.tensorboard:
+        reporters.append(TensorBoardReporter(run.path / "tensorboard"))
+    return Reporters(reporters)
+
+
+def evaluate_here(
+    run_dir: Path, checkpoint_step: int | None, device: str, environment: Mapping[str, str]
+) -> dict[str, Any]:
+    """Returns a checkpoint's metrics: `step`, and a dict for each of `validation` and `test` that there is.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    run = RunDirectory.open(run_dir)
+    config = run.load_config(environment).config
+    if checkpoint_step is None:
+        checkpoint_step = (run.read_json("result.json") or {}).get("selected_step")
+    checkpoint = newest_intact(run.checkpoints) if checkpoint_step is None else open_step(run.checkpoints, checkpoint_step)
+    if checkpoint is None:
+        raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
+    with open_world(device) as world:
+        parts = assemble(config, world, run.read_json("inventory.json"))
+        restore_model(checkpoint, parts.model)
+        found: dict[str, Any] = {"step": checkpoint.step}
+        for split in ("validation", "test"):
+            if parts.evaluator.has(split):
+                found[split] = parts.evaluator.evaluate(parts.model, split)
+    if len(found) == 1:
+        raise ConfigError(f"{run.path / 'config.yaml'}: nothing to measure. It needs evaluate.metrics and data.test.")
+    return found
+
+
+def summarise_config(config_path: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> Summary:
+    """Describes what a config builds; reads its vocabularies, not its data.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    config = load_config(config_path, environment, overrides).config
+    return summarise(config, table_specs(config, table_rows(config, load_vocabularies(config))))

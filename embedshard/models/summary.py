@@ -1,0 +1,137 @@
+"""What a config builds: tables and layers with shapes, parameters and bytes, and what law 1 does not cover."""
+
+from __future__ import annotations
+
+__all__ = ["Row", "Summary", "summarise"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+
+from embedshard.config import Config, TableSpec
+from embedshard.config.parts import InBatchSoftmaxConfig
+from embedshard.models.registry import build_model
+
+_BYTES = {"fp32": 4, "fp16": 2}
+_DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
+_COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A table or a layer.
+
+    Attributes:
+        name: as in the config, or the parameter's path in the model.
+        shape: of the weights.
+        parameters: how many numbers are learnt.
+        weight_bytes: their size.
+        state_bytes: the size of what the optimizer keeps for them.
+        note: dtype, optimizer and features of a table; the optimizer of a layer.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    weight_bytes: int
+    state_bytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A model, unsharded.
+
+    Attributes:
+        tables: in config order.
+        layers: the dense part, by parameter.
+        exceptions: in which ways the result may depend on more than config, data and seed.
+    """
+
+    tables: tuple[Row, ...]
+    layers: tuple[Row, ...]
+    exceptions: tuple[str, ...]
+
+    @property
+    def total(self) -> Row:
+        """All of it."""
+        rows = (*self.tables, *self.layers)
+        return Row(
+            "total",
+            (),
+            sum(row.parameters for row in rows),
+            sum(row.weight_bytes for row in rows),
+            sum(row.state_bytes for row in rows),
+            "",
+        )
+
+
+def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
+    """Describes what a config builds, without allocating its tables.
+
+    Raises:
+        ConfigError: if a custom model cannot be built.
+    """
+    model = build_model(config, specs)
+    inside_tables = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, EmbeddingBagCollection)
+        for parameter in module.parameters()
+    }
+    return Summary(
+        tables=tuple(_table_row(spec) for spec in specs),
+        layers=tuple(
+            _layer_row(name, parameter, config)
+            for name, parameter in model.named_parameters()
+            if id(parameter) not in inside_tables
+        ),
+        exceptions=tuple(_exceptions(config, specs)),
+    )
+
+
+def _table_row(spec: TableSpec) -> Row:
+    parameters = spec.num_embeddings * spec.dim
+    states = {"sgd": 0, "adagrad": parameters, "rowwise_adagrad": spec.num_embeddings, "adam": 2 * parameters}
+    features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
+    penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
+    return Row(
+        name=spec.name,
+        shape=(spec.num_embeddings, spec.dim),
+        parameters=parameters,
+        weight_bytes=parameters * _BYTES[spec.dtype],
+        state_bytes=states[spec.optimizer.kind] * 4,
+        note=f"{spec.dtype}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}",
+    )
+
+
+def _layer_row(name: str, parameter: nn.Parameter, config: Config) -> Row:
+    dense = config.optimizer.dense
+    states = _DENSE_STATES[dense.kind] + (1 if dense.options.get("momentum") else 0)
+    return Row(
+        name=name,
+        shape=tuple(parameter.shape),
+        parameters=parameter.numel(),
+        weight_bytes=parameter.numel() * parameter.element_size(),
+        state_bytes=parameter.numel() * 4 * states,
+        note=f"{dense.kind} lr {dense.lr:g}",
+    )
+
+
+def _exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]:
+    found = []
+    objective = config.objective
+    if isinstance(objective, InBatchSoftmaxConfig) and objective.negatives == "local":
+        found.append("objective.negatives is 'local': each worker sees its own rows' items, so the world changes the loss.")
+    for spec in specs:
+        cut = [kind for kind in spec.sharding_types if kind in _COLUMN_TYPES]
+        if cut and spec.optimizer.kind == "rowwise_adagrad":
+            found.append(
+                f"tables.{spec.name}.sharding.types allows {cut[0]}: row-wise Adagrad then keeps one statistic per column "
+                f"block, which is another optimizer."
+            )
+    if not config.train.deterministic:
+        found.append("On CUDA without train.deterministic, sums are added in any order. (On a CPU they are not.)")
+    return found

@@ -1,0 +1,85 @@
+"""Puts the parts of a run together: data, model, objective, optimizers, reader, evaluation."""
+
+from __future__ import annotations
+
+__all__ = ["Assembly", "assemble"]
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torchrec.distributed.model_parallel import DistributedModelParallel
+
+from embedshard.config import Config, TableSpec, table_specs
+from embedshard.data.collate import Collator
+from embedshard.data.dataset import Dataset, open_dataset
+from embedshard.data.reader import BatchReader
+from embedshard.evaluate.evaluator import Evaluator
+from embedshard.models.objectives.objective import Objective
+from embedshard.models.registry import build_model, build_objective
+from embedshard.sharding.optimizers import Optimizers
+from embedshard.sharding.shard import shard_model
+from embedshard.train.step import Stepper
+from embedshard.world import World
+
+
+@dataclass
+class Assembly:
+    """The parts of a run, ready to train or to evaluate."""
+
+    config: Config
+    world: World
+    dataset: Dataset
+    specs: tuple[TableSpec, ...]
+    model: DistributedModelParallel
+    objective: Objective
+    optimizers: Optimizers
+    stepper: Stepper
+    evaluator: Evaluator
+    collator: Collator
+
+    def reader(self) -> BatchReader:
+        """Returns this rank's reader of the training data."""
+        return BatchReader(
+            order=self.dataset.order,
+            sources=self.dataset.train,
+            cached=self.dataset.cached,
+            collator=self.collator,
+            sampler=self.dataset.sampler,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+        )
+
+
+def assemble(config: Config, world: World, resolved: dict[str, Any] | None = None) -> Assembly:
+    """Opens the data and builds everything else. Collective.
+
+    Args:
+        config: the config.
+        world: the processes that train together.
+        resolved: what a run has kept of its data (inventory, window lengths, statistics): the data must not have changed
+            since. None for a new run.
+
+    Raises:
+        ConfigError, DataError, PlanError: as the parts do.
+    """
+    if config.train.deterministic and world.device.type == "cuda":
+        torch.use_deterministic_algorithms(True)
+    dataset = open_dataset(config, world, resolved)
+    specs = table_specs(config, dataset.table_rows)
+    model = shard_model(build_model(config, specs), config, specs, world)
+    objective = build_objective(config, specs, world).to(world.device)
+    optimizers = Optimizers(model, config, specs, world)
+    collator = Collator(config, specs)
+    return Assembly(
+        config=config,
+        world=world,
+        dataset=dataset,
+        specs=specs,
+        model=model,
+        objective=objective,
+        optimizers=optimizers,
+        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row),
+        evaluator=Evaluator(config, dataset, collator, world),
+        collator=collator,
+    )

@@ -1,0 +1,130 @@
+"""One optimizer step: forward, the loss agreed by all ranks, backward, the dense update."""
+
+from __future__ import annotations
+
+__all__ = ["StepResult", "Stepper"]
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from embedshard.config import TableSpec
+from embedshard.data.batch import Batch
+from embedshard.errors import TrainingError
+from embedshard.models.objectives.objective import Objective, l2_penalty
+from embedshard.sharding.optimizers import Optimizers
+from embedshard.world import World
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What all ranks know of a step.
+
+    Attributes:
+        loss: mean over the global batch's weights.
+        rows: rows of the global batch, padding not counted.
+        stop_asked: whether any rank was asked to stop.
+    """
+
+    loss: float
+    rows: int
+    stop_asked: bool
+
+
+class Stepper:
+    """Takes steps.
+
+    Args:
+        model: the sharded model.
+        objective: gives the loss of each row.
+        optimizers: of tables and the dense part.
+        specs: the tables, for penalties.
+        world: whose ranks step together.
+        seed: of modules that draw from torch's global generator.
+        describe_row: names a row of the data, given partition and row number.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        optimizers: Optimizers,
+        specs: Sequence[TableSpec],
+        world: World,
+        seed: int,
+        describe_row: Callable[[int, int], str],
+    ) -> None:
+        self._model, self._objective, self._optimizers = model, objective, optimizers
+        self._world, self._seed, self._describe_row = world, seed, describe_row
+        self._penalties: Mapping[str, float] = {
+            lookup.key: spec.l2_lookup
+            for spec in specs
+            if spec.l2_lookup
+            for lookup in spec.lookups
+            if lookup.slot is None
+        }
+
+    def take(self, batch: Batch, stop_asked: bool) -> StepResult:
+        """Takes one step. Collective.
+
+        The gradient is that of the mean loss over the global batch's weights: each rank's sum is scaled by
+        world size / total weight, since DDP and TorchRec divide by the world size.
+
+        Args:
+            batch: this rank's rows.
+            stop_asked: whether this rank was asked to stop; any rank's wish is all ranks'.
+
+        Raises:
+            TrainingError: if the loss is not finite on any rank; no table has changed then.
+        """
+        position = batch.position
+        assert position is not None, "batches of the training data know where they are"
+        # For modules that draw from the global generator (dropout): a resumed run draws the same.
+        torch.manual_seed((self._seed * 1_000_003 + position.step) * 65_537 + self._world.rank)
+        batch = batch.to(self._world.device)
+        self._optimizers.zero_grad()
+        output = self._model(batch)
+        losses_B = self._objective(output, batch)
+        if self._penalties:
+            losses_B = losses_B + l2_penalty(output.lookups, self._penalties)
+        weighted_B = torch.where(batch.weights > 0, losses_B * batch.weights, 0.0)
+        loss_sum, weight_sum = weighted_B.sum(), batch.weights.sum()
+        local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
+        totals = self._world.sum(
+            torch.stack([*(value.double() for value in local), weight_sum.new_tensor(float(stop_asked)).double()])
+        )
+        total_loss, total_weight, rows, stops = totals.tolist()
+        if not math.isfinite(total_loss):
+            raise TrainingError(self._not_finite(batch, weighted_B.detach()))
+        if total_weight > 0:
+            (loss_sum * (self._world.world_size / total_weight)).backward()
+            self._optimizers.step()
+        return StepResult(total_loss / total_weight if total_weight else 0.0, round(rows), stops > 0)
+
+    def _not_finite(self, batch: Batch, weighted_B: torch.Tensor) -> str:
+        position = batch.position
+        assert position is not None
+        where = f"step {position.step + 1} (epoch {position.epoch + 1}, partition {position.partition + 1})"
+        bad = torch.nonzero(~torch.isfinite(weighted_B)).flatten().tolist()
+        if bad:
+            worst = [
+                f"{self._describe_row(position.partition, int(batch.rows[row]))}: loss {float(weighted_B[row])}"
+                for row in bad[:5]
+            ]
+        else:
+            largest = weighted_B.abs().topk(min(5, len(weighted_B)))
+            worst = [
+                f"{self._describe_row(position.partition, int(batch.rows[row]))}: loss {value:.6g}"
+                for value, row in zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
+            ]
+        count = f"{len(bad)} of {batch.size} rows are not finite" if bad else "the largest rows are"
+        return (
+            f"{where}: the loss is not finite. It must be, or every row looked up would be spoilt; no table was changed. "
+            f"On {self._world.describe()}, {count}:\n"
+            + "\n".join(f"  {line}" for line in worst)
+            + "\nLook at these rows' labels, weights and dense features; else lower the learning rates, or warm up. "
+            "The run resumes from its newest checkpoint."
+        )

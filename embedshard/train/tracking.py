@@ -1,0 +1,195 @@
+"""What a run tells while it goes: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+__all__ = ["ConsoleReporter", "JsonLinesReporter", "Reporter", "Reporters", "SilentReporter", "TensorBoardReporter"]
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Reporter:
+    """Hears what happens in a run. Every method may be left as it is: a reporter that ignores all."""
+
+    def started(self, first_step: int, num_steps: int) -> None:
+        """Training begins at a step, of so many."""
+
+    def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        """A step was done; the loss is the mean over the global batch."""
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Values were measured after a step, named as in `train/loss` or `validation/recall@20`."""
+
+    def said(self, message: str) -> None:
+        """Something a person should know."""
+
+    def finished(self) -> None:
+        """Training is over, or was broken off."""
+
+
+SilentReporter = Reporter
+
+
+class Reporters(Reporter):
+    """Tells several reporters."""
+
+    def __init__(self, reporters: Sequence[Reporter]) -> None:
+        self._reporters = list(reporters)
+
+    def started(self, first_step: int, num_steps: int) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.started(first_step, num_steps)
+
+    def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.stepped(step, epoch, loss, samples_per_second)
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.measured(step, values)
+
+    def said(self, message: str) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.said(message)
+
+    def finished(self) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.finished()
+
+
+class ConsoleReporter(Reporter):
+    """A progress bar on a terminal, else a plain line every few steps.
+
+    Args:
+        console: where to write.
+        every_steps: steps between plain lines.
+    """
+
+    def __init__(self, console: Console, every_steps: int) -> None:
+        self._console, self._every_steps = console, every_steps
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._first_step = self._num_steps = 0
+        self._begin = time.monotonic()
+
+    def started(self, first_step: int, num_steps: int) -> None:
+        """Shows the bar."""
+        self._first_step, self._num_steps, self._begin = first_step, num_steps, time.monotonic()
+        if not self._console.is_terminal:
+            return
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]}  {task.fields[rate]} samples/s"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task("", total=num_steps, completed=first_step, epoch="-", loss="-", rate="-")
+        self._progress.start()
+
+    def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
+        """Moves the bar, or prints a line now and then."""
+        rate = f"{samples_per_second:,.0f}"
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=step, epoch=epoch + 1, loss=f"{loss:.4f}", rate=rate)
+        elif step % self._every_steps == 0 or step == self._num_steps:
+            done = max(step - self._first_step, 1)
+            left = (time.monotonic() - self._begin) / done * (self._num_steps - step)
+            self._console.print(
+                f"step {step}/{self._num_steps}  epoch {epoch + 1}  loss {loss:.4f}  {rate} samples/s  "
+                f"{_duration(left)} left",
+                highlight=False,
+            )
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints what the validation or test set says."""
+        shown = {name: value for name, value in values.items() if not name.startswith("train/")}
+        if shown:
+            text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
+            self._console.print(f"step {step}  {text}", highlight=False)
+
+    def said(self, message: str) -> None:
+        """Prints it."""
+        self._console.print(message, highlight=False, soft_wrap=True)
+
+    def finished(self) -> None:
+        """Takes the bar away."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+class JsonLinesReporter(Reporter):
+    """Appends a line for each measurement to metrics.jsonl.
+
+    A run that was killed and resumed may have lines of steps that were rolled back: of two lines of one step, that of the
+    later attempt counts. A line that was cut off by a kill stays alone on its line.
+
+    Args:
+        path: the file.
+        attempt: which start of the run this is.
+    """
+
+    def __init__(self, path: Path, attempt: int) -> None:
+        self._attempt = attempt
+        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if cut_off:
+            self._file.write("\n")
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends a line."""
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line: dict[str, Any] = {"step": step, "attempt": self._attempt, "time": now, **values}
+        self._file.write(json.dumps(line) + "\n")
+
+    def finished(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardReporter(Reporter):
+    """Writes curves for TensorBoard.
+
+    Args:
+        folder: `tensorboard/` of the run directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def started(self, first_step: int, num_steps: int) -> None:
+        """Opens the writer; curves of steps that were rolled back are hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1 if first_step else None)
+
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds a point to each curve."""
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+    def finished(self) -> None:
+        """Closes the writer."""
+        if self._writer is not None:
+            self._writer.close()

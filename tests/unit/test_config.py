@@ -1,0 +1,165 @@
+"""Configs: what is refused, and what the refusal says."""
+
+import copy
+import json
+
+import pytest
+import yaml
+
+from embedshard.config import Config, build_config, differences, load_config, schema_json, table_specs
+from embedshard.errors import ConfigError
+
+TREE = {
+    "seed": 7,
+    "data": {"train": "data/*.parquet", "lanes": 64, "label": "rating"},
+    "features": {
+        "user_id": {"kind": "id", "table": "user"},
+        "item_id": {"kind": "id", "table": "item"},
+        "history": {"kind": "bag", "table": "item", "max_length": 50},
+        "age": {"kind": "dense", "normalise": "log1p"},
+    },
+    "tables": {
+        "user": {"rows": 1000, "dim": 32, "vocabulary": "identity"},
+        "item": {"dim": 32, "vocabulary": {"kind": "hash", "rows": 5000}, "optimizer": {"lr": 0.1}},
+    },
+    "model": {
+        "kind": "two_tower",
+        "user": {"features": ["user_id", "history", "age"], "mlp": [64, 32]},
+        "item": {"features": ["item_id"]},
+    },
+    "objective": {"kind": "mse"},
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(TREE))
+    return path
+
+
+def refused(config_file, *overrides, environment=None):
+    with pytest.raises(ConfigError) as caught:
+        load_config(config_file, environment or {}, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("tables.item.dims=3", ["tables.item.dims: unknown key", "Did you mean 'dim'?"]),
+        ("modle=3", ["modle: unknown key", "Did you mean 'model'?"]),
+        ("model.user.featurs=[a]", ["model.user.featurs: unknown key", "Did you mean 'features'?"]),
+        ("features.user_id.tabel=x", ["features.user_id.tabel: unknown key", "Did you mean 'table'?"]),
+        ("features.x={kind: id}", ["features.x.table: is missing"]),
+        ("tables.item.dim=6", ["tables.item.dim: 6", "multiple of 4", "4 or 8"]),
+        ("tables.item.dim=-4", ["tables.item.dim: -4", "greater than 0"]),
+        ("train.epochs=abc", ["train.epochs: 'abc'", "valid integer"]),
+        ("features.history.pooling=men", ["features.history.pooling: 'men'", "Did you mean 'mean'?", "sum, mean"]),
+        ("tables.item.vocabulary.kind=hsh", ["tables.item.vocabulary", "'hsh'", "Did you mean 'hash'?"]),
+        ("objective.kind=inbatch_softmax", ["there is no kind 'inbatch_softmax'", "Did you mean 'in_batch_softmax'?"]),
+        ("train.global_batch_size=300", ["global_batch_size=300", "64 lanes", "256 or 320", "lanes=60"]),
+        ("features.user_id.table=usr", ["features.user_id.table", "no table 'usr'", "Did you mean 'user'?"]),
+        ("model.user.features=[user_di]", ["model.user.features", "no feature 'user_di'", "Did you mean 'user_id'?"]),
+        ("model.user.mlp=[16]", ["user tower ends in 16", "item tower in 32"]),
+        ("data.label=null", ["objective 'mse' learns one label", "data.label"]),
+        ("tables.spare={rows: 3, dim: 4}", ["tables.spare", "no feature looks it up"]),
+        ("tables.user.rows=null", ["tables.user", "identity vocabulary needs 'rows'"]),
+        ("data.partitions=[a]", ["either 'train'", "'partitions'"]),
+        ("evaluate={metrics: [recall@20], select: ndcg@20}", ["evaluate.select", "'ndcg@20'", "recall@20"]),
+        ("train.early_stopping={patience: 2}", ["train.early_stopping", "data.validation"]),
+        ("features.bad.name={kind: id}", ["features.bad"]),
+        ("objective={kind: sampled_softmax, num_negatives: 100}", ["num_negatives=100", "64", "128"]),
+    ],
+)
+def test_a_mistake_is_refused_with_its_place_and_what_is_allowed(config_file, override, words):
+    message = refused(config_file, override)
+    for word in words:
+        assert word in message, message
+    assert "pydantic" not in message
+
+
+def test_all_mistakes_are_told_at_once(config_file):
+    message = refused(config_file, "seeed=3", "data.laness=3")
+    assert "2 things to change" in message
+    assert "Did you mean 'seed'?" in message
+    assert "Did you mean 'lanes'?" in message
+
+
+def test_a_missing_file_offers_the_nearest(config_file):
+    message = refused(config_file.with_name("confg.yaml"))
+    assert "no such file" in message
+    assert "Did you mean 'config.yaml'?" in message
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "a: [1", "just words"])
+def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is not YAML|a config is a mapping"):
+        load_config(path, {})
+
+
+def test_variables_are_expanded_in_the_config_and_kept_in_the_tree(config_file):
+    override = "data.train=${ROOT}/x/${DAY:-monday}/*.parquet"
+    loaded = load_config(config_file, {"ROOT": "/somewhere"}, [override])
+    assert loaded.config.data.train == ["/somewhere/x/monday/*.parquet"]
+    assert loaded.tree["data"]["train"] == "${ROOT}/x/${DAY:-monday}/*.parquet"
+
+
+def test_a_variable_that_is_not_set_is_refused_by_name_and_place(config_file):
+    message = refused(config_file, "data.train=${ROOT}/x")
+    assert "data.train" in message
+    assert "ROOT" in message
+    assert ":-" in message
+
+
+def test_overrides_reach_lists_and_short_forms(config_file):
+    loaded = load_config(config_file, {}, ["model.user.features.2=history", "tables.user.vocabulary.kind=identity"])
+    assert loaded.config.model.user.features == ["user_id", "history", "history"]
+
+
+@pytest.mark.parametrize("override", ["train.epochs", "=3", "seed.x=3", "model.user.features.9=a", "train.epochs=[1"])
+def test_an_override_that_makes_no_sense_is_refused(config_file, override):
+    assert "--set" in refused(config_file, override)
+
+
+def test_the_schema_is_json_and_describes_every_field(config_file):
+    schema = json.loads(schema_json())
+    assert set(schema["properties"]) == set(Config.model_fields)
+    undescribed = [
+        f"{name}.{field}"
+        for name, part in {**schema["$defs"], "Config": schema}.items()
+        for field, spec in part.get("properties", {}).items()
+        if not {"description", "$ref"} & set(spec)
+    ]
+    assert undescribed == []
+
+
+def test_differences_name_paths():
+    other = copy.deepcopy(TREE)
+    other["tables"]["user"]["dim"] = 64
+    other["train"] = {"epochs": 3}
+    assert differences(TREE, other) == [("tables.user.dim", 32, 64), ("train", None, {"epochs": 3})]
+
+
+def test_tables_know_their_keys_poolings_and_optimizers():
+    tree = copy.deepcopy(TREE)
+    tree["features"]["other"] = {"kind": "bag", "table": "item", "pooling": "sum"}
+    tree["model"]["biases"] = ["global", "user", "item"]
+    tree["objective"] = {"kind": "sampled_softmax", "num_negatives": 128}
+    tree["train"] = {"global_batch_size": 64}
+    specs = {spec.name: spec for spec in table_specs(build_config(tree, {}, "test"), {"user": 1000, "item": 5000})}
+    assert specs["user"].num_embeddings == 1001
+    assert not specs["user"].weighted
+    item = specs["item"]
+    assert item.weighted, "two poolings over one table are done by weights"
+    assert [lookup.key for lookup in item.lookups] == [
+        "item_id", "item_id:negative0", "item_id:negative1", "history", "other",
+    ]  # fmt: skip
+    assert item.optimizer.lr == 0.1
+    assert specs["user"].optimizer.lr == 0.05
+    assert [lookup.key for lookup in specs["item_id:bias"].lookups] == [
+        "item_id:bias", "item_id:bias:negative0", "item_id:bias:negative1",
+    ]  # fmt: skip
+    assert specs["user_id:bias"].dim == 4
