@@ -589,8 +589,7 @@ def _positions(row_R: IntArray, scores_R: npt.NDArray[np.floating], rest_BK: npt
     starts = _offsets(np.bincount(row_R, minlength=num_rows))
     before_R = np.empty_like(ahead_R)
     before_R[order] = np.arange(len(row_R)) - starts[row_R]
-    is_told = (ahead_R < max_k) & (scores_R > -np.inf)
-    return np.where(is_told, 1 + ahead_R + before_R, UNRANKED)
+    return np.where(ahead_R < max_k, 1 + ahead_R + before_R, UNRANKED)  # behind a score of -inf are all K others
 
 
 def _rank_best(
@@ -678,10 +677,13 @@ def _offsets(lengths: IntArray) -> IntArray:
 
 
 def _without(items: JaggedIds, seen: JaggedIds, num_candidates: int) -> JaggedIds:
-    """Returns `items` without those that the same query's list in `seen` holds."""
-    is_seen = np.isin(
-        items.query_index * num_candidates + items.values, seen.query_index * num_candidates + seen.values
-    )
+    """Returns `items`, whose lists ascend, without those that the same query's list in `seen` holds."""
+    keys = items.query_index * num_candidates + items.values
+    seen_keys = seen.query_index * num_candidates + seen.values
+    is_seen = np.zeros(len(keys), dtype=bool)
+    if len(keys):
+        places = np.searchsorted(keys, seen_keys).clip(max=len(keys) - 1)
+        is_seen[places[keys[places] == seen_keys]] = True
     lengths = np.bincount(items.query_index[~is_seen], minlength=items.num_queries)
     return JaggedIds(items.values[~is_seen], _offsets(lengths))
 

@@ -1,0 +1,117 @@
+"""What tests share: tiny data sets on disk, configs over them, runs of them."""
+
+import copy
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedshard.config import Loaded, build_config
+
+USERS, ITEMS = 40, 30
+
+
+def write_interactions(folder: Path, rows: int, seed: int, files: int = 2, row_group_rows: int = 50) -> None:
+    """Interactions with every kind of column: ids, a bag, a weighted bag, numbers, labels, a weight."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for number, count in enumerate(np.diff(np.linspace(0, rows, files + 1).astype(int))):
+        lengths = generator.integers(0, 6, count)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+        ids = generator.integers(0, ITEMS, offsets[-1])
+        user, item = generator.integers(0, USERS, count), generator.integers(0, ITEMS, count)
+        table = pa.table(
+            {
+                "user_id": pa.array(user, pa.int32()),
+                "item_id": pa.array(item, pa.int64()),
+                "history": pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids, pa.int32())),
+                "history_weight": pa.ListArray.from_arrays(
+                    pa.array(offsets), pa.array(generator.random(offsets[-1]).astype(np.float32))
+                ),
+                "age": pa.array(generator.random(count) * 80),
+                "rating": pa.array(((user * 7 + item * 3) % 5 + 1).astype(np.int8)),
+                "clicked": pa.array(((user + item) % 2).astype(np.int8)),
+                "weight": pa.array(generator.random(count).astype(np.float32) + 0.1),
+            }
+        )
+        pq.write_table(table, folder / f"part-{number}.parquet", row_group_size=row_group_rows)
+
+
+@pytest.fixture(scope="session")
+def interactions(tmp_path_factory):
+    """A folder with train/, validation/ and test/ Parquet."""
+    root = tmp_path_factory.mktemp("interactions")
+    write_interactions(root / "train", 203, seed=1)
+    write_interactions(root / "validation", 60, seed=2, files=1)
+    write_interactions(root / "test", 60, seed=3, files=1)
+    return root
+
+
+TREE = {
+    "seed": 11,
+    "data": {"lanes": 4},
+    "features": {
+        "user_id": {"kind": "id", "table": "user"},
+        "item_id": {"kind": "id", "table": "item"},
+        "history": {"kind": "bag", "table": "item", "max_length": 4},
+        "age": {"kind": "dense", "normalise": "standardise"},
+    },
+    "tables": {
+        "user": {"rows": USERS, "dim": 8, "optimizer": {"kind": "adagrad"}},
+        "item": {"rows": ITEMS, "dim": 8},
+    },
+    "model": {
+        "kind": "two_tower",
+        "user": {"features": ["user_id", "history", "age"], "mlp": [16, 8]},
+        "item": {"features": ["item_id"]},
+        "biases": ["item"],
+    },
+    "objective": {"kind": "in_batch_softmax", "temperature": 0.5},
+    "optimizer": {"schedule": {"warmup_steps": 3, "decay": "linear", "final": 0.1}},
+    "train": {"global_batch_size": 32, "epochs": 2},
+    "evaluate": {"metrics": ["recall@5", "ndcg@5", "mrr"]},
+    "tracking": {"tensorboard": False},
+}
+
+
+def merged(tree, changes):
+    result = copy.deepcopy(tree)
+    for key, value in changes.items():
+        mergeable = isinstance(value, dict) and isinstance(result.get(key), dict) and "kind" not in value
+        result[key] = merged(result[key], value) if mergeable else copy.deepcopy(value)
+    return result
+
+
+@pytest.fixture
+def make_config(interactions):
+    """A function from changes to a loaded config over the tiny interactions."""
+
+    def make(changes=None, splits=("train", "validation", "test")) -> Loaded:
+        data = {split: str(interactions / split / "*.parquet") for split in splits}
+        tree = merged(merged(TREE, {"data": data}), changes or {})
+        return Loaded(build_config(tree, {}, "test"), tree, "test")
+
+    return make
+
+
+def real_data(name: str) -> Path:
+    """The folder of a real data set; skips the test where it is not."""
+    candidates = [Path(__file__).parents[2] / "shared" / "data" / name]
+    if os.environ.get("EMBEDSHARD_DATA"):
+        candidates.insert(0, Path(os.environ["EMBEDSHARD_DATA"]) / name)
+    for folder in candidates:
+        if folder.is_dir():
+            return folder
+    pytest.skip(f"the data set {name} is not here: neither {' nor '.join(str(path) for path in candidates)} exists")
+    raise AssertionError
+
+
+@pytest.fixture
+def data_set():
+    return real_data
