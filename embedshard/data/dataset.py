@@ -25,7 +25,7 @@ from embedshard.data.negatives import CandidateSampler
 from embedshard.data.order import Order
 from embedshard.data.source import Inventory, Source, check_unchanged, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
-from embedshard.data.vocabulary import VocabularyMap, load_vocabularies, table_rows
+from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import DataError
 from embedshard.world import World
 
@@ -55,7 +55,7 @@ class Dataset:
     cached: list[bool]
     order: Order
     table_rows: dict[str, int]
-    vocabularies: Mapping[str, VocabularyMap]
+    vocabularies: Mapping[str, Vocabulary]
     statistics: Statistics
     catalogue: Catalogue | None
     sampler: CandidateSampler | None
@@ -123,11 +123,11 @@ def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | Non
         ConfigError: if vocabularies and tables disagree.
     """
     vocabularies = load_vocabularies(config)
-    rows = table_rows(config, vocabularies)
+    rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
     train = [
-        open_source(patterns, Decoder(specs, vocabularies, statistics or Statistics.none()))
+        open_source(patterns, Decoder(specs, vocabularies, statistics or Statistics()))
         for patterns in config.data.train_partitions
     ]
     if resolved is not None:
@@ -159,7 +159,7 @@ def _window_steps(config: Config, fits_cache: bool) -> int:
 
 
 def _check_resumable(
-    resolved: Mapping[str, Any], train: Sequence[Source], vocabularies: Mapping[str, VocabularyMap]
+    resolved: Mapping[str, Any], train: Sequence[Source], vocabularies: Mapping[str, Vocabulary]
 ) -> None:
     saved = [Inventory.from_json(inventory) for inventory in resolved["partitions"]]
     for before, source in zip(saved, train, strict=True):

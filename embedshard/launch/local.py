@@ -133,4 +133,4 @@ def summarise_config(config_path: Path, overrides: Sequence[str], environment: M
         EmbedshardError: what a user can act on.
     """
     config = load_config(config_path, environment, overrides).config
-    return summarise(config, table_specs(config, table_rows(config, load_vocabularies(config))))
+    return summarise(config, table_specs(config, table_rows(load_vocabularies(config))))
