@@ -12,7 +12,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -20,7 +20,7 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
-from embedshard.world import set_thread_environment
+from embedshard.world import set_process_environment
 
 if TYPE_CHECKING:
     from embedshard.models.summary import Row
@@ -41,7 +41,7 @@ app.add_typer(config_app, name="config")
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
 Overrides = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the config, in YAML. Can be repeated."),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
@@ -68,14 +68,14 @@ def _options(
 @app.command()
 def train(
     config: Annotated[
-        Optional[Path], typer.Argument(help="A YAML config. With --resume, the run's own where left out.")
+        Path | None, typer.Argument(help="A YAML config. With --resume, the run's own where left out.")
     ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Optional[Path], typer.Option(help="Folder for the run. Default: runs/NAME-TIME.", show_default=False)
+        Path | None, typer.Option(help="Folder for the run. Default: runs/NAME-TIME.", show_default=False)
     ] = None,
     resume: Annotated[
-        Optional[Path],
+        Path | None,
         typer.Option(metavar="RUN_DIR", help="Continue a run from its newest checkpoint.", show_default=False),
     ] = None,
     device: Device = "auto",
@@ -100,7 +100,7 @@ def train(
 def evaluate(
     run_dir: RunPath,
     checkpoint: Annotated[
-        Optional[int], typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
+        int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
     device: Device = "auto",
@@ -189,7 +189,7 @@ def config_schema() -> None:
 
 def main() -> None:
     """Runs the command line; a user's mistake is shown without a traceback."""
-    set_thread_environment()
+    set_process_environment()
     try:
         app()
     except EmbedshardError as error:

@@ -1,24 +1,32 @@
-"""Paths and URIs, for data, checkpoints and exports: every file goes through pyarrow's filesystems."""
+"""Paths and URIs, for data, checkpoints and exports: every file goes through pyarrow's filesystems.
+
+What differs between a disk and an object store is decided here and nowhere else: on a disk a file appears by a rename
+and is flushed to the device; on an object store it appears by one PUT. This module must not know what the files hold.
+"""
 
 from __future__ import annotations
 
 __all__ = ["Location", "expand", "locate"]
 
-import fnmatch
+import errno
 import os
 import re
+import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pyarrow as pa
 from pyarrow import fs
 
-from embedshard.errors import ConfigError, DataError
+from embedshard.errors import ConfigError, DataError, nearest
 
+_SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
+_HIDDEN = ("_", ".")
 
 
 @dataclass(frozen=True)
@@ -38,7 +46,14 @@ class Location:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return PurePosixPath(self.path).name
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    @property
+    def parent(self) -> Location:
+        """The folder that it is in; the root is in itself."""
+        path = self.path.rstrip("/").rpartition("/")[0] or ("/" if self.path.startswith("/") else "")
+        uri = self.uri.rstrip("/").rpartition("/")[0]
+        return Location(self.filesystem, path, uri or path or self.uri)
 
     @property
     def is_local(self) -> bool:
@@ -48,25 +63,25 @@ class Location:
     def join(self, *parts: str) -> Location:
         """Returns a location below this one."""
         tail = "/".join(parts)
-        return Location(self.filesystem, f"{self.path.rstrip('/')}/{tail}", f"{self.uri.rstrip('/')}/{tail}")
-
-    def info(self) -> Any:
-        """Returns pyarrow's FileInfo."""
-        return self.filesystem.get_file_info(self.path)
+        return Location(self.filesystem, _joined(self.path, tail), _joined(self.uri, tail))
 
     def exists(self) -> bool:
         """Returns whether there is a file or a folder."""
-        return bool(self.info().type != fs.FileType.NotFound)
+        return bool(self._kind() != fs.FileType.NotFound)
+
+    def is_file(self) -> bool:
+        """Returns whether there is a file."""
+        return bool(self._kind() == fs.FileType.File)
 
     def size(self) -> int:
         """Returns a file's bytes; raises FileNotFoundError where there is none."""
-        info = self.info()
+        info = self.filesystem.get_file_info(self.path)
         if info.type != fs.FileType.File:
-            raise FileNotFoundError(self.uri)
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.uri)
         return int(info.size)
 
-    def open_input(self) -> Any:
-        """Opens a file for random access."""
+    def open_input(self) -> pa.NativeFile:
+        """Opens a file for random access; a context manager."""
         return self.filesystem.open_input_file(self.path)
 
     def read_bytes(self) -> bytes:
@@ -76,16 +91,16 @@ class Location:
         return content
 
     def write_bytes_atomically(self, data: bytes) -> None:
-        """Writes a file so that a reader sees the former or the new one, never a part.
+        """Writes a file so that a reader sees the former or the new one, never a part, and it outlives a power cut.
 
-        By a rename on this machine's filesystem, by one PUT on an object store.
+        On a local disk by a rename, on an object store by one PUT. The folder must exist.
         """
         if not self.is_local:
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(data)
             return
         target = Path(self.path)
-        partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
         try:
             with partial.open("wb") as file:
                 file.write(data)
@@ -94,121 +109,177 @@ class Location:
             os.replace(partial, target)
         finally:
             partial.unlink(missing_ok=True)
-        sync_folder(target.parent)
+        _sync_folder(target.parent)
+
+    def write_text_atomically(self, text: str) -> None:
+        """Writes a UTF-8 file as `write_bytes_atomically` does."""
+        self.write_bytes_atomically(text.encode("utf-8"))
 
     def make_dirs(self) -> None:
-        """Makes the folder and those above it."""
+        """Makes the folder and those above it; does nothing where it exists."""
+        if self.exists():
+            return
         self.filesystem.create_dir(self.path, recursive=True)
+        if self.is_local:
+            _sync_folder(Path(self.path).parent)
 
-    def children(self) -> list[Location]:
-        """Returns what is in a folder, sorted by name; nothing where there is no folder."""
+    def list_names(self) -> list[str]:
+        """Returns the names of what is in a folder, sorted; none where there is no folder."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        return sorted((self.join(info.base_name) for info in self.filesystem.get_file_info(selector)), key=_path)
+        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
 
-    def delete(self) -> None:
-        """Deletes a file, or a folder with all that is in it; nothing where there is none."""
-        kind = self.info().type
-        if kind == fs.FileType.Directory:
-            self.filesystem.delete_dir(self.path)
-        elif kind == fs.FileType.File:
-            self.filesystem.delete_file(self.path)
+    def delete_file(self) -> None:
+        """Deletes a file; does nothing where there is none."""
+        with suppress(FileNotFoundError):
+            if self.exists():
+                self.filesystem.delete_file(self.path)
+
+    def delete_tree(self) -> None:
+        """Deletes a folder and all that is in it; does nothing where there is none."""
+        with suppress(FileNotFoundError):
+            if self.exists():
+                self.filesystem.delete_dir(self.path)
+
+    def _kind(self) -> fs.FileType:
+        return self.filesystem.get_file_info(self.path).type
 
 
-def _path(location: Location) -> str:
-    return location.path
+def locate(path_or_uri: str, filesystem: fs.FileSystem | None = None) -> Location:
+    """Returns the location of a local path (relative ones and `~` too) or of a URI (`s3://`, `gs://`, `file://`, ...).
+
+    Args:
+        path_or_uri: as a person writes it.
+        filesystem: if given, what the path is in; it is then no URI.
+
+    Raises:
+        ConfigError: if pyarrow has no filesystem for the URI, or cannot open it.
+    """
+    if filesystem is not None:
+        return Location(filesystem, path_or_uri.rstrip("/"), path_or_uri)
+    scheme = _SCHEME.match(path_or_uri)
+    if scheme is None:
+        if not path_or_uri:
+            raise ConfigError("a path is empty. Give a local path or a URI.")
+        return Location(fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(path_or_uri)), path_or_uri)
+    if scheme[1].lower() not in _SCHEMES:
+        raise ConfigError(
+            f"'{path_or_uri}' has the scheme '{scheme[1]}', and pyarrow has no filesystem for it. Give a local path "
+            f"or one of these: {', '.join(_SCHEMES)}. {nearest(scheme[1], _SCHEMES)}"
+        )
+    try:
+        filesystem, path = fs.FileSystem.from_uri(path_or_uri)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ConfigError(
+            f"'{path_or_uri}' cannot be opened: {' '.join(str(error).split())}. "
+            f"Correct the URI, or see that its server can be reached and lets you in."
+        ) from error
+    if isinstance(filesystem, fs.LocalFileSystem):
+        path = os.path.abspath(path)
+    return Location(filesystem, path.rstrip("/") or "/", path_or_uri)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames within a local folder survive a power cut."""
+def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> list[Location]:
+    """Returns the files that paths, folders and globs name, sorted by path, each once.
+
+    `*`, `?` and `[...]` stand for characters of a name, `**` for any folders. A folder stands for the `*.parquet` files
+    in and below it. Names that begin with `_` or `.` are skipped, as writers put their markers there, unless the pattern
+    spells that character.
+
+    Args:
+        patterns: local paths or URIs, with or without globs.
+        filesystem: if given, what the patterns are in; they are then no URIs.
+
+    Raises:
+        ConfigError: if a URI has no filesystem.
+        DataError: if a pattern matches nothing.
+    """
+    found: dict[tuple[str, str], Location] = {}
+    for pattern in patterns:
+        # The glob part may hold characters that a URI may not: split it off before the rest is parsed.
+        parts = pattern.rstrip("/").split("/")
+        num_fixed = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts))
+        base = locate("/".join(parts[:num_fixed]) or _start(pattern, filesystem), filesystem)
+        matches = list(_matches(base, parts[num_fixed:]))
+        if not matches:
+            raise DataError(_nothing(pattern, base))
+        for match in matches:
+            found.setdefault((match.path, match.filesystem.type_name), match)
+    return [found[key] for key in sorted(found)]
+
+
+def _start(pattern: str, filesystem: fs.FileSystem | None) -> str:
+    """Where a pattern without a fixed part begins."""
+    if pattern.startswith("/"):
+        return "/"
+    return "." if filesystem is None and pattern else ""
+
+
+def _joined(folder: str, tail: str) -> str:
+    return f"{folder.rstrip('/')}/{tail}" if folder else tail
+
+
+def _matches(base: Location, wanted: Sequence[str]) -> Iterator[Location]:
+    literal = base.join(*wanted) if wanted else base  # a name may hold the characters of a glob
+    kind = literal.filesystem.get_file_info(literal.path).type if literal.path else fs.FileType.Directory
+    if kind == fs.FileType.File:
+        yield literal
+    elif kind == fs.FileType.Directory:
+        yield from _folder_files(literal)
+    elif wanted:
+        for info, names in _below(base, recursive=len(wanted) > 1 or wanted[0] == "**"):
+            if not _fits(names, wanted):
+                continue
+            match = base.join(*names)
+            if info.type == fs.FileType.File:
+                yield match
+            elif wanted[-1] != "**":
+                yield from _folder_files(match)
+
+
+def _folder_files(folder: Location) -> Iterator[Location]:
+    for info, names in _below(folder, recursive=True):
+        if info.type == fs.FileType.File and _fits(names, ("**", "*.parquet")):
+            yield folder.join(*names)
+
+
+def _below(folder: Location, recursive: bool) -> Iterator[tuple[fs.FileInfo, list[str]]]:
+    """Yields what is below a folder, with the names that lead there."""
+    prefix = f"{folder.path.rstrip('/')}/" if folder.path else ""
+    selector = fs.FileSelector(folder.path, allow_not_found=True, recursive=recursive)
+    for info in folder.filesystem.get_file_info(selector):
+        yield info, info.path.removeprefix(prefix).split("/")
+
+
+def _fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Returns whether the names of a path fit the parts of a pattern."""
+    if not wanted or not names:
+        return not names and all(part == "**" for part in wanted)
+    name, part = names[0], wanted[0]
+    if name.startswith(_HIDDEN) and name[0] != part[:1]:
+        return part == "**" and _fits(names, wanted[1:])
+    if part == "**":
+        return _fits(names, wanted[1:]) or _fits(names[1:], wanted)
+    return fnmatchcase(name, part) and _fits(names[1:], wanted[1:])
+
+
+def _nothing(pattern: str, base: Location) -> str:
+    folder = base
+    while folder.path.strip("/") and not folder.exists():
+        folder = folder.parent
+    if folder.is_file():
+        return f"{pattern}: {folder.uri} is a file, not a folder. Correct the path."
+    names = folder.list_names()
+    holds = "is empty" if not names else "holds " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+    return (
+        f"{pattern}: no file matches. The nearest folder that exists, {folder.uri or '/'}, {holds}. "
+        f"A folder stands for its *.parquet files. Correct the path, or make the data first."
+    )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the names in a local folder outlive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def locate(path_or_uri: str) -> Location:
-    """Returns the location of a path or URI (`s3://`, `gs://`, `file://`, ...).
-
-    Raises:
-        ConfigError: if pyarrow has no filesystem for the URI.
-    """
-    if not _SCHEME.match(path_or_uri):
-        path = os.path.abspath(os.path.expanduser(path_or_uri))
-        return Location(fs.LocalFileSystem(), path, path_or_uri)
-    try:
-        filesystem, path = fs.FileSystem.from_uri(path_or_uri)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError, ValueError) as error:
-        raise ConfigError(
-            f"'{path_or_uri}' cannot be opened: {error}. Give a local path, or a URI with a scheme that pyarrow knows: "
-            f"file, s3, gs (or gcs), abfs, hdfs."
-        ) from error
-    return Location(filesystem, path, path_or_uri)
-
-
-def expand(patterns: Sequence[str]) -> list[Location]:
-    """Returns the files that paths, folders and globs name, sorted by path, each once.
-
-    A folder stands for the Parquet files in and below it. Names that begin with `_` or `.` are skipped, as writers put
-    markers there. `**` stands for any folders.
-
-    Raises:
-        DataError: if a pattern matches nothing.
-    """
-    found: dict[str, Location] = {}
-    for pattern in patterns:
-        matches = list(_matches(pattern))
-        if not matches:
-            raise DataError(_nothing(pattern))
-        found.update((match.path, match) for match in matches)
-    return [found[path] for path in sorted(found)]
-
-
-def _matches(pattern: str) -> Iterator[Location]:
-    # The part behind the scheme may hold characters that a URI may not: split them off before.
-    parts = pattern.split("/")
-    fixed_count = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts))
-    base = locate("/".join(parts[:fixed_count]) or ("/" if pattern.startswith("/") else "."))
-    wanted = parts[fixed_count:]
-    if not wanted:
-        kind = base.info().type
-        if kind == fs.FileType.File:
-            yield base
-        elif kind == fs.FileType.Directory:
-            yield from (file for file in _below(base, recursive=True) if file.path.endswith(".parquet"))
-        return
-    expression = re.compile(_regular_expression(wanted))
-    for file in _below(base, recursive=len(wanted) > 1 or "**" in wanted):
-        if expression.fullmatch(file.path[len(base.path.rstrip("/")) + 1 :]):
-            yield file
-
-
-def _below(base: Location, recursive: bool) -> Iterator[Location]:
-    prefix = base.path.rstrip("/")
-    selector = fs.FileSelector(base.path or "/", allow_not_found=True, recursive=recursive)
-    for info in base.filesystem.get_file_info(selector):
-        inner = info.path[len(prefix) :].lstrip("/")
-        if info.type == fs.FileType.File and not any(part.startswith(("_", ".")) for part in inner.split("/")):
-            yield base.join(inner)
-
-
-def _regular_expression(parts: Sequence[str]) -> str:
-    pieces = [r"(?:[^/]+/)*" if part == "**" else _one_part(part) + "/" for part in parts]
-    return "".join(pieces).removesuffix("/") if parts[-1] != "**" else "".join(pieces) + "[^/]+"
-
-
-def _one_part(part: str) -> str:
-    return fnmatch.translate(part).removeprefix("(?s:").removesuffix(r")\Z").replace(".*", "[^/]*")
-
-
-def _nothing(pattern: str) -> str:
-    parts = pattern.split("/")
-    folder = locate("/".join(parts[:-1]) or ("/" if pattern.startswith("/") else "."))
-    while not folder.exists() and "/" in folder.path.strip("/"):
-        folder = Location(folder.filesystem, folder.path.rsplit("/", 1)[0] or "/", folder.uri.rsplit("/", 1)[0])
-    names = [child.name for child in folder.children()]
-    holds = "is empty" if not names else "holds " + ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-    return (
-        f"{pattern}: no file matches. The nearest folder that exists, {folder.uri or '.'}, {holds}. "
-        f"Correct the path, or make the data with the pipeline's prepare.py."
-    )

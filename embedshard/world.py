@@ -9,8 +9,9 @@ Beside the command line, this is the only module that reads the environment.
 
 from __future__ import annotations
 
-__all__ = ["World", "open_world", "set_thread_environment"]
+__all__ = ["World", "open_world", "set_process_environment"]
 
+import logging
 import os
 import socket
 from collections.abc import Iterator
@@ -29,12 +30,14 @@ TIMEOUT = timedelta(seconds=300)
 """How long a collective waits: the only detector of a hung one."""
 
 
-def set_thread_environment() -> None:
-    """Keeps OpenMP threads from spinning, unless the environment says otherwise. Call before torch is imported.
+def set_process_environment() -> None:
+    """Keeps OpenMP threads from spinning, unless the environment says otherwise, and libraries from chatting.
 
-    Spinning threads that want a busy core make small kernels up to 80 times slower.
+    Call it before torch is imported. Spinning threads that want a busy core make small kernels up to 80 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)

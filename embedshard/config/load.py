@@ -208,18 +208,13 @@ def _walk(location: Iterable[int | str]) -> tuple[str, list[str]]:
         if tagged and isinstance(part, str) and not any(part in model.model_fields for model in models):
             annotation, known = tagged[0], list(tagged[0].model_fields)
             continue  # the name of a union's member, which the user does not write
-        if isinstance(part, str) and part.startswith(
-            ("function-", "constrained-", "list[", "dict[", "literal[", "int")
-        ):
+        if isinstance(part, str) and part.startswith(("function-", "constrained-", "list[", "dict[", "literal[", "int")):
             continue
         parts.append(str(part))
         holder = next((model for model in models if part in model.model_fields), None)
         if models:
             known = list(dict.fromkeys(name for model in models for name in model.model_fields))
-        if holder is not None:
-            annotation = holder.model_fields[str(part)].annotation
-        else:
-            annotation = _element_of(annotation)
+        annotation = _element_of(annotation) if holder is None else holder.model_fields[str(part)].annotation
     return ".".join(parts), known
 
 

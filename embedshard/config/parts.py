@@ -28,12 +28,14 @@ __all__ = [
     "InBatchSoftmaxConfig",
     "InitConfig",
     "ModelConfig",
+    "Name",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "ShardingConfig",
+    "Strict",
     "TableConfig",
     "TableOptimizerConfig",
     "TableOptimizerOverride",
@@ -43,8 +45,6 @@ __all__ = [
     "TrainConfig",
     "TwoTowerConfig",
     "Vocabulary",
-    "Name",
-    "Strict",
     "WeightedBagFeature",
 ]
 

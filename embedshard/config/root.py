@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Config"]
 
 import math
+from collections.abc import Sequence
 
 from pydantic import Field, model_validator
 
@@ -108,7 +109,7 @@ class Config(Strict):
             if name not in used:
                 raise ValueError(f"tables.{name}: no feature looks it up. Remove it, or give a feature 'table: {name}'")
 
-    def _check_tower(self, side: str, tower: TowerConfig, biases: list[str]) -> None:
+    def _check_tower(self, side: str, tower: TowerConfig, biases: Sequence[str]) -> None:
         for name in tower.features:
             if name not in self.features:
                 raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}")

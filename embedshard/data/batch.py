@@ -74,6 +74,12 @@ class Batch(Pipelineable):
     position: Position | None = None
 
     @property
+    def training_position(self) -> Position:
+        """Where the step is in the data; only batches of the training data know."""
+        assert self.position is not None, "batches of the training data know where they are"
+        return self.position
+
+    @property
     def size(self) -> int:
         """Places, padding included."""
         return len(self.rows)
@@ -82,16 +88,15 @@ class Batch(Pipelineable):
         """Returns a copy on a device; itself where it is there already."""
         if self.weights.device == device:
             return self
-        move = {"device": device, "non_blocking": non_blocking}
         return replace(
             self,
-            sparse=None if self.sparse is None else self.sparse.to(**move),
-            weighted=None if self.weighted is None else self.weighted.to(**move),
-            dense=self.dense.to(**move),
-            labels=self.labels.to(**move),
-            weights=self.weights.to(**move),
-            ids={name: ids.to(**move) for name, ids in self.ids.items()},
-            draws=None if self.draws is None else self.draws.to(**move),
+            sparse=None if self.sparse is None else self.sparse.to(device, non_blocking=non_blocking),
+            weighted=None if self.weighted is None else self.weighted.to(device, non_blocking=non_blocking),
+            dense=self.dense.to(device, non_blocking=non_blocking),
+            labels=self.labels.to(device, non_blocking=non_blocking),
+            weights=self.weights.to(device, non_blocking=non_blocking),
+            ids={name: ids.to(device, non_blocking=non_blocking) for name, ids in self.ids.items()},
+            draws=None if self.draws is None else self.draws.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:

@@ -50,7 +50,7 @@ def catalogue_from_columns(item_id: str, columns: Columns, num_embeddings: int, 
         DataError: if an item is there twice.
     """
     ids = columns[item_id].values
-    unique, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):
         row = int(unique[counts > 1][0])
         again = np.flatnonzero(ids == row)[:2].tolist()

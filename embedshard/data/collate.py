@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["Collator"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -131,9 +132,7 @@ class Collator:
         span = slice(offsets[0], offsets[-1])
         return column.values[span], lengths, self._weights(feature, column, span, lengths) if with_weights else None
 
-    def _weights(
-        self, feature: str, column: Ragged, span: slice, lengths: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
+    def _weights(self, feature: str, column: Ragged, span: slice, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         if column.weights is not None:
             return column.weights[span]
         bag = self._config.features[feature]
@@ -164,7 +163,7 @@ class Collator:
         )
 
 
-def _flat(columns: Columns, name: str, first: int, last: int, dtype: type, default: float) -> npt.NDArray[np.generic]:
+def _flat(columns: Columns, name: str, first: int, last: int, dtype: type, default: float) -> npt.NDArray[Any]:
     column = columns.get(name)
     if column is None:
         return np.full(last - first, default, dtype=dtype)

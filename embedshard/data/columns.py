@@ -142,9 +142,7 @@ def gather(columns: Mapping[str, Flat | Ragged], index: IntArray, buffers: Buffe
     }
 
 
-def _gather_flat(
-    name: str, column: Flat, index: IntArray, padding: npt.NDArray[np.bool_] | None, buffers: Buffers
-) -> Flat:
+def _gather_flat(name: str, column: Flat, index: IntArray, padding: npt.NDArray[np.bool_] | None, buffers: Buffers) -> Flat:
     out = buffers.array(name, len(index), column.values.dtype)
     np.take(column.values, index, out=out, mode="clip")
     if padding is not None:

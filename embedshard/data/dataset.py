@@ -158,9 +158,7 @@ def _window_steps(config: Config, fits_cache: bool) -> int:
     return 0 if fits_cache else max(1, _WINDOW_ROWS // config.train.global_batch_size)
 
 
-def _check_resumable(
-    resolved: Mapping[str, Any], train: Sequence[Source], vocabularies: Mapping[str, Vocabulary]
-) -> None:
+def _check_resumable(resolved: Mapping[str, Any], train: Sequence[Source], vocabularies: Mapping[str, Vocabulary]) -> None:
     saved = [Inventory.from_json(inventory) for inventory in resolved["partitions"]]
     for before, source in zip(saved, train, strict=True):
         check_unchanged(before, source.inventory)

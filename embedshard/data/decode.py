@@ -118,9 +118,7 @@ class Decoder:
         statistics: of standardised features; those without are left as they are, NaN where missing.
     """
 
-    def __init__(
-        self, specs: Sequence[ColumnSpec], vocabularies: Mapping[str, Vocabulary], statistics: Statistics
-    ) -> None:
+    def __init__(self, specs: Sequence[ColumnSpec], vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> None:
         self.specs, self._vocabularies, self._statistics = tuple(specs), vocabularies, statistics
 
     @property
@@ -237,9 +235,7 @@ class Decoder:
             weights = _scaled_to_one(weights, offsets, lengths)
         return Ragged(ids, offsets, weights)
 
-    def _bag_weights(
-        self, spec: ColumnSpec, second: pa.Array, lengths: IntArray, where: Where
-    ) -> npt.NDArray[np.float32]:
+    def _bag_weights(self, spec: ColumnSpec, second: pa.Array, lengths: IntArray, where: Where) -> npt.NDArray[np.float32]:
         values, weight_lengths = _flattened(second)
         differing = np.flatnonzero(weight_lengths != lengths)
         if len(differing):
@@ -334,9 +330,7 @@ def _as_float64(array: pa.Array) -> npt.NDArray[np.float64]:
     return np.array(values, dtype=np.float64)
 
 
-def _scaled_to_one(
-    weights: npt.NDArray[np.float32], offsets: IntArray, lengths: IntArray
-) -> npt.NDArray[np.float32]:
+def _scaled_to_one(weights: npt.NDArray[np.float32], offsets: IntArray, lengths: IntArray) -> npt.NDArray[np.float32]:
     running = np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
     sums = running[offsets[1:]] - running[offsets[:-1]]
     scale = np.divide(1.0, sums, out=np.zeros_like(sums), where=np.abs(sums) > 1e-12)

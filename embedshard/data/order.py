@@ -16,6 +16,7 @@ from __future__ import annotations
 
 __all__ = ["EpochOrder", "Order", "Position", "row_digest", "worlds_that_fit"]
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -104,7 +105,8 @@ class Order:
     @cached_property
     def partition_steps(self) -> tuple[int, ...]:
         """Steps of one pass over each partition."""
-        return tuple(-(-(-(-rows // self.lanes)) // self.rows_per_lane) for rows in self.num_rows)
+        longest_lanes = (math.ceil(rows / self.lanes) for rows in self.num_rows)
+        return tuple(math.ceil(rows / self.rows_per_lane) for rows in longest_lanes)
 
     @property
     def epoch_steps(self) -> int:

@@ -118,14 +118,12 @@ class _StreamedRows:
                 cursor.skip_to(epoch.window_rows(lane, window)[0])
         self._epoch, self._window = epoch, window
         spans = [epoch.window_rows(lane, window) for lane in range(*self._lanes)]
-        pieces = [
-            piece for cursor, span in zip(self._cursors, spans, strict=True) for piece in cursor.take(span[1])
-        ]
+        pieces = [piece for cursor, span in zip(self._cursors, spans, strict=True) for piece in cursor.take(span[1])]
         # Lanes are contiguous spans of the epoch, but their windows are not: number the rows as they lie in `pieces`.
         bases = np.cumsum([0] + [last - first for first, last in spans])
         firsts = np.array([first for first, _ in spans], dtype=np.int64)
-        lane = np.clip(np.searchsorted(firsts, epoch_rows, side="right") - 1, 0, len(spans) - 1)
-        index = np.where(epoch_rows < 0, -1, epoch_rows - firsts[lane] + bases[lane])
+        lane_of_row = np.clip(np.searchsorted(firsts, epoch_rows, side="right") - 1, 0, len(spans) - 1)
+        index = np.where(epoch_rows < 0, -1, epoch_rows - firsts[lane_of_row] + bases[lane_of_row])
         return gather(concatenate(pieces), index, self._buffers)
 
 

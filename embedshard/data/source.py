@@ -1,7 +1,7 @@
 """The files of a data set: what their footers say, and their row groups, decoded.
 
-Only footers are read to know the rows. They make the inventory, which is kept with a run: a resumed run goes on with the same
-data or not at all.
+Only footers are read to know the rows. They make the inventory, which is kept with a run: a resumed run goes on with the
+same data or not at all.
 """
 
 from __future__ import annotations
@@ -270,9 +270,7 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
         footers = list(pool.map(_read_footer, locations))
     for location, (_, metadata) in zip(locations, footers, strict=True):
         _check_schema(location, metadata, decoder)
-    source = Source(
-        locations, Inventory(tuple(file for file, _ in footers)), [metadata for _, metadata in footers], decoder
-    )
+    source = Source(locations, Inventory(tuple(file for file, _ in footers)), [metadata for _, metadata in footers], decoder)
     if not source.inventory.num_rows:
         raise DataError(
             f"{', '.join(patterns)}: {len(locations)} files without a row. There must be at least one: "
@@ -292,15 +290,17 @@ def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:
             length = int.from_bytes(tail[:4], "little")
             if tail[4:] != _MAGIC or length + _TAIL_BYTES > size:
                 raise DataError(
-                    f"{location.uri} is not a whole Parquet file: its last bytes are not 'PAR1'. It was cut off while it was "
-                    f"written, or is of another format. Write it anew, or exclude it from the path."
+                    f"{location.uri} is not a whole Parquet file: its last bytes are not 'PAR1'. It was cut off while "
+                    f"it was written, or is of another format. Write it anew, or exclude it from the path."
                 )
             file.seek(size - _TAIL_BYTES - length)
             digest = hashlib.sha256(file.read(length)).hexdigest()
             file.seek(0)
             metadata = pq.ParquetFile(file).metadata
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{location.uri} cannot be read as Parquet: {' '.join(str(error).split())}. Write it anew.") from error
+        raise DataError(
+            f"{location.uri} cannot be read as Parquet: {' '.join(str(error).split())}. Write it anew."
+        ) from error
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
     return InventoryFile(location.name, size, groups, digest), metadata
 

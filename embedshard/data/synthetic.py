@@ -1,9 +1,9 @@
 """Generated interactions whose best reachable score is known.
 
-Items belong to topics; a topic's items are met by Zipf's law, and so are topics. A user is drawn to a few topics, more to the
-first than to the next, and meets items one after another, none twice: p(item | user) is known exactly. Nothing can rank
-held-out items better, in expectation, than that probability does with the items left out that the user has met: its recall is
-what a model can reach. Ids say nothing of topic or popularity.
+Items belong to topics; a topic's items are met by Zipf's law, and so are topics. A user is drawn to a few topics, more
+to the first than to the next, and meets items one after another, none twice: p(item | user) is known exactly. Nothing
+can rank held-out items better, in expectation, than that probability does with the items left out that the user has
+met: its recall is what a model can reach. Ids say nothing of topic or popularity.
 
 Each user's last item is the test row, the one before it the validation row. `history` is what the user had met before the
 row, at most `history_length` of it, most recent last.
@@ -114,7 +114,7 @@ def _generator(spec: SyntheticSpec, stream: int) -> np.random.Generator:
 
 
 def _zipf(count: int, exponent: float) -> FloatArray:
-    shares = np.arange(1, count + 1, dtype=np.float64) ** -exponent
+    shares: FloatArray = np.arange(1, count + 1, dtype=np.float64) ** -exponent
     return shares / shares.sum()
 
 
@@ -123,7 +123,7 @@ def generate(spec: SyntheticSpec) -> Interactions:
     item_of = _generator(spec, _IDS).permutation(spec.items).reshape(spec.topics, -1).astype(np.int64)
     within = _zipf(item_of.shape[1], spec.item_exponent)
     user_topics = _distinct_draws(spec)
-    shares = spec.affinity * (1.0 - spec.affinity) ** np.arange(spec.topics_per_user)
+    shares: FloatArray = spec.affinity * (1.0 - spec.affinity) ** np.arange(spec.topics_per_user, dtype=np.float64)
     shares /= shares.sum()
     wanted = _activity(spec)
 

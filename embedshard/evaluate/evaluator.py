@@ -223,8 +223,7 @@ class Evaluator:
     # ---------------------------------------------------------------------------------------------------------- both
     def _encode(self, encode: Any, columns: Columns, count: int) -> torch.Tensor:
         vectors = [
-            encode(self._collator.batch(columns, first, last).to(self._world.device))
-            for first, last in self._spans(count)
+            encode(self._collator.batch(columns, first, last).to(self._world.device)) for first, last in self._spans(count)
         ]
         return torch.cat(vectors)
 
@@ -244,4 +243,3 @@ def _index_in(known: IntArray, values: IntArray) -> IntArray:
         return np.full(len(values), -1, dtype=np.int64)
     index = np.minimum(np.searchsorted(known, values), len(known) - 1)
     return np.where(known[index] == values, index, -1)
-

@@ -25,9 +25,7 @@ from embedshard.evaluate.ranking import POINTWISE_METRICS, FloatArray
 ArrayLike = torch.Tensor | npt.NDArray[np.generic]
 
 
-def weighted_auc(
-    scores_B: npt.NDArray[np.floating], is_positive_B: npt.NDArray[np.bool_], weights_B: FloatArray
-) -> float:
+def weighted_auc(scores_B: npt.NDArray[np.floating], is_positive_B: npt.NDArray[np.bool_], weights_B: FloatArray) -> float:
     """Returns the probability that a positive row scores above a negative one, a tie counting half.
 
     Exact, by sorting (Mann and Whitney 1947); rows are drawn by their weights.

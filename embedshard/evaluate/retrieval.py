@@ -592,9 +592,7 @@ def _positions(row_R: IntArray, scores_R: npt.NDArray[np.floating], rest_BK: npt
     return np.where(ahead_R < max_k, 1 + ahead_R + before_R, UNRANKED)  # behind a score of -inf are all K others
 
 
-def _rank_best(
-    scores_BN: torch.Tensor, row_R: IntArray, scores_R: npt.NDArray[np.floating], positions_R: IntArray
-) -> None:
+def _rank_best(scores_BN: torch.Tensor, row_R: IntArray, scores_R: npt.NDArray[np.floating], positions_R: IntArray) -> None:
     """Makes the best position of each row exact, in place. It uses up the scores."""
     best_B = np.full(len(scores_BN), np.inf, dtype=scores_R.dtype)
     order = np.lexsort((-scores_R, row_R))
@@ -661,9 +659,7 @@ def _ranking_metrics(names: Sequence[str]) -> list[Metric]:
     metrics = [parse_metric(name) for name in names]
     for metric in metrics:
         if metric.is_pointwise:
-            raise ConfigError(
-                f"metric '{metric}' compares predictions with labels; a ranking has none. Leave it out here."
-            )
+            raise ConfigError(f"metric '{metric}' compares predictions with labels; a ranking has none. Leave it out here.")
     return metrics
 
 

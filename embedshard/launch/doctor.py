@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+_OLDEST_PYTHON = (3, 11)
 _FREE_DISK_BYTES = 10 * 1024**3
 _FREE_MEMORY_BYTES = 2 * 1024**3
 
@@ -62,7 +63,7 @@ def _version(package: str) -> str | None:
 
 def _python() -> Finding:
     version = platform.python_version()
-    if sys.version_info < (3, 11):
+    if tuple(sys.version_info[:2]) < _OLDEST_PYTHON:
         return Finding("Python", "wrong", version, "Install Python 3.11 or later and make the environment anew.")
     return Finding("Python", "ok", f"{version}, {platform.machine()}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["evaluate_here", "summarise_config", "train_here"]
+__all__ = ["evaluate_here", "evaluate_untrained", "summarise_config", "train_here"]
 
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,7 @@ from rich.console import Console
 from embedshard.config import Config, Loaded, load_config, table_specs
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
+from embedshard.evaluate.evaluator import Split
 from embedshard.models.summary import Summary, summarise
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import Checkpoint, newest_intact, open_step
@@ -99,9 +100,7 @@ def _reporter(config: Config, run: RunDirectory, world: World, console: Console)
     return Reporters(reporters)
 
 
-def evaluate_here(
-    run_dir: Path, checkpoint_step: int | None, device: str, environment: Mapping[str, str]
-) -> dict[str, Any]:
+def evaluate_here(run_dir: Path, checkpoint_step: int | None, device: str, environment: Mapping[str, str]) -> dict[str, Any]:
     """Returns a checkpoint's metrics: `step`, and a dict for each of `validation` and `test` that there is.
 
     Raises:
@@ -124,6 +123,18 @@ def evaluate_here(
     if len(found) == 1:
         raise ConfigError(f"{run.path / 'config.yaml'}: nothing to measure. It needs evaluate.metrics and data.test.")
     return found
+
+
+def evaluate_untrained(run_dir: Path, split: Split, device: str, environment: Mapping[str, str]) -> dict[str, float]:
+    """Returns the metrics of a run's model as it was before its first step: every score is to be seen beside these.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    run = RunDirectory.open(run_dir)
+    with open_world(device) as world:
+        parts = assemble(run.load_config(environment).config, world, run.read_json("inventory.json"))
+        return parts.evaluator.evaluate(parts.model, split)
 
 
 def summarise_config(config_path: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> Summary:

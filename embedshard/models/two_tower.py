@@ -88,12 +88,8 @@ class TwoTower(nn.Module):
             bias = bias + self.global_bias
         return torch.cat([vector, bias, torch.ones_like(bias)], dim=1)
 
-    def _candidates(
-        self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, slot_count: int | None
-    ) -> torch.Tensor:
-        vector = self.item_tower(
-            [self._vector(lookups, dense, name, slot_count) for name in self._config.item.features]
-        )
+    def _candidates(self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, slot_count: int | None) -> torch.Tensor:
+        vector = self.item_tower([self._vector(lookups, dense, name, slot_count) for name in self._config.item.features])
         if self._config.similarity == "cosine":
             vector = F.normalize(vector, dim=1)
         if not self._config.biases:

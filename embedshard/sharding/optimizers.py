@@ -9,13 +9,13 @@ from __future__ import annotations
 __all__ = ["Optimizers", "attach_table_optimizers", "learning_rate_factor"]
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
-from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
@@ -40,7 +40,7 @@ _FUSED_TYPES = {
     "adam": EmbOptimType.ADAM,
 }
 _ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
-_DENSE_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
+_DENSE_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
     "adam": torch.optim.Adam,
@@ -105,9 +105,7 @@ class Optimizers:
         PlanError: if a table is not trained by the optimizer that the config names.
     """
 
-    def __init__(
-        self, model: DistributedModelParallel, config: Config, specs: Sequence[TableSpec], world: World
-    ) -> None:
+    def __init__(self, model: DistributedModelParallel, config: Config, specs: Sequence[TableSpec], world: World) -> None:
         self._schedule = config.optimizer.schedule
         self._clip_norm = config.optimizer.dense.clip_norm
         self._fused = model.fused_optimizer
@@ -165,9 +163,7 @@ class Optimizers:
         self.dense.step()
 
 
-def _dense_optimizer(
-    dense: DenseOptimizerConfig, parameters: Mapping[str, nn.Parameter]
-) -> KeyedOptimizerWrapper | None:
+def _dense_optimizer(dense: DenseOptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> KeyedOptimizerWrapper | None:
     if not parameters:
         return None
     try:

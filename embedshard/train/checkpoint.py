@@ -1,7 +1,7 @@
 """Checkpoints that belong to no world size.
 
-`checkpoints/step-00001000/` holds safetensors files of at most 256 MB and manifest.json. The manifest names every piece (a block
-of a named tensor) with its file, offset and shape, every file with its size and SHA-256, and the caller's JSON state; it is
+`checkpoints/step-00001000/` holds safetensors files of at most 256 MB and manifest.json. The manifest names every piece (a
+block of a named tensor) with its file, offset and shape, every file with its size and SHA-256, and the caller's JSON state; it is
 written last, and its appearance commits the checkpoint. Each rank writes its own files, named by attempt and rank, so that
 two attempts never write the same file. A reader takes the pieces that overlap what it wants, one verified file at a time: no
 gather, no pickle.
@@ -127,7 +127,7 @@ class Checkpoint:
         volume = sum(_volume(piece.shape) for piece in pieces)
         inside = all(
             len(piece.shape) == len(shape)
-            and all(0 <= at and at + size <= end for at, size, end in zip(piece.offset, piece.shape, shape, strict=True))
+            and all(at >= 0 and at + size <= end for at, size, end in zip(piece.offset, piece.shape, shape, strict=True))
             for piece in pieces
         )
         overlapping = any(
@@ -165,7 +165,9 @@ class Checkpoint:
             for piece, offset, tensor in copies:
                 region = _overlap(piece.offset, piece.shape, offset, tuple(tensor.shape))
                 assert region is not None, "only overlapping pieces were taken"
-                source = content[piece.key][tuple(slice(a - p, b - p) for (a, b), p in zip(region, piece.offset, strict=True))]
+                source = content[piece.key][
+                    tuple(slice(a - p, b - p) for (a, b), p in zip(region, piece.offset, strict=True))
+                ]
                 target = tensor[tuple(slice(a - o, b - o) for (a, b), o in zip(region, offset, strict=True))]
                 with torch.no_grad():
                     target.copy_(source)
@@ -265,9 +267,9 @@ def _volume(shape: Sequence[int]) -> int:
 def find_steps(root: Location) -> list[int]:
     """Returns the steps of committed checkpoints, ascending; their files are not looked at."""
     steps = []
-    for child in root.children():
-        match = _FOLDER.match(child.name)
-        if match and child.join(_MANIFEST).exists():
+    for name in root.list_names():
+        match = _FOLDER.match(name)
+        if match and root.join(name, _MANIFEST).exists():
             steps.append(int(match.group(1)))
     return sorted(steps)
 
@@ -378,9 +380,7 @@ class Checkpointer:
     def __enter__(self) -> Checkpointer:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
             self._leaving.set()  # other ranks may never come
             if self._thread is not None:
@@ -423,7 +423,7 @@ class Checkpointer:
             try:
                 _intact(_folder(self._root, step))
             except CheckpointError:
-                _folder(self._root, step).join(_MANIFEST).delete()
+                _folder(self._root, step).join(_MANIFEST).delete_file()
             else:
                 self._prune(keep, protect)
                 return
@@ -472,9 +472,9 @@ class Checkpointer:
                 self._prune(keep, protect)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            for child in folder.children():
-                if child.name.startswith(f"{self._attempt}-r{self._rank:05d}"):
-                    child.delete()
+            for name in folder.list_names():
+                if name.startswith(f"{self._attempt}-r{self._rank:05d}"):
+                    folder.join(name).delete_file()
             cause = "the disk is full" if full else str(error)
             advice = "Free some space" if full else "See that the folder can be written"
             raise CheckpointError(
@@ -510,9 +510,7 @@ class Checkpointer:
         for part in self._parts(folder):
             files |= part["files"]
             for piece in part["pieces"]:
-                tensor = tensors.setdefault(
-                    piece["name"], {"dtype": piece["dtype"], "shape": piece["whole"], "pieces": []}
-                )
+                tensor = tensors.setdefault(piece["name"], {"dtype": piece["dtype"], "shape": piece["whole"], "pieces": []})
                 tensor["pieces"].append({key: piece[key] for key in ("file", "key", "offset", "shape")})
         manifest = {
             "format": FORMAT,
@@ -525,9 +523,9 @@ class Checkpointer:
         }
         whole = manifest | {"sha256": _digest(manifest)}
         folder.join(_MANIFEST).write_bytes_atomically(json.dumps(whole, sort_keys=True).encode())
-        for child in folder.children():
-            if child.name not in files and child.name != _MANIFEST:
-                child.delete()
+        for name in folder.list_names():
+            if name not in files and name != _MANIFEST:
+                folder.join(name).delete_file()
 
     def _parts(self, folder: Location) -> Iterator[dict[str, Any]]:
         deadline = time.monotonic() + COMMIT_TIMEOUT_S
@@ -549,11 +547,11 @@ class Checkpointer:
             return
         steps = find_steps(self._root)
         kept = {*steps[-keep:], *protect}
-        for child in self._root.children():
-            match = _FOLDER.match(child.name)
+        for name in self._root.list_names():
+            match = _FOLDER.match(name)
             if match and int(match.group(1)) not in kept and steps and int(match.group(1)) <= steps[-1]:
-                child.join(_MANIFEST).delete()  # first: what is half deleted is no checkpoint
-                child.delete()
+                self._root.join(name, _MANIFEST).delete_file()  # first: what is half deleted is no checkpoint
+                self._root.join(name).delete_tree()
 
 
 def _portions(pieces: Iterable[Piece], max_bytes: int) -> Iterator[list[Piece]]:

@@ -36,12 +36,11 @@ class Ledger:
     def _clear(self) -> None:
         self._first_step = self._last_step = -1
         self._rows = self._weightless_rows = 0
-        self._digest = (0, 0)
+        self._digest: tuple[int, ...] = (0, 0)
 
     def add(self, batch: Batch) -> None:
         """Counts a batch whose optimizer step was done."""
-        position = batch.position
-        assert position is not None, "batches of the training data know where they are"
+        position = batch.training_position
         key = (position.epoch, position.partition)
         if key != self._key:
             self.flush()

@@ -113,11 +113,11 @@ class _Training:
                 state.samples_seen += result.rows
                 self.samples += result.rows
                 self.seconds += time.monotonic() - begin
-                self._tell(batch.position, result.loss)
+                self._tell(batch.training_position, result.loss)
                 is_end = state.step == steps
-                is_best = self._evaluate(batch.position, is_end)
+                is_best = self._evaluate(batch.training_position, is_end)
                 ends = is_end or result.stop_asked or state.has_stopped_early(config.train.early_stopping)
-                if ends or is_best or due(state.step, config.checkpoint.every_steps, batch.position.is_epoch_end):
+                if ends or is_best or due(state.step, config.checkpoint.every_steps, batch.training_position.is_epoch_end):
                     self._save()
                 if result.stop_asked and not is_end:
                     return stop.asked.name if stop.asked is not None else "another rank"
@@ -134,7 +134,11 @@ class _Training:
         if due(step, self.parts.config.train.log_every_steps, False) or step == self.num_steps:
             self.reporter.measured(
                 step,
-                {"train/loss": loss, "train/epoch": position.epoch, "train/samples_per_second": self.samples_per_second},
+                {
+                    "train/loss": loss,
+                    "train/epoch": position.epoch,
+                    "train/samples_per_second": self.samples_per_second,
+                },
             )
 
     def _evaluate(self, position: Position, is_end: bool) -> bool:

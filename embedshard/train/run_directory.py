@@ -8,7 +8,7 @@ import json
 import os
 import socket
 from collections.abc import Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,7 @@ class RunDirectory:
             ConfigError: if there is a run already.
         """
         if (path / "config.yaml").exists():
-            raise ConfigError(
-                f"{path} holds a run already. Continue it with --resume {path}, or choose another --run-dir."
-            )
+            raise ConfigError(f"{path} holds a run already. Continue it with --resume {path}, or choose another --run-dir.")
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "config.yaml", dump_tree(loaded.tree))
         return cls(path)
@@ -98,7 +96,7 @@ class RunDirectory:
         path = self.path / "attempts.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         attempt = len(lines) + 1
-        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"attempt": attempt, "time": now, "host": socket.gethostname(), "world_size": world_size}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

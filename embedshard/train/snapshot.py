@@ -1,7 +1,7 @@
 """A run's state as named pieces: what a checkpoint holds, and how it comes back.
 
-Names belong to no world size: `tables/<table>/<weight or state>`, `dense/<parameter>`, `dense_optimizer/<parameter>/<state>`,
-`objective/<buffer>`. Tables are live views of this rank's shards; the rest is replicated, and rank 0 writes it.
+Names belong to no world size: `tables/<table>/<weight or state>`, `dense/<parameter>`,
+`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; the rest is replicated, and rank 0 writes it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ __all__ = ["pieces", "restore", "restore_model"]
 from collections.abc import Iterator
 
 import torch
-from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.models.objectives.objective import Objective
@@ -21,9 +21,7 @@ from embedshard.train.checkpoint import Checkpoint, Piece
 from embedshard.world import World
 
 
-def pieces(
-    model: DistributedModelParallel, optimizers: Optimizers, objective: Objective, world: World
-) -> Iterator[Piece]:
+def pieces(model: DistributedModelParallel, optimizers: Optimizers, objective: Objective, world: World) -> Iterator[Piece]:
     """Yields what this rank writes. Not collective."""
     yield from _tables(model)
     if world.is_rank_zero:
@@ -32,9 +30,7 @@ def pieces(
         yield from _whole("objective", dict(objective.named_buffers()))
 
 
-def restore(
-    checkpoint: Checkpoint, model: DistributedModelParallel, optimizers: Optimizers, objective: Objective
-) -> None:
+def restore(checkpoint: Checkpoint, model: DistributedModelParallel, optimizers: Optimizers, objective: Objective) -> None:
     """Fills this rank's shards and everything replicated from a checkpoint of any world. Not collective.
 
     Raises:

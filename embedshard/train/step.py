@@ -60,11 +60,7 @@ class Stepper:
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._world, self._seed, self._describe_row = world, seed, describe_row
         self._penalties: Mapping[str, float] = {
-            lookup.key: spec.l2_lookup
-            for spec in specs
-            if spec.l2_lookup
-            for lookup in spec.lookups
-            if lookup.slot is None
+            lookup.key: spec.l2_lookup for spec in specs if spec.l2_lookup for lookup in spec.lookups if lookup.slot is None
         }
 
     def take(self, batch: Batch, stop_asked: bool) -> StepResult:
@@ -80,8 +76,7 @@ class Stepper:
         Raises:
             TrainingError: if the loss is not finite on any rank; no table has changed then.
         """
-        position = batch.position
-        assert position is not None, "batches of the training data know where they are"
+        position = batch.training_position
         # For modules that draw from the global generator (dropout): a resumed run draws the same.
         torch.manual_seed((self._seed * 1_000_003 + position.step) * 65_537 + self._world.rank)
         batch = batch.to(self._world.device)
@@ -105,8 +100,7 @@ class Stepper:
         return StepResult(total_loss / total_weight if total_weight else 0.0, round(rows), stops > 0)
 
     def _not_finite(self, batch: Batch, weighted_B: torch.Tensor) -> str:
-        position = batch.position
-        assert position is not None
+        position = batch.training_position
         where = f"step {position.step + 1} (epoch {position.epoch + 1}, partition {position.partition + 1})"
         bad = torch.nonzero(~torch.isfinite(weighted_B)).flatten().tolist()
         if bad:

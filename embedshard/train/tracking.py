@@ -7,7 +7,7 @@ __all__ = ["ConsoleReporter", "JsonLinesReporter", "Reporter", "Reporters", "Sil
 import json
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ class JsonLinesReporter(Reporter):
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a line."""
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"step": step, "attempt": self._attempt, "time": now, **values}
         self._file.write(json.dumps(line) + "\n")
 

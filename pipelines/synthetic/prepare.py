@@ -1,6 +1,6 @@
 """Generates the synthetic interactions that `make train` trains on.
 
-    python pipelines/synthetic/prepare.py --seed 0
+python pipelines/synthetic/prepare.py --seed 0
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def test_a_missing_file_offers_the_nearest(config_file):
 def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="is not YAML|a config is a mapping"):
+    with pytest.raises(ConfigError, match=r"is not YAML|a config is a mapping"):
         load_config(path, {})
 
 

@@ -106,7 +106,12 @@ def test_seeds_and_epochs_change_the_order():
 
 def test_the_order_is_pinned_because_resumed_runs_depend_on_it():
     order = Order(7, 2, 4, (2,), ((5, 4, 6),))
-    assert [rows.tolist() for _, rows in batches(order, 0, order.epoch_steps)] == [[5, 6, 13, 0], [8, 7, 12, 14], [10, 9, 4, 1], [11, -1, 3, 2]]
+    assert [rows.tolist() for _, rows in batches(order, 0, order.epoch_steps)] == [
+        [5, 6, 13, 0],
+        [8, 7, 12, 14],
+        [10, 9, 4, 1],
+        [11, -1, 3, 2],
+    ]
 
 
 def test_rows_are_shuffled_only_within_their_window():

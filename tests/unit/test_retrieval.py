@@ -205,9 +205,7 @@ def test_when_everything_was_seen_nothing_is_listed():
 def test_a_relevant_item_that_may_not_be_recommended_is_a_miss():
     query, candidate = torch.ones(1, 1), torch.tensor([[3.0], [2.0], [1.0]])
     mask = np.array([False, True, True])
-    result = rank_catalogue(
-        query, candidate, jagged([[0, 1]]), None, ["recall@3", "mrr", "coverage@3"], candidate_mask=mask
-    )
+    result = rank_catalogue(query, candidate, jagged([[0, 1]]), None, ["recall@3", "mrr", "coverage@3"], candidate_mask=mask)
     assert result["recall@3"] == 0.5
     assert result["mrr"] == 1.0
     assert result["coverage@3"] == 1.0

@@ -3,8 +3,8 @@
 The loss of a row is log(sum over all items of exp(score)) minus its own item's score. The sum is estimated from
 candidates: the row's own item is in it once, for certain; the others turn up at random, so each counts 1 / (how often
 it is expected to turn up), which makes the sum right in expectation. In logits that is a subtraction of the log:
-`log_q` correction (Bengio & Senecal 2008; for in-batch candidates Yi et al. 2019, whose form also corrects the row's own item,
-which is not drawn; Khrylchenko et al. 2025 tell the difference). A candidate that happens to be the row's own item is
+`log_q` correction (Bengio & Senecal 2008; for in-batch candidates Yi et al. 2019, whose form also corrects the row's own
+item, which is not drawn; Khrylchenko et al. 2025 tell the difference). A candidate that happens to be the row's own item is
 left out. Without correction all candidates count alike, and popular items are scored too low.
 
 Shapes: B rows on this rank, G rows of the global batch, N candidates, D vectors.

@@ -1,0 +1,54 @@
+"""First values: a function of (seed, table, row)."""
+
+import numpy as np
+import pytest
+
+from embedshard.config import TableSpec
+from embedshard.config.parts import InitConfig, TableOptimizerConfig
+from embedshard.sharding.initialise import initial_rows
+
+
+def spec(name="item", rows=1000, dim=12, **init):
+    return TableSpec(
+        name=name,
+        rows=rows,
+        dim=dim,
+        dtype="fp32",
+        init=InitConfig(**init),
+        optimizer=TableOptimizerConfig(),
+        l2_lookup=0.0,
+        weighted=False,
+        pooling="sum",
+        lookups=(),
+        sharding_types=(),
+    )
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "zeros"])
+@pytest.mark.parametrize(("first", "last"), [(0, 1), (17, 18), (3, 700), (999, 1001)])
+def test_a_block_of_rows_is_the_same_wherever_it_is_made(kind, first, last):
+    whole = initial_rows(5, spec(kind=kind), 0, 1001)
+    np.testing.assert_array_equal(initial_rows(5, spec(kind=kind), first, last), whole[first:last])
+
+
+def test_a_table_that_grows_keeps_its_rows():
+    np.testing.assert_array_equal(initial_rows(5, spec(rows=2000), 0, 500), initial_rows(5, spec(rows=500), 0, 500))
+
+
+def test_seeds_and_tables_differ():
+    assert (initial_rows(5, spec(), 0, 10) != initial_rows(6, spec(), 0, 10)).all()
+    assert (initial_rows(5, spec(), 0, 10) != initial_rows(5, spec(name="user"), 0, 10)).all()
+
+
+@pytest.mark.parametrize(("kind", "deviation"), [("normal", 0.3), ("uniform", 0.3 / 3**0.5)])
+def test_values_have_the_moments_that_the_config_names(kind, deviation):
+    values = initial_rows(1, spec(kind=kind, scale=0.3, rows=20_000), 0, 20_000)
+    assert np.isfinite(values).all()
+    assert abs(values.mean()) < 0.005
+    assert abs(values.std() - deviation) < 0.005
+    if kind == "uniform":
+        assert np.abs(values).max() <= 0.3
+
+
+def test_the_default_scale_is_one_over_the_root_of_dim():
+    assert abs(initial_rows(1, spec(dim=64, rows=5000), 0, 5000).std() - 1 / 8) < 0.005
