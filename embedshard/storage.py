@@ -182,7 +182,7 @@ def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> 
     """Returns the files that paths, folders and globs name, sorted by path, each once.
 
     `*`, `?` and `[...]` stand for characters of a name, `**` for any folders. A folder stands for the `*.parquet` files
-    in and below it. Names that begin with `_` or `.` are skipped, as writers put their markers there, unless the pattern
+    in and below it. Names that begin with `_` or `.` are skipped, as writers put markers there, unless the pattern
     spells that character.
 
     Args:

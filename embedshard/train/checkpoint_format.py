@@ -9,12 +9,13 @@ from __future__ import annotations
 __all__ = [
     "DTYPES",
     "FORMAT_VERSION",
+    "DamageError",
     "FileEntry",
     "Manifest",
-    "ManifestError",
     "PartFile",
     "PieceEntry",
     "TensorEntry",
+    "check",
     "dtype_name",
     "overlap",
     "parse_manifest",
@@ -51,8 +52,8 @@ Size = Annotated[int, Field(ge=0, lt=_LARGEST)]
 Sizes = tuple[Size, ...]
 
 
-class ManifestError(Exception):
-    """A manifest cannot be believed; the message says what was met, as the end of a sentence about the manifest."""
+class DamageError(Exception):
+    """A manifest or a file is not what was written; what was met, for a CheckpointError that says what to do."""
 
 
 class _Entry(BaseModel):
@@ -85,12 +86,11 @@ class PieceEntry(_Entry):
 
 
 class PartFile(_Entry):
-    """What one rank has written: the manifest's share of it, or the error that kept the rank from writing it."""
+    """What one rank has written, until rank 0 gathers it into the manifest."""
 
-    tensors: dict[str, TensorEntry] = {}
-    pieces: tuple[PieceEntry, ...] = ()
-    files: tuple[FileEntry, ...] = ()
-    error: str | None = None
+    tensors: dict[str, TensorEntry]
+    pieces: tuple[PieceEntry, ...]
+    files: tuple[FileEntry, ...]
 
 
 class Manifest(_Entry):
@@ -142,19 +142,19 @@ def parse_manifest(data: bytes) -> Manifest:
     """Reads a manifest and checks that it makes sense.
 
     Raises:
-        ManifestError: if a bit is not as it was written, the format is unknown, a file lies outside the folder, or the
-            pieces do not cover each tensor exactly once.
+        DamageError: as the end of a sentence about the manifest, if a bit is not as it was written, the format is unknown, a file lies outside the
+            folder, or the pieces do not cover each tensor exactly once.
     """
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ManifestError(f"is damaged: it is no JSON ({error})") from error
+        raise DamageError(f"is damaged: it is no JSON ({error})") from error
     # Comparing bytes, not values, refuses each flipped bit, also where both spellings mean the same number.
     if not isinstance(content, dict) or seal(content) != data:
-        raise ManifestError("is damaged: its content does not match the SHA-256 that it carries")
+        raise DamageError("is damaged: its content does not match the SHA-256 that it carries")
     del content["sha256"]
     if content.get("format") != FORMAT_VERSION:
-        raise ManifestError(
+        raise DamageError(
             f"is of format {content.get('format')!r}, and this embedshard reads format {FORMAT_VERSION}: "
             f"use the release that wrote it"
         )
@@ -163,7 +163,7 @@ def parse_manifest(data: bytes) -> Manifest:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise ManifestError(f"does not make sense at '{where}': {first['msg']}") from error
+        raise DamageError(f"does not make sense at '{where}': {first['msg']}") from error
     check(manifest)
     return manifest
 
@@ -172,27 +172,27 @@ def check(manifest: Manifest) -> None:
     """Checks what types cannot say: plain file names, known dtypes, and pieces that cover each tensor exactly once.
 
     Raises:
-        ManifestError: naming the file or the tensor.
+        DamageError: as the end of a sentence about the manifest.
     """
     files = [file.name for file in manifest.files]
     for name in files:
         if not _is_plain(name):
-            raise ManifestError(f"names the file {name!r}, which is no plain name within its folder")
+            raise DamageError(f"names the file {name!r}, which is no plain name within its folder")
     if len(set(files)) != len(files):
-        raise ManifestError("names a file twice")
+        raise DamageError("names a file twice")
     pieces: dict[str, list[PieceEntry]] = defaultdict(list)
     for piece in manifest.pieces:
         if piece.name not in manifest.tensors:
-            raise ManifestError(f"has a piece of '{piece.name}', which it does not list among the tensors")
+            raise DamageError(f"has a piece of '{piece.name}', which it does not list among the tensors")
         pieces[piece.name].append(piece)
     known = set(files)
     for name, tensor in manifest.tensors.items():
         if tensor.dtype not in DTYPES:
-            raise ManifestError(f"says that '{name}' is of dtype {tensor.dtype!r}, which is unknown")
+            raise DamageError(f"says that '{name}' is of dtype {tensor.dtype!r}, which is unknown")
         if lost := next((piece.file for piece in pieces[name] if piece.file not in known), None):
-            raise ManifestError(f"says that '{name}' is in {lost!r}, which it does not list among the files")
+            raise DamageError(f"says that '{name}' is in {lost!r}, which it does not list among the files")
         if problem := _tiling_problem(tensor.shape, pieces[name]):
-            raise ManifestError(f"has pieces of '{name}' that do not cover its shape {list(tensor.shape)}: {problem}")
+            raise DamageError(f"has pieces of '{name}' that do not cover its shape {list(tensor.shape)}: {problem}")
 
 
 def _is_plain(name: str) -> bool:

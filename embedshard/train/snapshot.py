@@ -1,7 +1,8 @@
 """A run's state as named pieces: what a checkpoint holds, and how it comes back.
 
 Names belong to no world size: `tables/<table>/<weight or state>`, `dense/<parameter>`,
-`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; the rest is replicated, and rank 0 writes it.
+`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; the rest is
+replicated, and rank 0 writes it.
 """
 
 from __future__ import annotations
