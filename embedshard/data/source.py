@@ -219,7 +219,7 @@ class Source:
             try:
                 if batches is None:
                     # A handle of its own: a lane keeps it while others read the same file.
-                    file = pq.ParquetFile(self._locations[group.file].open_input(), metadata=self._metadata[group.file])
+                    file = pq.ParquetFile(self._locations[group.file].open_input(), metadata=self._metadata[group.file], page_checksum_verification=True)
                     batches = file.iter_batches(
                         batch_size=batch_rows, row_groups=[group.index], columns=self.decoder.columns, use_threads=False
                     )
@@ -241,7 +241,7 @@ class Source:
         with self._lock:
             file = self._open.pop(number, None)
             if file is None:
-                file = pq.ParquetFile(self._locations[number].open_input(), metadata=self._metadata[number])
+                file = pq.ParquetFile(self._locations[number].open_input(), metadata=self._metadata[number], page_checksum_verification=True)
                 if len(self._open) >= _OPEN_FILES:
                     self._open.popitem(last=False)[1].close()
             self._open[number] = file

@@ -5,9 +5,9 @@
 writes the manifest: its appearance commits the checkpoint. Then it deletes the lists, by which the other ranks know. So the
 ranks meet in the folder alone: no collective, in any thread, on disks and object stores.
 
-A step that is saved again by a later attempt (because it was damaged, or the run went back) is written anew beside the former
-files, whose manifest stays valid until the new one replaces it in one stroke; then the former files are deleted. So no rank
-has to judge, alike with all others, whether what is there is good. An attempt that a later one has replaced is refused.
+A step that a later attempt saves again (because it was damaged, or the run went back) is written anew beside the former
+files, whose manifest stays valid until the new one replaces it in one stroke; then the former files are deleted. So no
+rank has to judge, alike with all others, whether what is there is good. An attempt that a later one has replaced is refused.
 
 This module must not know models, torchrec or process groups. Reading is in `checkpoint_reader.py`.
 """
@@ -19,7 +19,7 @@ __all__ = [
     "Checkpointer",
     "Piece",
     "TensorSpec",
-    "find_checkpoints",
+    "find_steps",
     "newest_intact",
     "offer",
     "open_checkpoint",
@@ -48,7 +48,7 @@ from embedshard.train.checkpoint_reader import (
     MANIFEST,
     Checkpoint,
     TensorSpec,
-    find_checkpoints,
+    find_steps,
     newest_intact,
     offer,
     open_checkpoint,
@@ -144,14 +144,19 @@ class Checkpointer:
         self.wait()
         if not callable(pieces):
             given = list(pieces)
-            pieces = given.__iter__
+            pieces = lambda: given  # noqa: E731 (a generator can be read once only)
         frozen = json.loads(json.dumps(state))
-        size = num_bytes(pieces())
-        if not self._decide(size):
-            self._write(step, pieces(), size, frozen, keep, protect)
+        try:
+            size = num_bytes(pieces())
+            in_background = self._decide(size)
+            taken = _copied(pieces()) if in_background else pieces()
+        except BaseException as error:
+            self._give_up(step_folder(self._root, step), str(error), is_published=False)
+            raise
+        if not in_background:
+            self._write(step, taken, size, frozen, keep, protect)
             return
-        copies = [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces()]
-        arguments = (step, copies, size, frozen, keep, frozenset(protect))
+        arguments = (step, taken, size, frozen, keep, frozenset(protect))
         self._thread = threading.Thread(target=self._write_quietly, args=arguments, name=f"save-{step}")
         self._thread.start()
 
@@ -184,7 +189,7 @@ class Checkpointer:
         self.decision = f"{'background' if in_background else 'blocking, piece by piece'}: {reason}"
         return in_background
 
-    def _write_quietly(self, *arguments: Any) -> None:  # noqa: ANN401 (passed on as they are)
+    def _write_quietly(self, *arguments: Any) -> None:
         try:
             self._write(*arguments)
         except BaseException as error:
@@ -202,7 +207,7 @@ class Checkpointer:
         folder = step_folder(self._root, step)
         is_published = False
         try:
-            if not self._is_committed_by_us(folder):
+            if not self._has_committed(folder):
                 folder.make_dirs()
                 part = write_pieces(folder, self._prefix(self._rank), pieces, self._max_file_bytes)
                 folder.join(self._part_name(self._rank)).write_text_atomically(part.model_dump_json())
@@ -235,7 +240,7 @@ class Checkpointer:
         self._meet(folder, lambda names: [rank for name, rank in expected.items() if name not in names])
         manifest = self._gathered(folder, step, state)
         # As late as possible: an attempt that was replaced must not replace its successor's manifest.
-        self._is_committed_by_us(folder)
+        self._has_committed(folder)
         lost = {file.name for file in manifest.files} - set(folder.list_names())
         if lost:
             raise CheckpointError(
@@ -291,28 +296,25 @@ class Checkpointer:
             if is_late or self._is_aborted():
                 shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
                 raise CheckpointError(
-                    f"{folder.uri} is not committed: after {waited_s:.1f} s, rank {shown} of {self._world_size} has not done "
-                    f"its share. See what it says, then resume. Earlier checkpoints are as they were."
+                    f"{folder.uri} is not committed: after {waited_s:.1f} s, rank {shown} of {self._world_size} has not "
+                    f"done its share. See what it says, then resume. Earlier checkpoints are as they were."
                 )
             time.sleep(pause_s)
             pause_s = min(1.0, 1.5 * pause_s)
 
-    def _is_committed_by_us(self, folder: Location) -> bool:
+    def _has_committed(self, folder: Location) -> bool:
         """Returns whether this attempt has committed this step.
 
         Raises:
             CheckpointError: if a later attempt has, so that this one was replaced.
         """
-        try:
-            attempt = parse_manifest(folder.join(MANIFEST).read_bytes()).attempt
-        except (FileNotFoundError, DamageError):
-            return False
-        if int(attempt) > int(self._attempt):
+        attempt = _committed_attempt(folder)
+        if attempt > int(self._attempt):
             raise CheckpointError(
                 f"{folder.uri} was saved by attempt {attempt} of this run, and this is attempt {self._attempt}, which the "
                 f"other has replaced. End this process."
             )
-        return attempt == self._attempt
+        return attempt == int(self._attempt)
 
     # -------------------------------------------------------------------------------------------------- cleaning up
     def _sweep(self, folder: Location, kept: Collection[str]) -> None:
@@ -329,18 +331,35 @@ class Checkpointer:
         Once a rank has published its list, only rank 0 decides: it may be committing at this moment.
         """
         with suppress(OSError):
+            if _committed_attempt(folder) == int(self._attempt):
+                return
+        with suppress(OSError):
             if self._world_size > 1:
+                folder.make_dirs()
                 folder.join(self._failed_name(self._rank)).write_text_atomically(reason)
         with suppress(OSError):
             names = folder.list_names()
-            if self._is_committed_by_us(folder) or (self._rank != 0 and is_published and self._failed_name(0) not in names):
+            if self._rank and is_published and self._failed_name(0) not in names:
                 return
             own = self._prefix(self._rank) if self._rank else f"{self._attempt}-r"
             for name in names:
-                if name.removeprefix(".").startswith(own) and not name.endswith(".failed"):
+                if name.startswith((own, f".{own}")) and not name.endswith(".failed"):
                     folder.join(name).delete_file()
             if not folder.list_names():
                 folder.delete_tree()
+
+
+def _copied(pieces: Iterable[Piece]) -> list[Piece]:
+    return [replace(piece, tensor=piece.tensor.detach().to("cpu", copy=True)) for piece in pieces]
+
+
+def _committed_attempt(folder: Location) -> int:
+    """Returns the number of the attempt whose manifest is there; -1 if there is none, or a damaged one."""
+    try:
+        attempt = parse_manifest(folder.join(MANIFEST).read_bytes()).attempt
+    except (FileNotFoundError, DamageError):
+        return -1
+    return int(attempt) if attempt.isdigit() else -1
 
 
 def _explained(error: BaseException, folder: Location, size: int) -> BaseException:

@@ -142,22 +142,23 @@ def parse_manifest(data: bytes) -> Manifest:
     """Reads a manifest and checks that it makes sense.
 
     Raises:
-        DamageError: as the end of a sentence about the manifest, if a bit is not as it was written, the format is unknown, a file lies outside the
-            folder, or the pieces do not cover each tensor exactly once.
+        DamageError: as the end of a sentence about the manifest: if a bit is not as it was written, the format is
+            unknown, a file lies outside the folder, or the pieces do not cover each tensor exactly once.
     """
     try:
         content = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise DamageError(f"is damaged: it is no JSON ({error})") from error
     # Comparing bytes, not values, refuses each flipped bit, also where both spellings mean the same number.
-    if not isinstance(content, dict) or seal(content) != data:
+    is_sealed = isinstance(content, dict) and seal(content) == data
+    if isinstance(content, dict) and content.get("format", FORMAT_VERSION) != FORMAT_VERSION:
+        raise DamageError(
+            f"is of format {content['format']!r}, and this embedshard reads format {FORMAT_VERSION}: use the release "
+            f"that wrote it" + ("" if is_sealed else " (if it is not damaged: its SHA-256 does not match)")
+        )
+    if not is_sealed:
         raise DamageError("is damaged: its content does not match the SHA-256 that it carries")
     del content["sha256"]
-    if content.get("format") != FORMAT_VERSION:
-        raise DamageError(
-            f"is of format {content.get('format')!r}, and this embedshard reads format {FORMAT_VERSION}: "
-            f"use the release that wrote it"
-        )
     try:
         manifest = Manifest.model_validate_json(_canonical(content))
     except ValidationError as error:
@@ -225,4 +226,4 @@ def _tiling_problem(shape: Sequence[int], pieces: Sequence[PieceEntry]) -> str |
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode("ascii")
+    return json.dumps(content, sort_keys=True).encode("ascii")

@@ -9,7 +9,7 @@ __all__ = [
     "MANIFEST",
     "Checkpoint",
     "TensorSpec",
-    "find_checkpoints",
+    "find_steps",
     "newest_intact",
     "offer",
     "open_checkpoint",
@@ -155,7 +155,7 @@ class Checkpoint:
                 f"Use the config that the checkpoint was trained with."
             )
         fits = len(spec.shape) == tensor.dim() == len(offset) and all(
-            0 <= first and first + size <= end for first, size, end in zip(offset, tensor.shape, spec.shape, strict=True)
+            first >= 0 and first + size <= end for first, size, end in zip(offset, tensor.shape, spec.shape, strict=True)
         )
         if spec.dtype != tensor.dtype or not fits or shape not in (None, spec.shape):
             block = f"{list(tensor.shape)} at {list(offset)}" + ("" if shape is None else f" of {list(shape)}")
@@ -183,26 +183,26 @@ def open_step(root: Location, step: int) -> Checkpoint:
     return open_checkpoint(step_folder(root, step))
 
 
-def find_checkpoints(root: Location) -> list[int]:
+def find_steps(root: Location) -> list[int]:
     """Returns the steps of committed checkpoints, ascending; whether they are intact is not looked at."""
     return [step for step, folder in _step_folders(root) if folder.join(MANIFEST).exists()]
 
 
-def newest_intact(root: Location, verify: bool = True, on_damage: Callable[[str], None] | None = None) -> Checkpoint | None:
+def newest_intact(root: Location, on_damage: Callable[[str], None] | None = None, verify: bool = True) -> Checkpoint | None:
     """Returns the newest checkpoint that is intact; None if none was ever committed.
 
     Ranks that call it each read everything: on more than one, let rank 0 call it and tell the others the step.
 
     Args:
         root: the folder of checkpoints.
-        verify: whether all files are read and checked; else only their manifests are.
         on_damage: told what is wrong with each newer one that is passed over.
+        verify: whether all files are read and checked; else only their manifests are.
 
     Raises:
         CheckpointError: if there are checkpoints and none is intact: to begin anew is not this function's decision.
     """
     damages = []
-    for step in reversed(find_checkpoints(root)):
+    for step in reversed(find_steps(root)):
         checkpoint, damage = _examine(step_folder(root, step), verify)
         if damage is None:
             return checkpoint
@@ -219,7 +219,7 @@ def newest_intact(root: Location, verify: bool = True, on_damage: Callable[[str]
 
 def offer(folder: Location) -> str:
     """Returns the sentence that names the newest intact checkpoint beside a damaged one."""
-    for step in reversed(find_checkpoints(folder.parent)):
+    for step in reversed(find_steps(folder.parent)):
         other = step_folder(folder.parent, step)
         if other.name == folder.name:
             continue
@@ -247,7 +247,7 @@ def prune(root: Location, keep: int, protect: Collection[int] = (), newest: int 
         CheckpointError: if one cannot be deleted.
     """
     assert keep >= 1, "the newest checkpoint is always kept"
-    steps = [step for step in find_checkpoints(root) if newest is None or step <= newest]
+    steps = [step for step in find_steps(root) if newest is None or step <= newest]
     if not steps:
         return
     kept = {*steps[-keep:], *protect}

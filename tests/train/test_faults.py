@@ -25,9 +25,7 @@ def command(*arguments):
 
 
 def run(*arguments, cwd=None):
-    return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, check=False
-    )
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, check=False)
 
 
 @pytest.fixture
@@ -175,9 +173,7 @@ def other_format(path):
     ],
     ids=["flipped bit", "truncated", "missing", "leaves its folder", "no manifest", "flipped manifest", "format"],
 )
-def test_a_damaged_checkpoint_is_refused_by_name_and_the_newest_intact_one_offered(
-    make_config, tmp_path, damage, words
-):
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_newest_intact_one_offered(make_config, tmp_path, damage, words):
     path = saved(make_config, tmp_path)
     newest = path / "checkpoints" / "step-00000014"
     damage(next(iter(sorted(newest.glob("*.safetensors")))))
@@ -203,9 +199,7 @@ def test_two_swapped_files_are_refused(tmp_path):
     root = RunDirectory(tmp_path).checkpoints
     tensors = {"a": torch.arange(64.0), "b": torch.arange(64.0) + 1}
     with Checkpointer(root, 0, 1, "0001", max_file_bytes=256) as checkpointer:
-        checkpointer.save(
-            1, lambda: [Piece(name, tensor, (0,), (64,)) for name, tensor in tensors.items()], {}, 3, set()
-        )
+        checkpointer.save(1, lambda: [Piece(name, tensor, (0,), (64,)) for name, tensor in tensors.items()], {}, 3, set())
     files = sorted((tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors"))
     assert len(files) == 2, "small files, so that there are two to swap"
     open_step(root, 1).verify()
@@ -232,7 +226,10 @@ def test_a_full_disk_is_a_clear_error_and_leaves_earlier_checkpoints(make_config
     path = saved(make_config, tmp_path)
     small = tmp_path / "small"
     small.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(small)], check=False).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "none", str(small)], check=False).returncode
+    ):
         pytest.skip("mounting a small disk is not permitted here")
     try:
         shutil.copytree(path / "checkpoints" / "step-00000007", small / "checkpoints" / "step-00000007")

@@ -15,6 +15,8 @@ from __future__ import annotations
 __all__ = ["InBatchSoftmax", "SampledSoftmax", "softmax_losses"]
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,28 +28,86 @@ from embedshard.models.objectives.objective import Objective
 from embedshard.models.output import RetrievalOutput
 from embedshard.world import World
 
+_BLOCK_ELEMENTS = 2**20  # logits made at once: 4 MiB
+
 
 def softmax_losses(
     positive_B: torch.Tensor,
     query_BD: torch.Tensor,
     candidate_ND: torch.Tensor,
     offset_N: torch.Tensor,
-    excluded_BN: torch.Tensor | None,
+    own_B: torch.Tensor,
+    candidate_N: torch.Tensor,
 ) -> torch.Tensor:
     """Returns the cross entropy of each row's own logit against candidates, (B,) in nats. Not collective.
+
+    A row that no candidate is left for has loss 0.
 
     Args:
         positive_B: logits of the rows' own items.
         query_BD: query vectors, divided by the temperature.
         candidate_ND: vectors of the other candidates.
-        offset_N: added to each candidate's logits; -inf leaves it out.
-        excluded_BN: True where a candidate is left out for a row.
+        offset_N: added to each candidate's logits; -inf leaves it out. Without gradient.
+        own_B: what a row is, int64.
+        candidate_N: what a candidate is, int64; it is left out for the rows that are the same.
     """
-    logits_BN = torch.addmm(offset_N, query_BD, candidate_ND.T)
-    if excluded_BN is not None:
-        logits_BN = logits_BN.masked_fill_(excluded_BN, -math.inf)
-    others_B = torch.logsumexp(logits_BN, dim=1)
+    others_B = _OthersLogSum.apply(query_BD, candidate_ND, offset_N, own_B, candidate_N)
     return F.softplus(others_B - positive_B)  # log(exp(own) + exp(others)) - own
+
+
+class _OthersLogSum(torch.autograd.Function):
+    """log(sum of exp(logits)) over the candidates of each row, in blocks of rows.
+
+    The logits of a block stay in the cache and are made again in the backward pass: the whole B x N matrix, with the
+    copies that autograd keeps of it, costs several times the products themselves.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query_BD: torch.Tensor,
+        candidate_ND: torch.Tensor,
+        offset_N: torch.Tensor,
+        own_B: torch.Tensor,
+        candidate_N: torch.Tensor,
+    ) -> torch.Tensor:
+        others_B = query_BD.new_empty(len(query_BD))
+        for rows in _blocks(len(query_BD), len(candidate_ND)):
+            logits = _logits(query_BD[rows], candidate_ND, offset_N, own_B[rows], candidate_N)
+            others_B[rows] = torch.logsumexp(logits, dim=1)
+        ctx.save_for_backward(query_BD, candidate_ND, offset_N, own_B, candidate_N, others_B)
+        return others_B
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient_B,) = gradients
+        query_BD, candidate_ND, offset_N, own_B, candidate_N, others_B = ctx.saved_tensors
+        alone = torch.isneginf(others_B)  # no candidate is left: nothing to push away
+        gradient_B = gradient_B.masked_fill(alone, 0.0)
+        others_B = others_B.masked_fill(alone, 0.0)
+        for_queries, for_candidates = torch.empty_like(query_BD), torch.zeros_like(candidate_ND)
+        for rows in _blocks(len(query_BD), len(candidate_ND)):
+            shares = _logits(query_BD[rows], candidate_ND, offset_N, own_B[rows], candidate_N)
+            shares.sub_(others_B[rows, None]).exp_().mul_(gradient_B[rows, None])
+            torch.mm(shares, candidate_ND, out=for_queries[rows])
+            for_candidates.addmm_(shares.T, query_BD[rows])
+        return for_queries, for_candidates, None, None, None
+
+
+def _blocks(num_rows: int, num_candidates: int) -> Iterator[slice]:
+    size = max(1, _BLOCK_ELEMENTS // max(num_candidates, 1))
+    return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
+
+
+def _logits(
+    query_RD: torch.Tensor,
+    candidate_ND: torch.Tensor,
+    offset_N: torch.Tensor,
+    own_R: torch.Tensor,
+    candidate_N: torch.Tensor,
+) -> torch.Tensor:
+    logits = torch.addmm(offset_N, query_RD, candidate_ND.T)
+    return logits.masked_fill_(own_R[:, None] == candidate_N[None, :], -math.inf)
 
 
 class InBatchSoftmax(Objective):
@@ -89,14 +149,13 @@ class InBatchSoftmax(Objective):
             others = (ids_N >= 0).sum().to(torch.float64) - 1
             offset_N = -torch.log(others.clamp(min=1) * self.frequency.probability(ids_N)).float()
         offset_N = offset_N.masked_fill(ids_N < 0, -math.inf)
-        if config.mask_accidental_hits:
-            excluded_BN = own_ids[:, None] == ids_N[None, :]
-        else:
-            excluded_BN = torch.zeros(len(own_ids), len(ids_N), dtype=torch.bool, device=ids_N.device)
-            excluded_BN[:, first : first + batch.size].fill_diagonal_(True)
+        own_B, candidate_N = own_ids, ids_N
+        if not config.mask_accidental_hits:  # a row's own place is no other candidate all the same
+            candidate_N = torch.arange(len(ids_N), device=ids_N.device)
+            own_B = candidate_N[first : first + batch.size]
         query_BD = output.query_BD / config.temperature
         positive_B = (query_BD * output.candidate_BD).sum(dim=1)
-        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, excluded_BN)
+        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, own_B, candidate_N)
 
 
 class SampledSoftmax(Objective):
@@ -142,16 +201,13 @@ class SampledSoftmax(Objective):
             expected_N = torch.cat([expected_N, drawn_for_batch])
         offset_N = -torch.log(expected_N).float() if config.log_q == "on" else torch.zeros_like(expected_N).float()
         offset_N = offset_N.masked_fill(ids_N < 0, -math.inf)
-        excluded_BN = None
-        if config.mask_accidental_hits:
-            excluded_BN = own_ids[:, None] == ids_N[None, :]
-        elif config.mixed:  # a row's own place in the batch is no other candidate
-            excluded_BN = torch.zeros(len(own_ids), len(ids_N), dtype=torch.bool, device=ids_N.device)
-            first = config.num_negatives + world.rank * batch.size
-            excluded_BN[:, first : first + batch.size].fill_diagonal_(True)
+        own_B, candidate_N = own_ids, ids_N
+        if not config.mask_accidental_hits:  # a row's own place in the batch is no other candidate all the same
+            candidate_N = torch.arange(len(ids_N), device=ids_N.device)
+            own_B = torch.arange(batch.size, device=ids_N.device) + config.num_negatives + world.rank * batch.size
         query_BD = output.query_BD / config.temperature
         positive_B = (query_BD * output.candidate_BD).sum(dim=1)
-        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, excluded_BN)
+        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, own_B, candidate_N)
 
 
 def _valid_ids(batch: Batch, item_id: str) -> torch.Tensor:
