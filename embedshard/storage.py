@@ -21,7 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from embedshard.errors import ConfigError, DataError, nearest
+from embedshard.errors import ConfigError, DataError
 
 _SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _GLOB = re.compile(r"[*?\[]")
@@ -164,7 +164,7 @@ def locate(path_or_uri: str, filesystem: fs.FileSystem | None = None) -> Locatio
     if scheme[1].lower() not in _SCHEMES:
         raise ConfigError(
             f"'{path_or_uri}' has the scheme '{scheme[1]}', and pyarrow has no filesystem for it. Give a local path "
-            f"or one of these: {', '.join(_SCHEMES)}. {nearest(scheme[1], _SCHEMES)}"
+            f"or one of these: {', '.join(_SCHEMES)}."
         )
     try:
         filesystem, path = fs.FileSystem.from_uri(path_or_uri)
@@ -191,7 +191,7 @@ def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> 
 
     Raises:
         ConfigError: if a URI has no filesystem.
-        DataError: if a pattern matches nothing.
+        DataError: if a pattern matches nothing, or a folder cannot be read.
     """
     found: dict[tuple[str, str], Location] = {}
     for pattern in patterns:
@@ -199,7 +199,12 @@ def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> 
         parts = pattern.rstrip("/").split("/")
         num_fixed = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts))
         base = locate("/".join(parts[:num_fixed]) or _start(pattern, filesystem), filesystem)
-        matches = list(_matches(base, parts[num_fixed:]))
+        try:
+            matches = list(_matches(base, parts[num_fixed:]))
+        except OSError as error:
+            raise DataError(
+                f"{pattern}: {base.uri} cannot be looked through ({error}). See that it may be read and can be reached."
+            ) from error
         if not matches:
             raise DataError(_nothing(pattern, base))
         for match in matches:
@@ -225,7 +230,7 @@ def _matches(base: Location, wanted: Sequence[str]) -> Iterator[Location]:
         yield literal
     elif kind == fs.FileType.Directory:
         yield from _folder_files(literal)
-    elif wanted:
+    elif wanted and not base.is_file():
         for info, names in _below(base, recursive=len(wanted) > 1 or wanted[0] == "**"):
             if not _fits(names, wanted):
                 continue

@@ -102,13 +102,12 @@ def test_relative_paths_home_and_file_uris_name_the_same_file(folder, tmp_path, 
     absolute = str(tmp_path / "data" / "day=1" / "a.parquet")
     spellings = [absolute, "data/day=1/a.parquet", "./data/../data/day=1/a.parquet", "~/data/day=1/a.parquet"]
     assert [found.path for found in expand([*spellings, f"file://{absolute}", "data/day=1/a*"])] == [absolute]
-    assert [found.path for found in expand(["*.txt"])] == [] if os.path.exists("x.txt") else True
     monkeypatch.chdir(tmp_path / "data")
     assert [found.name for found in expand(["*1.parquet"])] == ["x1.parquet"]
 
 
 def test_unknown_schemes_and_empty_paths_are_refused():
-    with pytest.raises(ConfigError, match=r"scheme 's4'.*file, s3, gs.*Did you mean 's3'"):
+    with pytest.raises(ConfigError, match=r"scheme 's4'.*file, s3, gs, gcs, abfs"):
         locate("s4://bucket/data")
     with pytest.raises(ConfigError, match="empty"):
         locate("")
