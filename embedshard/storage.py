@@ -24,6 +24,7 @@ from pyarrow import fs
 from embedshard.errors import ConfigError, DataError
 
 _SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
+_OBJECT_STORES = ("s3", "gcs", "abfs")
 _GLOB = re.compile(r"[*?\[]")
 _SCHEME = re.compile(r"^([A-Za-z][A-Za-z0-9+.\-]*)://")
 _HIDDEN = ("_", ".")
@@ -93,14 +94,19 @@ class Location:
     def write_bytes_atomically(self, data: bytes) -> None:
         """Writes a file so that a reader sees the former or the new one, never a part, and it outlives a power cut.
 
-        On a local disk by a rename, on an object store by one PUT. The folder must exist.
+        On an object store by one PUT, elsewhere by a rename. The folder must exist.
         """
+        partial_name = f".{self.name}.{uuid.uuid4().hex}.part"
         if not self.is_local:
-            with self.filesystem.open_output_stream(self.path) as stream:
+            is_put = self.filesystem.type_name in _OBJECT_STORES
+            written = self if is_put else self.parent.join(partial_name)
+            with self.filesystem.open_output_stream(written.path) as stream:
                 stream.write(data)
+            if not is_put:
+                self.filesystem.move(written.path, self.path)
             return
         target = Path(self.path)
-        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
+        partial = target.with_name(partial_name)
         try:
             with partial.open("wb") as file:
                 file.write(data)

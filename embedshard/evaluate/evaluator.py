@@ -171,6 +171,8 @@ class Evaluator:
 
     def _relevant(self, queries: IntArray, items: IntArray, num_queries: int) -> tuple[JaggedIds, int]:
         """Returns the relevant places; a query's i-th item that the catalogue does not hold gets the i-th place after it."""
+        pairs = np.unique(np.stack([queries, items]), axis=1)  # an item that a user met twice is one item
+        queries, items = pairs[0], pairs[1]
         places = self._places()[items]
         lost = np.flatnonzero(places < 0)
         if not len(lost):

@@ -278,6 +278,8 @@ class Checkpointer:
     def _wait_for_commit(self, folder: Location) -> None:
         part = self._part_name(self._rank)
         self._meet(folder, lambda names: [0] if part in names else [])
+        if not self._has_committed(folder):  # rank 0 deletes the lists also when it gives up
+            raise self._not_committed(folder, [0])
 
     def _meet(self, folder: Location, missing: Callable[[Collection[str]], list[int]]) -> None:
         """Waits until no rank is missing, by the names of the folder's files."""
@@ -289,8 +291,7 @@ class Checkpointer:
                 return
             failed = [rank for rank in range(self._world_size) if self._failed_name(rank) in names]
             if failed:
-                word = folder.join(self._failed_name(failed[0])).read_bytes().decode()
-                raise CheckpointError(f"{folder.uri} is not committed: rank {failed[0]} failed: {word}")
+                raise self._not_committed(folder, failed)
             waited_s = time.monotonic() - begin
             is_late = waited_s > self._timeout_s or time.monotonic() > self._leave_by
             if is_late or self._is_aborted():
@@ -301,6 +302,14 @@ class Checkpointer:
                 )
             time.sleep(pause_s)
             pause_s = min(1.0, 1.5 * pause_s)
+
+    def _not_committed(self, folder: Location, failed: list[int]) -> CheckpointError:
+        """Returns an error with the word that one of the failed ranks left."""
+        try:
+            word = folder.join(self._failed_name(failed[0])).read_bytes().decode()
+        except OSError:
+            word = "it left no word why. Earlier checkpoints are as they were."
+        return CheckpointError(f"{folder.uri} is not committed: rank {failed[0]} failed: {word}")
 
     def _has_committed(self, folder: Location) -> bool:
         """Returns whether this attempt has committed this step.
