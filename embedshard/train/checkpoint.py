@@ -350,9 +350,11 @@ class Checkpointer:
             names = folder.list_names()
             if self._rank and is_published and self._failed_name(0) not in names:
                 return
-            own = self._prefix(self._rank) if self._rank else f"{self._attempt}-r"
+            own = self._prefix(self._rank)
+            # What others are still writing (.name.part) is theirs to delete.
+            doomed = (own, f".{own}") if self._rank else (f"{self._attempt}-r", f".{own}")
             for name in names:
-                if name.startswith((own, f".{own}")) and not name.endswith(".failed"):
+                if name.startswith(doomed) and not name.endswith(".failed"):
                     folder.join(name).delete_file()
             if not folder.list_names():
                 folder.delete_tree()

@@ -17,12 +17,14 @@ from rich.table import Table
 from embedshard.data.synthetic import K
 from embedshard.errors import EmbedshardError
 from embedshard.launch.local import evaluate_untrained
+from embedshard.world import set_process_environment
 
 METRIC = f"recall@{K}"
 
 
 def main() -> None:
     """Prints the table."""
+    set_process_environment()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
     data = Path(os.environ.get("EMBEDSHARD_DATA") or "data") / "synthetic"

@@ -1,0 +1,102 @@
+"""The MovieLens pipeline: the split, the official files' format, and the config over real data."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def prepare():
+    spec = importlib.util.spec_from_file_location("movielens_prepare", ROOT / "pipelines" / "movielens" / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_source(folder, users=6, items=150):
+    generator = np.random.default_rng(0)
+    rows = [
+        (user, int(item), place)
+        for user in range(users)
+        for place, item in enumerate(generator.permutation(items)[: 5 + user])
+    ]
+    order = generator.permutation(len(rows))
+    columns = list(zip(*(rows[i] for i in order), strict=True))
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(dict(zip(("user_id", "item_id", "seq_pos"), columns, strict=True))), folder / "train.parquet")
+    test = pa.table({"user_id": [0, 1], "item_id": [149, 148], "negatives": [[1, 2], [3, 4]]})
+    pq.write_table(test, folder / "test.parquet")
+    return rows
+
+
+def test_the_validation_set_is_each_users_last_training_row(prepare, tmp_path, monkeypatch):
+    rows = tiny_source(tmp_path / "source")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path / "source"), "--out", str(tmp_path / "out")])
+    prepare.main()
+    train, validation = (pq.read_table(tmp_path / "out" / part).to_pylist() for part in ("train", "validation"))
+    assert len(train) + len(validation) == len(rows)
+    for row in validation:
+        mine = [(place, item) for user, item, place in rows if user == row["user_id"]]
+        assert row["item_id"] == max(mine)[1]
+        assert len(set(row["negatives"])) == 99
+        assert not set(row["negatives"]) & {item for _, item in mine}
+    assert {(row["user_id"], row["item_id"]) for row in train}.isdisjoint(
+        (row["user_id"], row["item_id"]) for row in validation
+    )
+    assert pq.read_table(tmp_path / "out" / "test").num_rows == 2
+
+
+def test_the_official_files_are_read(prepare, tmp_path):
+    (tmp_path / "ml-1m.train.rating").write_text("0\t32\t4\t978824330\n0\t34\t4\t978824331\n1\t4\t5\t978300174\n")
+    (tmp_path / "ml-1m.test.negative").write_text("(0,25)\t1064\t174\t2791\n(1,133)\t1072\t3154\t3368\n")
+    train, test = prepare.read_official(tmp_path)
+    assert train.to_pylist()[1] == {"user_id": 0, "item_id": 34, "time": 978824331}
+    assert test.to_pylist()[1] == {"user_id": 1, "item_id": 133, "negatives": [1072, 3154, 3368]}
+
+
+def test_a_source_that_is_not_there_is_said_without_a_traceback(tmp_path):
+    shown = subprocess.run(
+        [sys.executable, str(ROOT / "pipelines/movielens/prepare.py"), "--source", str(tmp_path / "no")],
+        capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert shown.returncode == 1
+    assert "Traceback" not in shown.stderr
+    assert str(tmp_path / "no") in shown.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_ncf_reaches_its_floor_on_real_data(data_set, tmp_path, monkeypatch):
+    monkeypatch.setenv("EMBEDSHARD_DATA", str(tmp_path))
+    run_ncf(data_set("ncf-ml-1m"), tmp_path, [])
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["hit_rate@10"] >= 0.70
+    assert metrics["ndcg@10"] >= 0.425
+
+
+def test_a_short_ncf_run_on_real_data_beats_popularity(data_set, tmp_path, monkeypatch):
+    source = data_set("ncf-ml-1m")
+    monkeypatch.setenv("EMBEDSHARD_DATA", str(tmp_path))
+    run_ncf(source, tmp_path, ["--set", "train.max_steps=240"])
+    metrics = json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]
+    assert metrics["hit_rate@10"] > 0.4538, "TopPopular, measured on the same files"
+
+
+def run_ncf(source, tmp_path, overrides):
+    for command in (
+        ["pipelines/movielens/prepare.py", "--source", str(source)],
+        ["-m", "embedshard.cli", "train", "pipelines/movielens/ncf.yaml", "--run-dir", str(tmp_path / "run"), *overrides],
+    ):
+        done = subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=2400, check=False
+        )
+        assert done.returncode == 0, done.stderr
