@@ -39,12 +39,12 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: Path, loaded: Loaded) -> RunDirectory:
-        """Makes the folder of a new run.
+        """Makes the folder of a new run. One in which nothing has begun yet, since its data were missing say, is taken over.
 
         Raises:
             ConfigError: if there is a run already.
         """
-        if (path / "config.yaml").exists():
+        if (path / "config.yaml").exists() and (path / "attempts.jsonl").exists():
             raise ConfigError(f"{path} holds a run already. Continue it with --resume {path}, or choose another --run-dir.")
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "config.yaml", dump_tree(loaded.tree))
