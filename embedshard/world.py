@@ -14,6 +14,7 @@ __all__ = ["World", "open_world", "set_process_environment"]
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +39,10 @@ def set_process_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # TorchRec's and FBGEMM's own use of what torch and they themselves are to drop.
+    for library in ("torchrec", "fbgemm_gpu", "torch"):
+        for category in (FutureWarning, DeprecationWarning, UserWarning):
+            warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Source:
             try:
                 if batches is None:
                     # A handle of its own: a lane keeps it while others read the same file.
-                    file = pq.ParquetFile(self._locations[group.file].open_input(), metadata=self._metadata[group.file], page_checksum_verification=True)
+                    file = self._parquet_file(group.file)
                     batches = file.iter_batches(
                         batch_size=batch_rows, row_groups=[group.index], columns=self.decoder.columns, use_threads=False
                     )
@@ -241,11 +241,17 @@ class Source:
         with self._lock:
             file = self._open.pop(number, None)
             if file is None:
-                file = pq.ParquetFile(self._locations[number].open_input(), metadata=self._metadata[number], page_checksum_verification=True)
+                file = self._parquet_file(number)
                 if len(self._open) >= _OPEN_FILES:
                     self._open.popitem(last=False)[1].close()
             self._open[number] = file
             return file
+
+    def _parquet_file(self, number: int) -> pq.ParquetFile:
+        """Opens a file anew. Pages that were written with a checksum are verified by it."""
+        return pq.ParquetFile(
+            self._locations[number].open_input(), metadata=self._metadata[number], page_checksum_verification=True
+        )
 
     def _check_rows(self, group: RowGroup, rows: int) -> None:
         if rows != group.num_rows:

@@ -40,7 +40,7 @@ def train_here(
     Raises:
         EmbedshardError: what a user can act on.
     """
-    loaded, run, resume_from = _open_run(config_path, overrides, run_dir, resume, environment)
+    loaded, run, resume_from = _open_run(config_path, overrides, run_dir, resume, environment, console)
     config = loaded.config
     console.print(f"Run: {run.path}")
     if resume is not None:
@@ -66,6 +66,7 @@ def _open_run(
     run_dir: Path | None,
     resume: Path | None,
     environment: Mapping[str, str],
+    console: Console,
 ) -> tuple[Loaded, RunDirectory, Checkpoint | None]:
     if resume is None:
         if config_path is None:
@@ -78,7 +79,7 @@ def _open_run(
     loaded = load_config(config_path or run.path / "config.yaml", environment, overrides)
     run.check_same_run(loaded.config, environment)
     run.save_config(loaded)
-    return loaded, run, newest_intact(run.checkpoints)
+    return loaded, run, newest_intact(run.checkpoints, on_damage=lambda damage: console.print(f"Passed over: {damage}"))
 
 
 def _default_run_dir(config: Config, config_path: Path) -> Path:

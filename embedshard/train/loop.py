@@ -155,7 +155,7 @@ class _Training:
         return state.judge(values[selected], higher_is_better(selected), min_delta)
 
     def _save(self) -> None:
-        parts = self.parts
+        parts, decided = self.parts, self.checkpointer.decision
         self.ledger.flush()
         self.checkpointer.save(
             self.state.step,
@@ -169,6 +169,8 @@ class _Training:
             keep=parts.config.checkpoint.keep,
             protect=set() if self.state.best_step is None else {self.state.best_step},
         )
+        if self.checkpointer.decision != decided:
+            self.reporter.said(f"Checkpoints are written {self.checkpointer.decision}.")
 
 
 def _num_steps(parts: Assembly) -> int:

@@ -57,7 +57,7 @@ def restore_model(checkpoint: Checkpoint, model: DistributedModelParallel) -> No
 
 def _fill(checkpoint: Checkpoint, wanted: list[Piece]) -> None:
     with torch.no_grad():
-        checkpoint.read_into([(piece.name, piece.offset, piece.tensor) for piece in wanted])
+        checkpoint.read_into(wanted)
 
 
 def _tables(model: DistributedModelParallel) -> Iterator[Piece]:

@@ -107,8 +107,13 @@ def test_items_with_more_than_an_id_are_ranked_from_a_catalogue(make_config, tmp
         tmp_path / "items.parquet",
     )
     train = pa.table(
-        {"user_id": [1, 2, 3, 1] * 16, "item_id": [5, 6, 7, 8] * 16, "genres": [[1], [2, 3], [], [4]] * 16, "price": [1.0, 2, 3, 4] * 16}
-    )  # fmt: skip
+        {
+            "user_id": [1, 2, 3, 1] * 16,
+            "item_id": [5, 6, 7, 8] * 16,
+            "genres": [[1], [2, 3], [], [4]] * 16,
+            "price": [1.0, 2, 3, 4] * 16,
+        }
+    )
     pq.write_table(train, tmp_path / "train.parquet")
     files = {"train": str(tmp_path / "train.parquet"), "test": str(tmp_path / "train.parquet")}
     changes = {

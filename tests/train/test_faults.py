@@ -15,6 +15,7 @@ import yaml
 
 from embedshard.errors import CheckpointError
 from embedshard.train.checkpoint import Checkpointer, Piece, find_steps, newest_intact, open_step
+from embedshard.train.checkpoint_format import seal
 from embedshard.train.run_directory import RunDirectory
 
 TIMEOUT_S = 120
@@ -141,9 +142,7 @@ def leave_folder(path):
     manifest_path = path.parent / "manifest.json"
     manifest = json.loads(manifest_path.read_text().replace(path.name, f"../{path.name}"))
     del manifest["sha256"]
-    from embedshard.train.checkpoint import _digest
-
-    manifest_path.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}))
+    manifest_path.write_bytes(seal(manifest))
 
 
 def forget_manifest(path):
@@ -198,7 +197,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_newest_intact_one_offer
 def test_two_swapped_files_are_refused(tmp_path):
     root = RunDirectory(tmp_path).checkpoints
     tensors = {"a": torch.arange(64.0), "b": torch.arange(64.0) + 1}
-    with Checkpointer(root, 0, 1, "0001", max_file_bytes=256) as checkpointer:
+    with Checkpointer(root, 0, 1, "0001", max_file_bytes=640) as checkpointer:
         checkpointer.save(1, lambda: [Piece(name, tensor, (0,), (64,)) for name, tensor in tensors.items()], {}, 3, set())
     files = sorted((tmp_path / "checkpoints" / "step-00000001").glob("*.safetensors"))
     assert len(files) == 2, "small files, so that there are two to swap"

@@ -58,7 +58,7 @@ def test_each_row_travels_with_its_own_values(make_config, interactions):
     assert deviation == pytest.approx(ages.std())
     met = []
     for batch in batches:
-        jagged = {key: batch.sparse[key].to_dense() for key in batch.sparse.keys()}
+        jagged = {key: batch.sparse[key].to_dense() for key in batch.sparse}
         weighted = batch.weighted["weighted"]
         weights = weighted.to_dense_weights()
         for place, number in enumerate(batch.rows.tolist()):
@@ -129,13 +129,13 @@ def test_the_window_length_is_resolved_and_kept(make_config):
     streamed, _ = read(make_config({"data": {"cache_bytes": 0}}).config, stop=1)
     assert streamed.resolved()["window_steps"] == [2**20 // 32]
     # A resumed run on a machine with more cache keeps the order that it began with.
-    resumed, batches = read(make_config().config, resolved=streamed.resolved())
+    resumed, _batches = read(make_config().config, resolved=streamed.resolved())
     assert resumed.order.window_steps == streamed.order.window_steps
 
 
 def test_draws_are_the_catalogue_by_its_distribution(make_config):
     changes = {"objective": {"kind": "sampled_softmax", "num_negatives": 4096, "distribution": "popularity", "alpha": 0.5}}
-    dataset, batches = read(make_config(changes).config)
+    _dataset, batches = read(make_config(changes).config)
     drawn = np.concatenate([batch.draws.ids.numpy() for batch in batches])
     log_q = np.concatenate([batch.draws.log_q.numpy() for batch in batches])
     items = np.concatenate([batch.ids["item_id"].numpy() for batch in batches])
@@ -148,7 +148,7 @@ def test_draws_are_the_catalogue_by_its_distribution(make_config):
         own = batch.ids["item_id"].numpy()
         valid = own >= 0
         np.testing.assert_allclose(np.exp(batch.draws.own_log_q.numpy()[valid]), expected[own[valid]], rtol=1e-4)
-    slots = [key for key in batches[0].sparse.keys() if key.startswith("item_id:negative")]
+    slots = [key for key in batches[0].sparse if key.startswith("item_id:negative")]
     assert len(slots) == 4096 // 32
     looked_up = np.concatenate([batches[0].sparse[key].values().numpy() for key in slots])
     np.testing.assert_array_equal(looked_up, batches[0].draws.ids.numpy())

@@ -69,7 +69,10 @@ def test_the_default_folder_of_a_run_is_named_after_the_config(config_file, tmp_
         (["train", "CONFIG", "--set", "tables.item.dims=3"], ["tables.item.dims", "Did you mean 'dim'?"]),
         (["train", "nothing.yaml"], ["nothing.yaml", "no such file"]),
         (["train"], ["embedshard train CONFIG", "--resume"]),
-        (["train", "CONFIG", "--set", "data.train=nowhere/*.parquet"], ["nowhere/*.parquet", "no file matches", "make the data"]),
+        (
+            ["train", "CONFIG", "--set", "data.train=nowhere/*.parquet"],
+            ["nowhere/*.parquet", "no file matches", "make the data"],
+        ),
         (["train", "CONFIG", "--device", "cuda"], ["cuda", "doctor"]),
         (["train", "--resume", "nowhere"], ["nowhere", "is not there"]),
         (["evaluate", "nowhere"], ["nowhere", "is not there"]),

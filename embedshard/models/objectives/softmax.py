@@ -51,7 +51,8 @@ def softmax_losses(
         own_B: what a row is, int64.
         candidate_N: what a candidate is, int64; it is left out for the rows that are the same.
     """
-    others_B = _OthersLogSum.apply(query_BD, candidate_ND, offset_N, own_B, candidate_N)
+    log_sum: Any = _OthersLogSum.apply  # torch gives it no type
+    others_B: torch.Tensor = log_sum(query_BD, candidate_ND, offset_N, own_B, candidate_N)
     return F.softplus(others_B - positive_B)  # log(exp(own) + exp(others)) - own
 
 
