@@ -147,6 +147,8 @@ class Decoder:
 
     def check_type(self, spec: ColumnSpec, column: str, kind: pa.DataType) -> str | None:
         """Returns what a Parquet column must be, if its Arrow type cannot be decoded; None if it can."""
+        if pa.types.is_null(kind):
+            return None  # a column of nothing but nulls: what they mean is decided as for any null
         if column == spec.second:
             return None if _is_list(kind) and _is_number(_value_type(kind)) else "a list of numbers"
         if spec.is_list:
@@ -169,7 +171,10 @@ class Decoder:
         for spec in self.specs:
             array = _one_array(table.column(spec.column))
             if spec.is_list:
-                second = _one_array(table.column(spec.second)) if spec.second is not None else None
+                array = _as_lists(array, pa.int64())
+                second = None
+                if spec.second is not None:
+                    second = _as_lists(_one_array(table.column(spec.second)), pa.float64())
                 decoded[spec.name] = self._lists(spec, array, second, where)
             elif spec.table is not None:
                 self._refuse_nulls(spec, array, where)
@@ -305,7 +310,7 @@ def _mapped(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
     if pa.types.is_dictionary(ids.type):
         known = _mapped(ids.dictionary, vocabulary)
         return known[ids.indices.cast(pa.int64()).to_numpy(zero_copy_only=False)]
-    if pa.types.is_integer(ids.type):
+    if pa.types.is_integer(ids.type) or pa.types.is_null(ids.type):
         return vocabulary.map_integers(ids.cast(pa.int64()).to_numpy(zero_copy_only=False))
     return vocabulary.map_strings(ids)
 
@@ -345,7 +350,15 @@ def _value_type(kind: pa.DataType) -> pa.DataType:
     return kind.value_type
 
 
+def _as_lists(array: pa.Array, value_type: pa.DataType) -> pa.Array:
+    """Returns lists of values even where no row has one, and the file so does not tell their type."""
+    no_values = pa.types.is_null(array.type) or pa.types.is_null(_value_type(array.type))
+    return array.cast(pa.list_(value_type)) if no_values else array
+
+
 def _is_id(kind: pa.DataType) -> bool:
+    if pa.types.is_null(kind):
+        return True
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
@@ -353,6 +366,8 @@ def _is_id(kind: pa.DataType) -> bool:
 
 
 def _is_number(kind: pa.DataType) -> bool:
+    if pa.types.is_null(kind):
+        return True
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     return bool(

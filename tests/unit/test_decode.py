@@ -162,6 +162,16 @@ def test_numbers_of_every_type_and_normalisation():
     assert scaled.values.tolist() == [-1.0, 0.0, 1.0]
 
 
+def test_columns_of_nothing_but_nulls_or_empty_lists():
+    nothing = pa.nulls(3)
+    assert as_lists(decode({"kind": "bag"}, nothing)) == [[], [], []]
+    assert as_lists(decode({"kind": "bag"}, pa.array([[], None, []], pa.list_(pa.null())))) == [[], [], []]
+    assert decode({"kind": "dense", "missing": "zero"}, nothing).values.tolist() == [0, 0, 0]
+    assert decode({"kind": "id"}, pa.nulls(0)).values.tolist() == []
+    with pytest.raises(DataError, match="column 'f' is null"):
+        decode({"kind": "id"}, nothing)
+
+
 def test_rows_are_numbered_in_the_data_set():
     columns = decoder({"kind": "id"}).decode(pa.table({"f": [1, 2]}), WHERE)
     assert columns["row"].values.tolist() == [5000, 5001]

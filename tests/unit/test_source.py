@@ -1,0 +1,180 @@
+"""Files of a data set: the inventory, and what is refused with its file, row group and column."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedshard.config import build_config
+from embedshard.data.columns import concatenate, num_rows
+from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.source import Inventory, check_unchanged, open_source
+from embedshard.data.statistics import Statistics, compute_statistics, count_ids
+from embedshard.data.vocabulary import load_vocabularies
+from embedshard.errors import DataError
+
+
+@pytest.fixture
+def decoder():
+    config = build_config(
+        {
+            "data": {"train": "x", "label": "label"},
+            "features": {
+                "user": {"kind": "id", "table": "t"},
+                "bag": {"kind": "bag", "table": "t", "max_length": 2},
+                "x": {"kind": "dense", "normalise": "standardise", "missing": "zero"},
+            },
+            "tables": {"t": {"rows": 100, "dim": 4}},
+            "model": {
+                "kind": "two_tower",
+                "user": {"features": ["user", "bag", "x"], "mlp": [4]},
+                "item": {"features": ["user"]},
+            },
+            "objective": {"kind": "mse"},
+        },
+        {},
+        "test",
+    )
+    return Decoder(column_specs(config, "train"), load_vocabularies(config), Statistics())
+
+
+def table(rows, seed=0, user_type=None):
+    generator = np.random.default_rng(seed)
+    return pa.table(
+        {
+            "user": pa.array(generator.integers(0, 100, rows), user_type),
+            "bag": pa.array([list(range(i % 4)) for i in range(rows)], pa.list_(pa.int32())),
+            "x": pa.array([None if i % 7 == 3 else 1e6 + float(i) for i in range(rows)]),
+            "label": generator.random(rows),
+            "unread": ["text"] * rows,
+        }
+    )
+
+
+def test_row_groups_of_any_size_and_files_of_any_width_are_one_data_set(decoder, tmp_path):
+    tables = [table(23, 0), table(0, 1), table(11, 2, pa.int8()), table(8, 3, pa.uint32())]
+    for i, (part, size) in enumerate(zip(tables, (5, 9, 100, 1), strict=True)):
+        pq.write_table(part, tmp_path / f"{i}.parquet", row_group_size=size)
+    (tmp_path / "_SUCCESS").write_text("")
+    (tmp_path / ".hidden.parquet").write_text("junk")
+    source = open_source([str(tmp_path / "*")], decoder)
+    assert source.inventory.num_rows == 42
+    expected = np.concatenate([part["user"].to_numpy().astype(np.int64) for part in tables])
+    whole = concatenate([source.read_row_group(i) for i in range(len(source.inventory.row_groups))])
+    np.testing.assert_array_equal(whole["user"].values, expected)
+    np.testing.assert_array_equal(whole["row"].values, np.arange(42))
+    assert "unread" not in whole
+    for batch_rows in (1, 3, 100):
+        for skip in (0, 2, 4):
+            parts = list(source.iter_row_group(0, batch_rows, skip))
+            assert sum(num_rows(part) for part in parts) == 5 - skip
+            np.testing.assert_array_equal(concatenate(parts)["user"].values, expected[skip:5])
+    assert source.describe_row(24).endswith("2.parquet, row group 0, row 1")
+
+
+def test_the_inventory_knows_a_changed_an_added_and_a_missing_file(decoder, tmp_path):
+    for name in ("a", "b"):
+        pq.write_table(table(10), tmp_path / f"{name}.parquet")
+    saved = open_source([str(tmp_path)], decoder).inventory
+    assert Inventory.from_json(saved.to_json()) == saved
+    check_unchanged(saved, open_source([str(tmp_path)], decoder).inventory)
+    changed = table(10)
+    users = changed["user"].to_numpy().copy()
+    users[3] = 99 if users.max() < 99 else 0
+    pq.write_table(changed.set_column(0, "user", pa.array(users)), tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").rename(tmp_path / "c.parquet")
+    now = open_source([str(tmp_path)], decoder).inventory
+    assert now.fingerprint != saved.fingerprint
+    with pytest.raises(DataError, match=r"b\.parquet is missing; c\.parquet is new"):
+        check_unchanged(saved, now)
+
+
+def corrupt(path):
+    data = bytearray(path.read_bytes())
+    data[20:120] = b"\xff" * 100
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-20]), ["x.parquet", "not a whole Parquet file"]),
+        (lambda path: path.write_bytes(b"PAR1"), ["x.parquet", "4 bytes"]),
+        (lambda path: path.write_bytes(b"PAR1" + b"\0" * 50 + b"\xff\xff\xff\xffPAR1"), ["x.parquet"]),
+        (lambda path: path.write_bytes(path.read_bytes()[:-40] + b"\xff" * 30 + path.read_bytes()[-10:]), ["x.parquet"]),
+        (lambda path: pq.write_table(table(5).drop(["user"]), path), ["no column 'user'"]),
+        (
+            lambda path: pq.write_table(table(5).rename_columns(["usr", "bag", "x", "label", "unread"]), path),
+            ["no column 'user'", "Did you mean 'usr'?"],
+        ),
+        (
+            lambda path: pq.write_table(table(5).set_column(0, "user", [[1.5] * 5]), path),
+            ["column 'user' is double", "integers"],
+        ),
+        (lambda path: pq.write_table(table(5).set_column(1, "bag", [[1] * 5]), path), ["column 'bag' is int64", "a list"]),
+        (
+            lambda path: pq.write_table(table(5).set_column(3, "label", [["a"] * 5]), path),
+            ["column 'label' is string", "number"],
+        ),
+        (lambda path: pq.write_table(table(0), path), ["without a row"]),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_when_it_is_opened(decoder, tmp_path, spoil, words):
+    path = tmp_path / "x.parquet"
+    pq.write_table(table(30), path)
+    spoil(path)
+    with pytest.raises(DataError) as caught:
+        open_source([str(path)], decoder)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_a_damaged_row_group_is_refused_when_it_is_read(decoder, tmp_path):
+    path = tmp_path / "x.parquet"
+    pq.write_table(table(3000), path, row_group_size=1000, compression="zstd", write_page_checksum=True)
+    corrupt(path)
+    source = open_source([str(path)], decoder)
+    with pytest.raises(DataError, match=r"x\.parquet, row group 0: cannot be read"):
+        source.read_row_group(0)
+    with pytest.raises(DataError, match=r"x\.parquet, row group 0: cannot be read"):
+        list(source.iter_row_group(0, 100))
+    assert num_rows(source.read_row_group(2)) == 1000
+
+
+def test_the_decoded_size_is_known_from_the_footers(decoder, tmp_path):
+    pq.write_table(table(4000), tmp_path / "x.parquet", row_group_size=500)
+    source = open_source([str(tmp_path / "x.parquet")], decoder)
+    columns = concatenate([source.read_row_group(i) for i in range(8)])
+    actual = sum(
+        column.values.nbytes + (column.offsets.nbytes if hasattr(column, "offsets") else 0) for column in columns.values()
+    )
+    assert source.decoded_bytes() == pytest.approx(actual, rel=0.25)
+
+
+def test_statistics_are_those_of_all_rows_however_they_are_cut(decoder, tmp_path):
+    pq.write_table(table(500), tmp_path / "a.parquet", row_group_size=37)
+    pq.write_table(table(300, 1), tmp_path / "b.parquet")
+    values = [x for part in (table(500), table(300, 1)) for x in part["x"].to_pylist() if x is not None]
+    found = compute_statistics([open_source([str(tmp_path)], decoder)])
+    mean, deviation = found.moments["x"]
+    assert mean == pytest.approx(np.mean(values), rel=1e-12)
+    assert deviation == pytest.approx(np.std(values), rel=1e-9), "a mean of a million does not swallow it"
+    assert Statistics.from_json(found.to_json()) == found
+    standardised = open_source([str(tmp_path)], decoder).with_statistics(found).read_row_group(0)["x"].values
+    assert standardised[3] == 0.0
+    assert abs(standardised[0] - (1e6 - mean) / deviation) < 1e-4
+
+
+def test_a_constant_and_an_empty_feature(decoder, tmp_path):
+    constant = table(5).set_column(2, "x", [[4.0] * 5])
+    pq.write_table(constant, tmp_path / "a.parquet")
+    assert compute_statistics([open_source([str(tmp_path)], decoder)]).moments["x"] == (4.0, 1.0)
+    pq.write_table(table(5).set_column(2, "x", pa.array([None] * 5, pa.float64())), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="'x' is to be standardised"):
+        compute_statistics([open_source([str(tmp_path)], decoder)])
+
+
+def test_ids_are_counted_by_row(decoder, tmp_path):
+    pq.write_table(table(1000), tmp_path / "a.parquet", row_group_size=77)
+    counts = count_ids(open_source([str(tmp_path)], decoder), "user", 100)
+    np.testing.assert_array_equal(counts, np.bincount(table(1000)["user"].to_numpy(), minlength=101))
