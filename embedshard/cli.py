@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -110,7 +109,9 @@ def evaluate(
 
     evaluation = evaluate_here(run_dir, checkpoint, device, environment=os.environ)
     if as_json:
-        typer.echo(json.dumps(evaluation, indent=2))
+        from embedshard.train.tracking import json_text
+
+        typer.echo(json_text(evaluation, indent=2))
         return
     table = Table(title=f"{run_dir}, step {evaluation['step']}", title_justify="left")
     table.add_column("metric")

@@ -17,6 +17,7 @@ import yaml
 from embedshard.config import Config, Loaded, build_config, differences, dump_tree
 from embedshard.errors import ConfigError
 from embedshard.storage import Location, locate
+from embedshard.train.tracking import json_text
 
 _FREE_TO_CHANGE = ("name", "tracking", "checkpoint", "evaluate", "sharding", "train.epochs", "train.max_steps")
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
@@ -116,4 +117,4 @@ class RunDirectory:
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file into the folder."""
-        write_atomically(self.path / name, json.dumps(value, indent=2) + "\n")
+        write_atomically(self.path / name, json_text(value, indent=2) + "\n")

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["ConsoleReporter", "JsonLinesReporter", "Reporter", "Reporters", "SilentReporter", "TensorBoardReporter"]
+__all__ = [
+    "ConsoleReporter",
+    "JsonLinesReporter",
+    "Reporter",
+    "Reporters",
+    "SilentReporter",
+    "TensorBoardReporter",
+    "json_text",
+]
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -13,6 +22,19 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """Returns JSON, in which a number that is not finite is null: JSON has no word for it."""
+    return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    return [_without_nan(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 class Reporter:
@@ -32,9 +54,6 @@ class Reporter:
 
     def finished(self) -> None:
         """Training is over, or was broken off."""
-
-
-SilentReporter = Reporter
 
 
 class Reporters(Reporter):
@@ -159,7 +178,7 @@ class JsonLinesReporter(Reporter):
         """Appends a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"step": step, "attempt": self._attempt, "time": now, **values}
-        self._file.write(json.dumps(line) + "\n")
+        self._file.write(json_text(line) + "\n")
 
     def finished(self) -> None:
         """Closes the file."""

@@ -19,7 +19,7 @@ from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
-from embedshard.train.tracking import Reporter
+from embedshard.train.tracking import JsonLinesReporter, Reporter, Reporters, TensorBoardReporter
 from embedshard.world import open_world
 
 
@@ -381,6 +381,34 @@ def test_a_run_leaves_behind_what_it_says(make_config, tmp_path):
     assert {p.name for p in (tmp_path / "run").iterdir()} >= {
         "config.yaml", "inventory.json", "attempts.jsonl", "checkpoints", "ledger", "result.json",
     }  # fmt: skip
+
+
+def test_what_cannot_be_measured_is_null_and_curves_are_written(make_config, interactions, tmp_path):
+    changes = {
+        "data": {"test": str(interactions / "train" / "*.parquet")},  # all of it was seen in training
+        "tracking": {"tensorboard": True},
+        "train": {"log_every_steps": 1},
+    }
+    loaded = make_config(changes)
+    run = RunDirectory.create(tmp_path / "run", loaded)
+    reporters = [JsonLinesReporter(run.path / "metrics.jsonl", 1), TensorBoardReporter(run.path / "tensorboard")]
+    with open_world("cpu") as world:
+        train(loaded.config, world, run, Reporters(reporters))
+    Reporters(reporters).finished()
+
+    def strict(text):
+        return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+
+    assert strict((run.path / "result.json").read_text())["metrics"]["recall@5"] is None
+    lines = [strict(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    assert sorted(losses) == list(range(1, 15))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run.path / "tensorboard"))
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert curve == pytest.approx(losses)
 
 
 def test_the_dense_optimizer_owns_what_no_table_does(make_config):
