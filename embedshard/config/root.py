@@ -18,7 +18,6 @@ from embedshard.config.parts import (
     EvaluateConfig,
     Feature,
     IdFeature,
-    InBatchSoftmaxConfig,
     ModelConfig,
     Name,
     ObjectiveConfig,
@@ -235,10 +234,6 @@ class Config(Strict):
             return list(self.model.item_features) or ([identity] if identity else [])
         return list(self.model.item.features)
 
-    def column_of(self, feature: str) -> str:
-        """The Parquet column of a feature."""
-        return self.features[feature].column or feature
-
     def bags(self, table: str) -> list[BagFeature | WeightedBagFeature]:
         """The bag features over a table."""
         return [
@@ -246,10 +241,3 @@ class Config(Strict):
             for feature in self.features.values()
             if isinstance(feature, BagFeature | WeightedBagFeature) and feature.table == table
         ]
-
-    def has_global_negatives(self) -> bool:
-        """Whether the loss of a row looks at other workers' rows."""
-        objective = self.objective
-        return isinstance(objective, SampledSoftmaxConfig) or (
-            isinstance(objective, InBatchSoftmaxConfig) and objective.negatives == "global"
-        )

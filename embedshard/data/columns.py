@@ -5,7 +5,7 @@ A column of ids or numbers is one array; a column of lists is its values and off
 
 from __future__ import annotations
 
-__all__ = ["Buffers", "Columns", "Flat", "Ragged", "concatenate", "gather", "nbytes", "num_rows", "slice_rows"]
+__all__ = ["Buffers", "Columns", "Flat", "Ragged", "concatenate", "gather", "num_rows", "slice_rows"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,18 +68,6 @@ def num_rows(columns: Mapping[str, Flat | Ragged]) -> int:
     for column in columns.values():
         return len(column.values) if isinstance(column, Flat) else len(column.offsets) - 1
     return 0
-
-
-def nbytes(columns: Mapping[str, Flat | Ragged]) -> int:
-    """Returns the bytes that the rows of the columns take."""
-    total = 0
-    for column in columns.values():
-        if isinstance(column, Flat):
-            total += column.values.nbytes
-        else:
-            count = int(column.offsets[-1] - column.offsets[0])
-            total += column.offsets.nbytes + count * (8 if column.weights is None else 12)
-    return total
 
 
 def slice_rows(columns: Mapping[str, Flat | Ragged], first: int, last: int) -> Columns:

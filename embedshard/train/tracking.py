@@ -7,7 +7,6 @@ __all__ = [
     "JsonLinesReporter",
     "Reporter",
     "Reporters",
-    "SilentReporter",
     "TensorBoardReporter",
     "json_text",
 ]
