@@ -58,7 +58,8 @@ def test_each_row_travels_with_its_own_values(make_config, interactions):
     assert deviation == pytest.approx(ages.std())
     met = []
     for batch in batches:
-        jagged = {key: batch.sparse[key].to_dense() for key in batch.sparse}
+        keys = batch.sparse.keys()
+        jagged = {key: batch.sparse[key].to_dense() for key in keys}
         weighted = batch.weighted["weighted"]
         weights = weighted.to_dense_weights()
         for place, number in enumerate(batch.rows.tolist()):
@@ -148,7 +149,8 @@ def test_draws_are_the_catalogue_by_its_distribution(make_config):
         own = batch.ids["item_id"].numpy()
         valid = own >= 0
         np.testing.assert_allclose(np.exp(batch.draws.own_log_q.numpy()[valid]), expected[own[valid]], rtol=1e-4)
-    slots = [key for key in batches[0].sparse if key.startswith("item_id:negative")]
+    keys = batches[0].sparse.keys()
+    slots = [key for key in keys if key.startswith("item_id:negative")]
     assert len(slots) == 4096 // 32
     looked_up = np.concatenate([batches[0].sparse[key].values().numpy() for key in slots])
     np.testing.assert_array_equal(looked_up, batches[0].draws.ids.numpy())
