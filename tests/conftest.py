@@ -11,8 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from embedshard.config import Loaded, build_config
+from embedshard.train.checkpoint import newest_intact
+from embedshard.train.run_directory import RunDirectory
 
 USERS, ITEMS = 40, 30
 
@@ -98,6 +101,32 @@ def make_config(interactions):
         return Loaded(build_config(tree, {}, "test"), tree, "test")
 
     return make
+
+
+def read_tensors(run_dir: Path):
+    """The step and every tensor of a run's newest checkpoint."""
+    checkpoint = newest_intact(RunDirectory(run_dir).checkpoints)
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in checkpoint.tensors.items()}
+    checkpoint.read_into([(name, (0,) * tensor.dim(), tensor) for name, tensor in tensors.items()])
+    return checkpoint.step, tensors
+
+
+def compare_tensors(first, second):
+    """Asserts that two checkpoints are of one step and equal bit for bit."""
+    assert first[0] == second[0]
+    assert first[1].keys() == second[1].keys()
+    for name, tensor in first[1].items():
+        assert tensor.equal(second[1][name]), name
+
+
+@pytest.fixture
+def saved_tensors():
+    return read_tensors
+
+
+@pytest.fixture
+def assert_same_tensors():
+    return compare_tensors
 
 
 def real_data(name: str) -> Path:

@@ -5,13 +5,16 @@ to the first than to the next, and meets items one after another, none twice: p(
 can rank held-out items better, in expectation, than that probability does with the items left out that the user has
 met: its recall is what a model can reach. Ids say nothing of topic or popularity.
 
-Each user's last item is the test row, the one before it the validation row. `history` is what the user had met before the
-row, at most `history_length` of it, most recent last.
+Each user's last item is the test row, the one before it the validation row, the rest are training rows. `history` is what
+the user met before the row among the training rows, at most `history_length` of it, most recent last: a test row's has
+not the validation item.
+
+This file owns the generator and what is true of its data; it knows nothing of models, configs and runs.
 """
 
 from __future__ import annotations
 
-__all__ = ["Interactions", "SyntheticSpec", "generate", "truth", "write"]
+__all__ = ["Interactions", "K", "SyntheticSpec", "generate", "is_written", "truth", "write"]
 
 import json
 from collections.abc import Iterator
@@ -24,14 +27,15 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedshard.errors import ConfigError
+from embedshard.errors import ConfigError, DataError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
 K = 20
-_TOPICS, _AFFINITY, _ITEMS, _IDS, _ROWS = range(5)  # streams of draws
-_BLOCK_USERS = 8192
+_FORMAT = 2  # of what is written: another number whenever the same spec makes other files
+_TOPICS, _ACTIVITY, _ITEMS, _IDS, _ROWS = range(5)  # streams of draws
+_BLOCK_CHANCES = 2**20  # of (user, candidate) pairs that are held at once
 _NUM_FILES, _ROW_GROUP_ROWS = 4, 65_536
 
 
@@ -71,6 +75,19 @@ class SyntheticSpec:
 
     def __post_init__(self) -> None:
         """Checks that the numbers fit each other."""
+        for name, least in _LEAST.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name}={getattr(self, name)} is too small. Choose at least {least}.")
+        for name in ("topic_exponent", "item_exponent", "activity_exponent"):
+            if not 0 <= getattr(self, name) <= 4:
+                raise ConfigError(f"{name}={getattr(self, name)} is no exponent of Zipf's law here. Choose one from 0 to 4.")
+        if not 0 < self.affinity < 1:
+            raise ConfigError(f"affinity={self.affinity} is no share of a user's first topic. Choose one between 0 and 1.")
+        if self.topics_per_user * 2 > self.topics:
+            raise ConfigError(
+                f"topics_per_user={self.topics_per_user} is more than half of topics={self.topics}, so users would hardly "
+                f"differ. Choose at most {self.topics // 2}, or more topics."
+            )
         if self.items % self.topics:
             raise ConfigError(f"items={self.items} do not divide into topics={self.topics}. Choose a multiple.")
         per_topic = self.items // self.topics
@@ -79,11 +96,14 @@ class SyntheticSpec:
                 f"max_per_user={self.max_per_user} is more than half of the {per_topic} items of a topic, so users would "
                 f"run out of items. Choose fewer topics or more items."
             )
-        if not 3 <= self.min_per_user <= self.interactions / self.users <= self.max_per_user:
+        if not self.min_per_user <= self.interactions / self.users <= self.max_per_user:
             raise ConfigError(
                 f"interactions={self.interactions} of users={self.users} are {self.interactions / self.users:.1f} each; "
-                f"they must be between min_per_user={self.min_per_user} (at least 3) and max_per_user={self.max_per_user}."
+                f"they must be between min_per_user={self.min_per_user} and max_per_user={self.max_per_user}."
             )
+
+
+_LEAST = {"users": 1, "items": K + 1, "topics": 2, "topics_per_user": 1, "min_per_user": 3, "history_length": 1, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -127,39 +147,36 @@ def generate(spec: SyntheticSpec) -> Interactions:
     shares /= shares.sum()
     wanted = _activity(spec)
 
+    # Whoever comes first in a race of exponential clocks, each at the rate of its probability, is a draw; whoever comes
+    # next is a draw among the others. So a user's first arrivals are draws without repeats, in order of time.
     generator = _generator(spec, _ITEMS)
-    met = np.zeros(0, dtype=np.int64)  # user * items + item, in order of time within a user
-    order = np.zeros(0, dtype=np.int64)
-    missing, round_number = wanted.copy(), 0
-    while missing.any():
-        # Draws that repeat an item are thrown away: drawing on until enough differ is drawing without repeats.
-        users = np.repeat(np.arange(spec.users, dtype=np.int64), np.where(missing > 0, missing * 2 + 2, 0))
-        slot = np.searchsorted(np.cumsum(shares), generator.random(len(users)), side="right")
-        place = np.searchsorted(np.cumsum(within), generator.random(len(users)), side="right")
-        slot, place = np.minimum(slot, len(shares) - 1), np.minimum(place, len(within) - 1)
-        drawn = users * spec.items + item_of[user_topics[users, slot], place]
-        times = np.arange(len(users), dtype=np.int64) + (round_number << 40)
-        everything, times = np.concatenate([met, drawn]), np.concatenate([order, times])
-        _, first = np.unique(everything, return_index=True)
-        first.sort()
-        everything, times = everything[first], times[first]
-        by_user = np.lexsort((times, everything // spec.items))
-        everything, times = everything[by_user], times[by_user]
-        owner = everything // spec.items
-        begins = np.searchsorted(owner, np.arange(spec.users))
-        nth = np.arange(len(owner)) - begins[owner]
-        kept = nth < wanted[owner]
-        met, order = everything[kept], times[kept]
-        missing = wanted - np.bincount(met // spec.items, minlength=spec.users)
-        round_number += 1
+    rates = np.outer(shares, within).ravel()
     offsets = np.concatenate([[0], np.cumsum(wanted)]).astype(np.int64)
-    return Interactions(spec, met % spec.items, offsets, user_topics, shares, item_of, within)
+    items = np.empty(offsets[-1], dtype=np.int64)
+    for users in _blocks(spec):
+        arrivals = generator.standard_exponential((len(users), len(rates))) / rates
+        longest = int(wanted[users].max())
+        first = np.argpartition(arrivals, longest - 1, axis=1)[:, :longest]
+        ranked = np.argsort(np.take_along_axis(arrivals, first, axis=1), axis=1)
+        first = np.take_along_axis(first, ranked, axis=1)
+        slot, place = np.divmod(first, len(within))
+        drawn = item_of[np.take_along_axis(user_topics[users], slot, axis=1), place]
+        kept = np.arange(longest) < wanted[users][:, None]
+        items[offsets[users[0]] : offsets[users[-1] + 1]] = drawn[kept]
+    return Interactions(spec, items, offsets, user_topics, shares, item_of, within)
+
+
+def _blocks(spec: SyntheticSpec) -> Iterator[IntArray]:
+    """Yields users, as many at a time as keep memory small."""
+    size = max(1, _BLOCK_CHANCES // (spec.topics_per_user * (spec.items // spec.topics)))
+    for begin in range(0, spec.users, size):
+        yield np.arange(begin, min(begin + size, spec.users), dtype=np.int64)
 
 
 def _activity(spec: SyntheticSpec) -> IntArray:
     """Returns how many items each user meets: Zipf's law over users in random order, cut to the limits, of the given sum."""
     shares = _zipf(spec.users, spec.activity_exponent)
-    low, high = 0.0, float(spec.interactions) * spec.users
+    low, high = 0.0, (spec.max_per_user + 1) / float(shares.min())
     for _ in range(100):  # the scale at which the cut numbers have the right sum
         middle = (low + high) / 2
         counts = np.clip(np.floor(shares * middle), spec.min_per_user, spec.max_per_user)
@@ -167,41 +184,43 @@ def _activity(spec: SyntheticSpec) -> IntArray:
     counts = np.clip(np.floor(shares * low), spec.min_per_user, spec.max_per_user).astype(np.int64)
     room = np.flatnonzero(counts < spec.max_per_user)
     counts[room[: spec.interactions - int(counts.sum())]] += 1
-    return counts[_generator(spec, _AFFINITY).permutation(spec.users)]
+    assert counts.sum() == spec.interactions, "at the next scale, some users have one more"
+    return counts[_generator(spec, _ACTIVITY).permutation(spec.users)]
 
 
 def _distinct_draws(spec: SyntheticSpec) -> IntArray:
-    """Returns each user's topics, all different, drawn by the topics' popularity."""
+    """Returns each user's topics, one after another by the topics' popularity among those that the user has not."""
     cumulative = np.cumsum(_zipf(spec.topics, spec.topic_exponent))
     generator = _generator(spec, _TOPICS)
-
-    def draw(count: int) -> IntArray:
-        return np.minimum(np.searchsorted(cumulative, generator.random(count), side="right"), spec.topics - 1)
-
-    topics = draw(spec.users * spec.topics_per_user).reshape(spec.users, -1).astype(np.int64)
-    while True:
-        ordered = np.sort(topics, axis=1)
-        repeated = np.flatnonzero((np.diff(ordered, axis=1) == 0).any(axis=1))
-        if not len(repeated):
-            return topics
-        topics[repeated] = draw(len(repeated) * spec.topics_per_user).reshape(len(repeated), -1)
+    topics = np.empty((spec.users, spec.topics_per_user), dtype=np.int64)
+    for column in range(spec.topics_per_user):
+        open_rows = np.arange(spec.users, dtype=np.int64)
+        while len(open_rows):
+            drawn = np.searchsorted(cumulative, generator.random(len(open_rows)), side="right")
+            topics[open_rows, column] = np.minimum(drawn, spec.topics - 1)
+            repeated = (topics[open_rows, :column] == topics[open_rows, column, None]).any(axis=1)
+            open_rows = open_rows[repeated]
+    return topics
 
 
 def truth(data: Interactions) -> dict[str, Any]:
-    """Returns what can be known of the data: counts, and for each held-out set the recall@20 of three rankings.
+    """Returns what can be known of the data: the spec, counts, and for each held-out set the recall@20 of three rankings.
 
     `reachable` ranks by p(item | user), `popularity` by training counts, both without the items that the user has met
     before; ties count against them. `random` is the expectation of a random ranking.
     """
     spec, offsets = data.spec, data.offsets
-    held_out = {"validation": offsets[1:] - 2, "test": offsets[1:] - 1}
-    is_train = np.ones(len(data.items), dtype=bool)
-    for places in held_out.values():
-        is_train[places] = False
-    popularity = np.bincount(data.items[is_train], minlength=spec.items)
+    train, held_out = _split(data)
+    popularity = np.bincount(data.items[train], minlength=spec.items)
     result: dict[str, Any] = {
+        "format": _FORMAT,
         "spec": asdict(spec),
-        "rows": {"train": int(is_train.sum()), "validation": spec.users, "test": spec.users},
+        "counts": {
+            "train": len(train),
+            **{name: len(places) for name, places in held_out.items()},
+            "users": spec.users,
+            "items": spec.items,
+        },
     }
     for name, places in held_out.items():
         met = (places - offsets[:-1]).mean()
@@ -211,6 +230,14 @@ def truth(data: Interactions) -> dict[str, Any]:
             f"random_recall@{K}": float(K / (spec.items - met)),
         }
     return result
+
+
+def _split(data: Interactions) -> tuple[IntArray, dict[str, IntArray]]:
+    """Returns the places in `items` of the training rows, and of each held-out set's, one a user."""
+    ends = data.offsets[1:]
+    is_train = np.ones(len(data.items), dtype=bool)
+    is_train[ends - 1] = is_train[ends - 2] = False
+    return np.flatnonzero(is_train), {"validation": ends - 2, "test": ends - 1}
 
 
 def _reachable(data: Interactions, places: IntArray) -> float:
@@ -242,8 +269,7 @@ def _by_popularity(data: Interactions, places: IntArray, popularity: IntArray) -
 
 def _met_before(data: Interactions, places: IntArray) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
     """Yields blocks of users, the items that they met before their held-out row, and whose each is within the block."""
-    for begin in range(0, data.spec.users, _BLOCK_USERS):
-        users = np.arange(begin, min(begin + _BLOCK_USERS, data.spec.users), dtype=np.int64)
+    for users in _blocks(data.spec):
         lengths = places[users] - data.offsets[users]
         row = np.repeat(np.arange(len(users), dtype=np.int64), lengths)
         starts = np.repeat(data.offsets[users] - np.cumsum(lengths) + lengths, lengths)
@@ -251,27 +277,50 @@ def _met_before(data: Interactions, places: IntArray) -> Iterator[tuple[IntArray
 
 
 def write(data: Interactions, folder: Path) -> None:
-    """Writes train/, validation/, test/ and truth.json below a folder."""
-    spec, offsets = data.spec, data.offsets
-    user = np.repeat(np.arange(spec.users, dtype=np.int64), np.diff(offsets))
-    held_out = {"validation": offsets[1:] - 2, "test": offsets[1:] - 1}
-    is_train = np.ones(len(user), dtype=bool)
-    for places in held_out.values():
-        is_train[places] = False
-    train = np.flatnonzero(is_train)
-    train = train[_generator(spec, _ROWS).permutation(len(train))]
-    for name, rows, files in (("train", train, _NUM_FILES), *((n, p, 1) for n, p in held_out.items())):
+    """Writes train/, validation/, test/ and, last, truth.json into a folder that is new or empty.
+
+    Training rows are in a random order of their own, so that no file and no row group is about a few users.
+
+    Raises:
+        DataError: if the folder holds anything.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise DataError(f"{folder} is not empty; generated data need a folder of their own. Choose another, or remove it.")
+    train, held_out = _split(data)
+    train = train[_generator(data.spec, _ROWS).permutation(len(train))]
+    user = np.repeat(np.arange(data.spec.users, dtype=np.int64), np.diff(data.offsets))
+    for name, rows, num_files in (("train", train, _NUM_FILES), *((name, rows, 1) for name, rows in held_out.items())):
         (folder / name).mkdir(parents=True)
-        for number, part in enumerate(np.array_split(rows, files)):
-            table = _table(data, user, part)
+        for number, part in enumerate(np.array_split(rows, num_files)):
             path = folder / name / f"part-{number:05d}.parquet"
+            table = _table(data, user[part], part)
             pq.write_table(table, path, compression="zstd", row_group_size=_ROW_GROUP_ROWS)
     (folder / "truth.json").write_text(json.dumps(truth(data), indent=2) + "\n", encoding="utf-8")
 
 
+def is_written(spec: SyntheticSpec, folder: Path) -> bool:
+    """Returns whether a folder holds what `write` makes of a spec today.
+
+    Raises:
+        DataError: if the folder holds things, but no generated data, so that they must not be replaced.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    path = folder / "truth.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return bool((found.get("format"), found["spec"]) == (_FORMAT, asdict(spec)))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder} is there, but {path} is not the truth of generated data ({type(error).__name__}: {error}). "
+            f"Choose another folder, or remove this one."
+        ) from error
+
+
 def _table(data: Interactions, user: IntArray, rows: IntArray) -> pa.Table:
-    lengths = np.minimum(rows - data.offsets[user[rows]], data.spec.history_length)
+    ends = np.minimum(rows, data.offsets[user + 1] - 2)  # training items only: nothing from the validation row on
+    lengths = np.minimum(ends - data.offsets[user], data.spec.history_length)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    places = np.repeat(rows - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
+    places = np.repeat(ends - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
     history = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(data.items[places]))
-    return pa.table({"user_id": user[rows], "item_id": data.items[rows], "history": history})
+    return pa.table({"user_id": user, "item_id": data.items[rows], "history": history})

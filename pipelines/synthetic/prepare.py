@@ -9,13 +9,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
-from embedshard.data.synthetic import K, SyntheticSpec, generate, write
-from embedshard.errors import ConfigError
+from embedshard.data.synthetic import K, SyntheticSpec, generate, is_written, write
+from embedshard.errors import EmbedshardError
 
 
 def main() -> None:
@@ -24,43 +24,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out = Path(os.environ.get("EMBEDSHARD_DATA") or "data") / "synthetic"
     parser.add_argument("--out", type=Path, default=out, help="folder to write (default: %(default)s)")
-    for name in ("seed", "users", "items", "interactions", "topics"):
+    names = ("seed", "users", "items", "interactions", "topics")
+    for name in names:
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help="default: %(default)s")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # as an exception, so that what is half made is removed
     try:
-        spec = SyntheticSpec(
-            seed=arguments.seed,
-            users=arguments.users,
-            items=arguments.items,
-            interactions=arguments.interactions,
-            topics=arguments.topics,
-        )
-    except ConfigError as error:
-        sys.exit(f"prepare.py: {error}")
-    make(spec, arguments.out)
+        make(SyntheticSpec(**{name: getattr(arguments, name) for name in names}), arguments.out)
+    except (EmbedshardError, OSError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        sys.exit(EmbedshardError.exit_code)
 
 
 def make(spec: SyntheticSpec, out: Path) -> None:
     """Writes a data set into a folder, whole or not at all; one that is there with the same spec is kept."""
-    truth_path = out / "truth.json"
-    if truth_path.exists() and json.loads(truth_path.read_text(encoding="utf-8"))["spec"] == asdict(spec):
+    if is_written(spec, out):
         print(f"Data: {out} holds them already.")
     else:
         begin = time.monotonic()
-        partial = out.with_name(f".{out.name}.{os.getpid()}.part")
+        partial, former = (out.with_name(f".{out.name}.{os.getpid()}.{role}") for role in ("part", "former"))
         try:
             write(generate(spec), partial)
-            shutil.rmtree(out, ignore_errors=True)
-            out.parent.mkdir(parents=True, exist_ok=True)
+            if out.exists():
+                out.rename(former)  # in one move: a folder that is being deleted would look like a whole one
             partial.rename(out)
         finally:
+            if former.exists() and not out.exists():
+                former.rename(out)
             shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(former, ignore_errors=True)
         print(f"Data: {out}, generated in {time.monotonic() - begin:.0f} s.")
-    truth = json.loads(truth_path.read_text(encoding="utf-8"))
-    rows, test = truth["rows"], truth["test"]
+    truth = json.loads((out / "truth.json").read_text(encoding="utf-8"))
+    counts, test = truth["counts"], truth["test"]
     print(
-        f"  {rows['train']:,} training rows, {rows['validation']:,} validation, {rows['test']:,} test; "
-        f"{spec.users:,} users, {spec.items:,} items, seed {spec.seed}\n"
+        f"  {counts['train']:,} training rows, {counts['validation']:,} validation, {counts['test']:,} test; "
+        f"{counts['users']:,} users, {counts['items']:,} items, seed {spec.seed}\n"
         f"  recall@{K} on the test rows: reachable {test[f'reachable_recall@{K}']:.4f}, "
         f"popularity {test[f'popularity_recall@{K}']:.4f}, random {test[f'random_recall@{K}']:.4f}"
     )

@@ -48,31 +48,16 @@ def wait_for_step(path, step):
     raise AssertionError(f"{path} never came to step {step}")
 
 
-def digest(run_dir):
-    checkpoint = newest_intact(RunDirectory(run_dir).checkpoints)
-    tensors = {}
-    for name, spec in checkpoint.tensors.items():
-        tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        checkpoint.read_into([(name, (0,) * tensor.dim(), tensor)])
-        tensors[name] = tensor
-    return checkpoint.step, tensors
-
-
-def assert_same(first, second):
-    assert first[0] == second[0]
-    assert first[1].keys() == second[1].keys()
-    for name, tensor in first[1].items():
-        assert tensor.equal(second[1][name]), name
-
-
 @pytest.fixture
-def undisturbed(config_file, tmp_path):
+def undisturbed(config_file, tmp_path, saved_tensors):
     finished = run("train", config_file, "--run-dir", tmp_path / "undisturbed")
     assert finished.returncode == 0, finished.stderr
-    return digest(tmp_path / "undisturbed")
+    return saved_tensors(tmp_path / "undisturbed")
 
 
-def test_sigterm_saves_says_how_to_resume_and_exits_143(config_file, undisturbed, tmp_path):
+def test_sigterm_saves_says_how_to_resume_and_exits_143(
+    config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors
+):
     path = tmp_path / "run"
     process = subprocess.Popen(
         command("train", config_file, "--run-dir", path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -90,10 +75,12 @@ def test_sigterm_saves_says_how_to_resume_and_exits_143(config_file, undisturbed
     resumed = run("train", "--resume", path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumes after step {stopped_at}." in resumed.stdout
-    assert_same(digest(path), undisturbed)
+    assert_same_tensors(saved_tensors(path), undisturbed)
 
 
-def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_weights(config_file, undisturbed, tmp_path):
+def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_weights(
+    config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors
+):
     path = tmp_path / "run"
     generator = random.Random(3)
     arguments = ("train", config_file, "--run-dir", path)
@@ -115,7 +102,7 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_weights(conf
             arguments = ("train", "--resume", path)
     finished = run(*arguments)
     assert finished.returncode == 0, finished.stderr
-    assert_same(digest(path), undisturbed)
+    assert_same_tensors(saved_tensors(path), undisturbed)
     for line in (path / "metrics.jsonl").read_text().splitlines():
         if line:
             json.loads(line)

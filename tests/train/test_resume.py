@@ -36,26 +36,6 @@ def run_to_end(loaded, path, resume_from=None):
     return recorder, result
 
 
-def final_tensors(path):
-    checkpoint = newest_intact(RunDirectory(path).checkpoints)
-    tensors = {}
-    for name, spec in checkpoint.tensors.items():
-        import torch
-
-        tensor = torch.empty(spec.shape, dtype=spec.dtype)
-        checkpoint.read_into([(name, (0,) * tensor.dim(), tensor)])
-        tensors[name] = tensor
-    return checkpoint.step, tensors
-
-
-def assert_same_end(path, other):
-    (step, tensors), (other_step, others) = final_tensors(path), final_tensors(other)
-    assert step == other_step
-    assert tensors.keys() == others.keys()
-    for name in tensors:
-        assert tensors[name].equal(others[name]), name
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -65,7 +45,7 @@ def assert_same_end(path, other):
     ],
     ids=["cached, log-Q", "streamed", "sampled, mixed"],
 )
-def test_a_run_stopped_at_any_step_continues_bit_for_bit(make_config, tmp_path, changes):
+def test_a_run_stopped_at_any_step_continues_bit_for_bit(make_config, tmp_path, changes, saved_tensors, assert_same_tensors):
     changes = changes | {"evaluate": {"metrics": ["recall@5"], "every_steps": 3}, "checkpoint": {"keep": 100}}
     whole_config = make_config(changes)
     whole, result = run_to_end(whole_config, tmp_path / "whole")
@@ -81,7 +61,7 @@ def test_a_run_stopped_at_any_step_continues_bit_for_bit(make_config, tmp_path, 
         assert second.losses == {step: whole.losses[step] for step in range(stop + 1, result.step + 1)}
         for step, values in second.measurements.items():
             assert values.items() <= whole.measurements[step].items()
-        assert_same_end(tmp_path / "whole", path)
+        assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(path))
 
 
 class StopAt(Recorder):
@@ -130,7 +110,9 @@ def run_stopped(loaded, path, stop):
     return recorder, result
 
 
-def test_a_run_that_is_not_checkpointed_yet_resumes_from_its_beginning(make_config, tmp_path):
+def test_a_run_that_is_not_checkpointed_yet_resumes_from_its_beginning(
+    make_config, tmp_path, saved_tensors, assert_same_tensors
+):
     loaded = make_config()
     whole, _ = run_to_end(loaded, tmp_path / "whole")
     RunDirectory.create(tmp_path / "killed", loaded)
@@ -139,7 +121,7 @@ def test_a_run_that_is_not_checkpointed_yet_resumes_from_its_beginning(make_conf
         recorder = Recorder()
         train(loaded.config, world, RunDirectory.open(tmp_path / "killed"), recorder, None)
     assert recorder.losses == whole.losses
-    assert_same_end(tmp_path / "whole", tmp_path / "killed")
+    assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / "killed"))
 
 
 def test_a_finished_run_that_is_started_again_ends_cleanly_with_the_same_result(make_config, tmp_path):
@@ -191,7 +173,9 @@ def test_the_ledger_proves_that_each_row_was_trained_once_an_epoch(make_config, 
         assert total == row_digest(epoch, 0, np.arange(203, dtype=np.int64))
 
 
-def test_partitions_are_trained_in_order_and_resume_anywhere(make_config, interactions, tmp_path):
+def test_partitions_are_trained_in_order_and_resume_anywhere(
+    make_config, interactions, tmp_path, saved_tensors, assert_same_tensors
+):
     parts = [str(interactions / "train" / f"part-{i}.parquet") for i in (0, 1)]
     changes = {"data": {"train": None, "partitions": parts}}
     whole, result = run_to_end(make_config(changes), tmp_path / "whole")
@@ -201,4 +185,4 @@ def test_partitions_are_trained_in_order_and_resume_anywhere(make_config, intera
         checkpoint = newest_intact(RunDirectory(tmp_path / f"{stop}").checkpoints)
         second, _ = run_to_end(make_config(changes), tmp_path / f"{stop}", checkpoint)
         assert second.losses == {step: whole.losses[step] for step in range(stop + 1, 17)}
-        assert_same_end(tmp_path / "whole", tmp_path / f"{stop}")
+        assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / f"{stop}"))

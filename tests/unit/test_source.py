@@ -89,6 +89,16 @@ def test_the_inventory_knows_a_changed_an_added_and_a_missing_file(decoder, tmp_
         check_unchanged(saved, now)
 
 
+def test_uris_and_globs_over_folders_name_the_same_rows(decoder, tmp_path):
+    for day in (1, 2):
+        (tmp_path / f"day={day}").mkdir()
+        pq.write_table(table(10, day), tmp_path / f"day={day}" / "part.parquet")
+    by_glob = open_source([str(tmp_path / "day=*" / "*.parquet")], decoder)
+    by_uri = open_source([f"file://{tmp_path}/**/*.parquet"], decoder)
+    assert by_glob.inventory == by_uri.inventory
+    np.testing.assert_array_equal(by_glob.read_row_group(1)["user"].values, by_uri.read_row_group(1)["user"].values)
+
+
 def corrupt(path):
     data = bytearray(path.read_bytes())
     data[20:120] = b"\xff" * 100
