@@ -62,9 +62,9 @@ class SyntheticSpec:
     users: int = 100_000
     items: int = 50_000
     interactions: int = 1_000_000
-    topics: int = 500
+    topics: int = 250
     topics_per_user: int = 2
-    affinity: float = 0.8
+    affinity: float = 0.85
     topic_exponent: float = 0.5
     item_exponent: float = 1.0
     activity_exponent: float = 0.3
@@ -211,7 +211,9 @@ def truth(data: Interactions) -> dict[str, Any]:
     """
     spec, offsets = data.spec, data.offsets
     train, held_out = _split(data)
-    popularity = np.bincount(data.items[train], minlength=spec.items)
+    popularity = np.bincount(data.items[train], minlength=spec.items).astype(np.float64)
+    user = np.repeat(np.arange(spec.users, dtype=np.int64), np.diff(offsets))
+    probabilities, rates = _probabilities(data, user), np.outer(data.shares, data.within).ravel()
     result: dict[str, Any] = {
         "format": _FORMAT,
         "spec": asdict(spec),
@@ -225,8 +227,8 @@ def truth(data: Interactions) -> dict[str, Any]:
     for name, places in held_out.items():
         met = (places - offsets[:-1]).mean()
         result[name] = {
-            f"reachable_recall@{K}": _reachable(data, places),
-            f"popularity_recall@{K}": _by_popularity(data, places, popularity),
+            f"reachable_recall@{K}": _recall(user, places, probabilities, rates),
+            f"popularity_recall@{K}": _recall(user, places, popularity[data.items], popularity),
             f"random_recall@{K}": float(K / (spec.items - met)),
         }
     return result
@@ -240,40 +242,31 @@ def _split(data: Interactions) -> tuple[IntArray, dict[str, IntArray]]:
     return np.flatnonzero(is_train), {"validation": ends - 2, "test": ends - 1}
 
 
-def _reachable(data: Interactions, places: IntArray) -> float:
-    spec = data.spec
-    hits = 0
-    for users, met, row in _met_before(data, places):
-        candidates = data.item_of[data.user_topics[users]].reshape(len(users), -1)
-        chances = (data.shares[:, None] * data.within[None, :]).ravel()
-        scores = np.tile(chances, (len(users), 1))
-        scores[np.isin(candidates + (users - users[0])[:, None] * spec.items, met + row * spec.items)] = -1.0
-        target = data.items[places[users]][:, None]
-        own = np.where(candidates == target, scores, -1.0).max(axis=1, keepdims=True)
-        ahead = ((scores >= own) & (candidates != target)).sum(axis=1)
-        hits += int((ahead < K).sum())
-    return hits / spec.users
+def _probabilities(data: Interactions, user: IntArray) -> FloatArray:
+    """Returns p(item | user) of every interaction."""
+    topic_of, place_of = np.empty(data.spec.items, dtype=np.int64), np.empty(data.spec.items, dtype=np.int64)
+    topic_of[data.item_of] = np.arange(data.spec.topics)[:, None]
+    place_of[data.item_of] = np.arange(len(data.within))
+    slot = (data.user_topics[user] == topic_of[data.items][:, None]).argmax(axis=1)
+    return data.shares[slot] * data.within[place_of[data.items]]
 
 
-def _by_popularity(data: Interactions, places: IntArray, popularity: IntArray) -> float:
-    # An item is found if fewer than K items that are at least as popular have not been met.
-    ordered = np.sort(popularity)[::-1]
-    hits = 0
-    for users, met, row in _met_before(data, places):
-        own = popularity[data.items[places[users]]]
-        at_least = np.searchsorted(-ordered, -own, side="right") - 1
-        met_ahead = np.bincount(row, weights=popularity[met] >= own[row], minlength=len(users))
-        hits += int((at_least - met_ahead < K).sum())
-    return hits / data.spec.users
+def _recall(user: IntArray, places: IntArray, scores: FloatArray, all_scores: FloatArray) -> float:
+    """Returns the recall@K of a ranking, without the items that each user met before; ties count against it.
 
+    No ranking is made: an item is found if fewer than K others that are not yet met score as much or more.
 
-def _met_before(data: Interactions, places: IntArray) -> Iterator[tuple[IntArray, IntArray, IntArray]]:
-    """Yields blocks of users, the items that they met before their held-out row, and whose each is within the block."""
-    for users in _blocks(data.spec):
-        lengths = places[users] - data.offsets[users]
-        row = np.repeat(np.arange(len(users), dtype=np.int64), lengths)
-        starts = np.repeat(data.offsets[users] - np.cumsum(lengths) + lengths, lengths)
-        yield users, data.items[starts + np.arange(len(row))], row
+    Args:
+        user: of each interaction, (n,).
+        places: of the held-out interactions, one a user.
+        scores: of each interaction's item for its user, (n,).
+        all_scores: of all items for any one user, in any order: users differ in which items score what, not in the
+            scores that there are. Items that no held-out item can tie with may be missing.
+    """
+    own = scores[places]
+    as_good = np.searchsorted(-np.sort(all_scores)[::-1], -own, side="right") - 1
+    met_as_good = (np.arange(len(user)) < places[user]) & (scores >= own[user])
+    return float((as_good - np.bincount(user[met_as_good], minlength=len(places)) < K).mean())
 
 
 def write(data: Interactions, folder: Path) -> None:

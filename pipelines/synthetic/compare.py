@@ -33,7 +33,7 @@ def main() -> None:
     try:
         truth = json.loads((arguments.data / "truth.json").read_text(encoding="utf-8"))["test"]
         result = json.loads((arguments.run_dir / "result.json").read_text(encoding="utf-8"))
-        untrained = evaluate_untrained(arguments.run_dir, "test", "auto", os.environ)
+        untrained = evaluate_untrained(arguments.run_dir, "validation", "auto", os.environ)
     except (OSError, EmbedshardError) as error:
         sys.exit(f"compare.py: {error}")
     reachable = truth[f"reachable_{METRIC}"]
@@ -41,7 +41,7 @@ def main() -> None:
         "reachable: ranking by the true probability": reachable,
         "the trained model": result["metrics"][METRIC],
         "popularity": truth[f"popularity_{METRIC}"],
-        "the untrained model": untrained[METRIC],
+        "the untrained model, on validation users": untrained[METRIC],
     }
     table = Table(title=f"{METRIC} on the test rows, items met before left out", title_justify="left")
     table.add_column("ranking")
