@@ -21,13 +21,14 @@ from embedshard.config import Config
 from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, WeightedBagFeature
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.statistics import Statistics
-from embedshard.data.vocabulary import Vocabulary
+from embedshard.data.vocabulary import Vocabulary, integers
 from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
 ListFeature = BagFeature | WeightedBagFeature
 
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _POINTWISE = ("rmse", "mae", "log_loss", "auc")
 
 
@@ -209,7 +210,7 @@ class Decoder:
             return np.where(unknown, vocabulary.rows, rows)
         first = int(np.flatnonzero(unknown)[0])
         raise DataError(
-            f"{where.row(int(row_of_id[first]))}: column '{spec.column}' is {ids[first].as_py()!r}, which is not among "
+            f"{where.row(int(row_of_id[first]))}: column '{spec.column}' is {_shown(ids[first])}, which is not among "
             f"{vocabulary.describe()} ({int(unknown.sum())} of {len(rows)} ids read here are not). "
             f"Give table '{spec.table}' more rows or another vocabulary, or set features.{spec.name}.unknown to 'oov'."
         )
@@ -237,7 +238,7 @@ class Decoder:
             ids, weights = ids[places], None if weights is None else weights[places]
             lengths = kept
         if weights is not None and isinstance(spec.feature, WeightedBagFeature) and spec.feature.pooling == "mean":
-            weights = _scaled_to_one(weights, offsets, lengths)
+            weights = _scaled_to_one(weights, lengths)
         return Ragged(ids, offsets, weights)
 
     def _bag_weights(self, spec: ColumnSpec, second: pa.Array, lengths: IntArray, where: Where) -> npt.NDArray[np.float32]:
@@ -250,12 +251,12 @@ class Decoder:
                 f"{weight_lengths[row]} weights; '{spec.name}' needs as many of each. Correct the row."
             )
         weights = _as_float64(values)
-        bad = np.flatnonzero(~np.isfinite(weights))
+        bad = np.flatnonzero(~_fits_float32(weights))
         if len(bad):
             row = int(np.searchsorted(_offsets(lengths), bad[0], side="right")) - 1
             raise DataError(
                 f"{where.row(row)}: column '{spec.second}' holds {values[int(bad[0])].as_py()!r}; weights are finite "
-                f"numbers. Correct the row."
+                f"float32. Correct the row."
             )
         return weights.astype(np.float32)
 
@@ -265,12 +266,14 @@ class Decoder:
         missing = np.isnan(values)
         feature = spec.feature
         tolerant = isinstance(feature, DenseFeature) and feature.missing == "zero"
-        bad = np.isinf(values) if tolerant else ~np.isfinite(values)
+        bad = ~_fits_float32(values)
+        if tolerant:
+            bad &= ~missing
         if spec.name == "weight":
             bad |= values < 0
         if bad.any():
             row = int(np.flatnonzero(bad)[0])
-            need = "a finite number of at least 0" if spec.name == "weight" else "a finite number"
+            need = "a finite float32 of at least 0" if spec.name == "weight" else "a finite float32"
             advice = f"set features.{spec.name}.missing to 'zero', or correct the rows" if feature else "correct the rows"
             raise DataError(
                 f"{where.row(row)}: column '{spec.column}' is {array[row].as_py()!r} ({int(bad.sum())} of {len(values)} "
@@ -307,11 +310,18 @@ def _nulls(array: pa.Array) -> npt.NDArray[np.bool_]:
 
 
 def _mapped(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
+    if not len(ids):  # their type, which may be null, says nothing of the vocabulary
+        return np.zeros(0, dtype=np.int64)
     if pa.types.is_dictionary(ids.type):
         known = _mapped(ids.dictionary, vocabulary)
-        return known[ids.indices.cast(pa.int64()).to_numpy(zero_copy_only=False)]
-    if pa.types.is_integer(ids.type) or pa.types.is_null(ids.type):
-        return vocabulary.map_integers(ids.cast(pa.int64()).to_numpy(zero_copy_only=False))
+        codes = ids.indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        if codes.min() < 0 or codes.max() >= len(known):
+            raise DataError(
+                f"refers to values that its dictionary of {len(known)} has not. It is damaged: write the file anew."
+            )
+        return known[codes]
+    if pa.types.is_integer(ids.type):
+        return vocabulary.map_integers(integers(ids))
     return vocabulary.map_strings(ids)
 
 
@@ -331,13 +341,29 @@ def _as_float64(array: pa.Array) -> npt.NDArray[np.float64]:
     """Returns numbers, NaN for nulls."""
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
-    values: npt.NDArray[Any] = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+    # Unsafe, since integers beyond 2**53 are rounded, as any number that float32 cannot hold is.
+    values: npt.NDArray[Any] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     return np.array(values, dtype=np.float64)
 
 
-def _scaled_to_one(weights: npt.NDArray[np.float32], offsets: IntArray, lengths: IntArray) -> npt.NDArray[np.float32]:
-    running = np.concatenate([[0.0], np.cumsum(weights, dtype=np.float64)])
-    sums = running[offsets[1:]] - running[offsets[:-1]]
+def _fits_float32(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
+    """Returns which numbers are finite, and still so as float32."""
+    return np.abs(values) <= _LARGEST_FLOAT32
+
+
+def _shown(value: pa.Scalar) -> str:
+    """Returns an id as a message shows it, even if it is a string that is not UTF-8."""
+    try:
+        return repr(value.as_py())
+    except UnicodeDecodeError:
+        return repr(pa.array([value]).cast(pa.large_string()).cast(pa.large_binary())[0].as_py())
+
+
+def _scaled_to_one(weights: npt.NDArray[np.float32], lengths: IntArray) -> npt.NDArray[np.float32]:
+    if not len(weights):
+        return weights
+    # Each row is summed by itself: a difference of running sums would depend on the rows that are read before it.
+    sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=weights, minlength=len(lengths))
     scale = np.divide(1.0, sums, out=np.zeros_like(sums), where=np.abs(sums) > 1e-12)
     return (weights * np.repeat(scale, lengths)).astype(np.float32)
 

@@ -303,11 +303,16 @@ def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:
             digest = hashlib.sha256(file.read(length)).hexdigest()
             file.seek(0)
             metadata = pq.ParquetFile(file).metadata
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(
             f"{location.uri} cannot be read as Parquet: {' '.join(str(error).split())}. Write it anew."
         ) from error
     groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
+    if sum(groups) != metadata.num_rows or any(rows < 0 for rows in groups):
+        raise DataError(
+            f"{location.uri}: its footer says {metadata.num_rows} rows, and row groups of {', '.join(map(str, groups[:8]))}"
+            f"{', ...' if len(groups) > 8 else ''} rows. It is damaged: write it anew."
+        )
     return InventoryFile(location.name, size, groups, digest), metadata
 
 
@@ -323,6 +328,12 @@ def _check_schema(location: Location, metadata: pq.FileMetaData, decoder: Decode
             if column not in schema.names:
                 raise DataError(
                     f"{location.uri} has no column '{column}', which '{spec.name}' needs. {nearest(column, schema.names)}"
+                )
+            count = schema.names.count(column)
+            if count > 1:
+                raise DataError(
+                    f"{location.uri} has {count} columns named '{column}', and '{spec.name}' needs one. "
+                    f"Write the others under other names, or leave them out."
                 )
             kind = schema.field(column).type
             needed = decoder.check_type(spec, column, kind)

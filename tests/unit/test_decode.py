@@ -2,6 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from embedshard.config import build_config
 from embedshard.data.decode import Decoder, Where, column_specs
 from embedshard.data.statistics import Statistics
-from embedshard.data.vocabulary import load_vocabularies
+from embedshard.data.vocabulary import hash_integers, load_vocabularies
 from embedshard.errors import DataError
 
 WHERE = Where("data/part-3.parquet", 2, 100, 5000)
@@ -160,6 +161,72 @@ def test_numbers_of_every_type_and_normalisation():
         statistics=Statistics({"f": (3.0, 2.0)}),
     )
     assert scaled.values.tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_ids_of_64_unsigned_bits_are_not_refused():
+    words = pa.array([1, 2**63 + 1, 2**64 - 1], pa.uint64())
+    hashed = {"dim": 4, "vocabulary": {"kind": "hash", "rows": 1000}}
+    assert decode({"kind": "id"}, words, table=hashed).values.tolist() == [
+        hash_integers(np.array([word], np.uint64), 0)[0] % 1000 for word in words.to_pylist()
+    ]
+    assert decode({"kind": "id", "unknown": "oov"}, words).values.tolist() == [1, 50, 50]
+
+
+@pytest.mark.parametrize(("kind", "other"), [(pa.uint64(), pa.int64()), (pa.int64(), pa.uint64())], ids=str)
+def test_a_vocabulary_of_64_bits_does_not_take_one_sign_for_the_other(tmp_path, kind, other):
+    ids = {pa.uint64(): [5, 2**63, 2**64 - 1], pa.int64(): [5, -(2**63), -1]}  # the same bits
+    pq.write_table(pa.table({"id": pa.array(ids[kind], kind)}), tmp_path / "ids.parquet")
+    options = {"table": {"dim": 4, "vocabulary": {"kind": "file", "path": str(tmp_path / "ids.parquet")}}}
+    feature = {"kind": "id", "unknown": "oov"}
+    assert decode(feature, pa.array(ids[kind], kind), **options).values.tolist() == [0, 1, 2]
+    assert decode(feature, pa.array(ids[other], other), **options).values.tolist() == [0, 3, 3]
+
+
+def test_an_unknown_string_that_is_not_utf8_is_shown_and_not_a_crash(tmp_path):
+    broken = pa.array([b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "ids.parquet")
+    table = {"dim": 4, "vocabulary": {"kind": "file", "path": str(tmp_path / "ids.parquet")}}
+    with pytest.raises(DataError, match=r"row 100: column 'f' is b'caf\\xe9'"):
+        decode({"kind": "id"}, broken, table=table)
+    pq.write_table(pa.table({"id": broken}), tmp_path / "ids.parquet")
+    assert decode({"kind": "id"}, broken, table=table).values.tolist() == [0]
+
+
+def test_integers_that_float64_does_not_hold_are_rounded_and_not_a_crash():
+    big = 2**53 + 1
+    assert decode({"kind": "dense"}, pa.array([big, 2**63 - 1])).values.tolist() == [float(np.float32(big)), 2.0**63]
+
+
+@pytest.mark.parametrize("feature", [{"kind": "dense"}, {"kind": "dense", "missing": "zero", "normalise": "log1p"}])
+def test_a_number_too_large_for_float32_does_not_become_infinite(feature):
+    with pytest.raises(DataError, match=r"row 101: column 'f' is 1e\+39 .* finite float32"):
+        decode(feature, pa.array([3.4e38, 1e39]))
+    with pytest.raises(DataError, match="row 100: column 'w' holds -1e\\+39; weights are finite"):
+        decoder({"kind": "weighted_bag", "weights": "w"}).decode(pa.table({"f": [[1]], "w": [[-1e39]]}), WHERE)
+
+
+def test_the_mean_of_a_weighted_bag_does_not_depend_on_rows_before_it():
+    feature = {"kind": "weighted_bag", "weights": "w", "pooling": "mean"}
+    rows = pa.table({"f": [[1], [2, 3]], "w": [[1e30], [0.1, 0.3]]})
+    whole = decoder(feature).decode(rows, WHERE)["f"].weights
+    alone = decoder(feature).decode(rows.slice(1), WHERE)["f"].weights
+    np.testing.assert_allclose(alone, [0.25, 0.75], rtol=1e-6)
+    np.testing.assert_array_equal(whole[1:], alone)
+
+
+@pytest.mark.parametrize("code", [-1, 2])
+def test_a_dictionary_that_is_damaged_is_refused_and_not_a_crash(code):
+    codes = pa.array([0, 1, code], pa.int32())
+    damaged = pa.DictionaryArray.from_arrays(codes, pa.array([7, 8]), safe=False)
+    with pytest.raises(DataError, match="column 'f': refers to values that its dictionary of 2 has not"):
+        decode({"kind": "id"}, damaged)
+
+
+def test_lists_without_a_value_say_nothing_of_the_vocabulary(tmp_path):
+    pq.write_table(pa.table({"id": ["a"]}), tmp_path / "ids.parquet")
+    table = {"dim": 4, "vocabulary": {"kind": "file", "path": str(tmp_path / "ids.parquet")}}
+    assert as_lists(decode({"kind": "bag"}, pa.array([[], None], pa.list_(pa.null())), table=table)) == [[], []]
+    assert as_lists(decode({"kind": "bag"}, pa.nulls(2), table=table)) == [[], []]
 
 
 def test_columns_of_nothing_but_nulls_or_empty_lists():

@@ -99,6 +99,23 @@ def test_uris_and_globs_over_folders_name_the_same_rows(decoder, tmp_path):
     np.testing.assert_array_equal(by_glob.read_row_group(1)["user"].values, by_uri.read_row_group(1)["user"].values)
 
 
+def twice(data, column):
+    return data.append_column(column, data[column])
+
+
+def misname(path, name, other):
+    pq.write_table(table(5), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(name, other))
+
+
+def miscount(path):
+    pq.write_table(table(77), path)
+    in_footer = b"\x16\x9a\x01\x19"  # Thrift's 77, before the list of row groups
+    content = path.read_bytes()
+    assert content.count(in_footer) == 1
+    path.write_bytes(content.replace(in_footer, b"\x16\x9c\x01\x19"))
+
+
 def corrupt(path):
     data = bytearray(path.read_bytes())
     data[20:120] = b"\xff" * 100
@@ -127,6 +144,9 @@ def corrupt(path):
             ["column 'label' is string", "number"],
         ),
         (lambda path: pq.write_table(table(0), path), ["without a row"]),
+        (lambda path: pq.write_table(twice(table(5), "user"), path), ["2 columns named 'user'", "one"]),
+        (lambda path: misname(path, b"user", b"us\xed\xff"), ["x.parquet", "cannot be read as Parquet", "utf-8"]),
+        (lambda path: miscount(path), ["x.parquet", "says 78 rows", "row groups of 77 rows"]),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_when_it_is_opened(decoder, tmp_path, spoil, words):

@@ -1,0 +1,382 @@
+"""The reader, fuzzed: 10,000 data sets, whole and damaged; nothing but a DataError or the right rows comes out.
+
+A case is made of its number alone. `python -m tests.fuzz.test_reader NUMBER` runs one, here and now.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import re
+import resource
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from embedshard.config import table_specs
+from embedshard.data.batch import Batch
+from embedshard.data.collate import Collator
+from embedshard.data.columns import Columns, Flat, Ragged, concatenate, num_rows
+from embedshard.data.decode import Decoder, Where, column_specs
+from embedshard.data.order import Order
+from embedshard.data.reader import BatchReader
+from embedshard.data.source import RowGroup, Source, open_source
+from embedshard.data.statistics import Statistics
+from embedshard.data.vocabulary import load_vocabularies, table_rows
+from embedshard.errors import DataError
+from tests.fuzz.cases import Case, make_case
+from tests.fuzz.damage import cut, flip, page_bodies, spoil
+from tests.fuzz.oracle import Row, decoded_rows
+
+WHOLE, ALL, CHUNK = 6500, 10_000, 500
+MOMENTS = {"age": (3.5, 2.0), "price": (-1e3, 1e4)}
+SECONDS_PER_CASE = 60
+MEMORY_BYTES = 4 * 1024**3
+DAMAGES = ["cut", "spoilt", "spoilt", "spoilt", "page", "page", "cut after", "spoilt after", "gone after"]
+
+
+@pytest.mark.parametrize("first", range(0, WHOLE, CHUNK))
+def test_whole_files_give_the_right_rows_or_a_data_error(first, tmp_path):
+    run_apart(range(first, first + CHUNK), tmp_path)
+
+
+@pytest.mark.parametrize("first", range(WHOLE, ALL, CHUNK))
+def test_damaged_files_give_the_right_rows_or_a_data_error(first, tmp_path):
+    run_apart(range(first, first + CHUNK), tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ processes of their own
+def run_apart(numbers: Sequence[int], folder: Path) -> None:
+    """Runs cases in another process, whose death, standstill or hunger for memory is a case's failure, too."""
+    context = multiprocessing.get_context("fork")
+    failures: list[str] = []
+    left = list(numbers)
+    while left:
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=_run_all, args=(left, folder, sender))
+        process.start()
+        sender.close()
+        number = left[0]
+        try:
+            while receiver.poll(SECONDS_PER_CASE):
+                number, failure = receiver.recv()
+                left = [other for other in left if other > number]
+                if failure:
+                    failures.append(failure)
+            failures.append(f"case {left[0]}: did not end within {SECONDS_PER_CASE} s")
+            left = left[1:]
+        except EOFError:
+            process.join()
+            if process.exitcode:
+                failures.append(f"case {left[0]}: the process ended with {process.exitcode}")
+                left = left[1:]
+        finally:
+            process.kill()
+            process.join()
+    assert not failures, f"{len(failures)} of {len(numbers)} cases failed:\n" + "\n".join(failures[:5])
+
+
+def _run_all(numbers: Sequence[int], folder: Path, sender: Connection) -> None:
+    in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, resource.RLIM_INFINITY))
+    for number in numbers:
+        try:
+            run_case(number, folder)
+        except BaseException:
+            sender.send((number, f"case {number}: {traceback.format_exc()}"))
+        else:
+            sender.send((number, None))
+
+
+# ----------------------------------------------------------------------------------------------------------------- a case
+def run_case(number: int, folder: Path) -> None:
+    """Makes a case, writes it, damages it if it is to be, reads it in every way, and compares."""
+    case = make_case(number, folder)
+    expected = decoded_rows(case, MOMENTS)
+    vocabularies = load_vocabularies(case.config)
+    decoder = Decoder(column_specs(case.config, "train"), vocabularies, Statistics(MOMENTS))
+    if not case.is_refused and case.random.random() < 0.5:
+        _check_in_memory(case, decoder, expected)
+    paths = case.write(folder)
+    damage = case.random.choice(DAMAGES) if number >= WHOLE else None
+    place = case.random.randrange(len(paths))
+    damaged = paths[place]
+    is_strict = damage in (None, "cut", "cut after", "gone after") or (
+        damage == "page" and case.files[place].options["write_page_checksum"]
+    )
+    try:
+        if damage is not None and not damage.endswith("after"):
+            _damage(case, damage, damaged)
+        source, error = attempt(lambda: open_source([str(path) for path in paths], decoder))
+        if error:
+            assert case.is_refused or damage in ("cut", "spoilt"), f"refused without a reason: {error}"
+            assert str(folder) in error
+            return
+        assert not case.is_refused or not is_strict, "what cannot be decoded was opened"
+        assert damage != "cut", "a file that is cut off was opened"
+        if case.is_refused:
+            return
+        if damage is not None and damage.endswith("after"):
+            _damage(case, damage, damaged)
+        _Reading(case, source, table_rows(vocabularies), expected, damage is not None, is_strict).check()
+    finally:
+        for path in folder.glob(f"{number}-*"):
+            path.unlink()
+
+
+def attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """Returns what is read, and the message of the DataError if there is one instead."""
+    try:
+        return read(), ""
+    except DataError as error:
+        return None, str(error)
+
+
+def _batches(reader: BatchReader, start: int, stop: int) -> list[Batch]:
+    with reader.batches(start, stop) as batches:
+        return list(batches)
+
+
+def _damage(case: Case, damage: str, path: Path) -> None:
+    content = path.read_bytes()
+    if damage.startswith("gone"):
+        path.unlink()
+    elif damage.startswith("cut"):
+        path.write_bytes(cut(case.random, content))
+    elif damage == "page":
+        places = page_bodies(content, pq.read_metadata(path))
+        spoilt = bytearray(content)
+        if places:
+            flip(case.random, spoilt, places, case.random.choice([1, 1, 3]))
+        path.write_bytes(bytes(spoilt))
+    else:
+        path.write_bytes(spoil(case.random, content))
+
+
+def _check_in_memory(case: Case, decoder: Decoder, expected: list[Row | None]) -> None:
+    """Decodes slices of what no file can hold: offsets that begin in the middle, values under nulls."""
+    first = 0
+    for file in case.files:
+        skip = case.random.randint(0, file.table.num_rows)
+        rows = expected[first + skip : first + file.table.num_rows]
+        part, where = file.table.slice(skip), Where("a table", 0, skip, first + skip)
+        columns, error = attempt(lambda part=part, where=where: decoder.decode(part, where))
+        if error:
+            assert None in rows or case.trouble == "other kind", f"refused without a reason: {error}"
+        else:
+            assert_right(columns, rows, first + skip)
+        first += file.table.num_rows
+
+
+class _Reading:
+    """The ways to read a source, each compared with what is expected.
+
+    Args:
+        case: the case.
+        source: opened over its files.
+        table_rows: ids of each table.
+        expected: of all rows; None for those to be refused.
+        is_damaged: whether a DataError needs no reason in the rows.
+        is_strict: whether what comes out must be the right rows; else as many rows, fit to be looked up, are enough.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        source: Source,
+        table_rows: dict[str, int],
+        expected: list[Row | None],
+        is_damaged: bool,
+        is_strict: bool,
+    ) -> None:
+        self.case, self.source, self.table_rows, self.expected = case, source, table_rows, expected
+        self.tolerates_errors, self.is_strict = is_damaged or case.trouble == "other kind", is_strict
+
+    def check(self) -> None:
+        groups = self.source.inventory.row_groups
+        if self.is_strict:
+            assert [group.num_rows for group in groups] == self.case.group_sizes()
+        else:
+            assert sum(group.num_rows for group in groups) == len(self.expected)
+            if [group.num_rows for group in groups] != self.case.group_sizes():
+                return
+        for number, group in enumerate(groups):
+            if self.case.random.random() < 0.5:
+                self._check_whole(number, group)
+            else:
+                self._check_pieces(number, group)
+        self._check_batches()
+
+    def _check_whole(self, number: int, group: RowGroup) -> None:
+        rows = self.expected[group.first_row : group.first_row + group.num_rows]
+        columns = self._outcome(lambda: self.source.read_row_group(number), rows)
+        if columns is not None:
+            self._compare(columns, rows, group.first_row)
+
+    def _check_pieces(self, number: int, group: RowGroup) -> None:
+        batch_rows, skip = self.case.random.randint(1, 8), self.case.random.randint(0, group.num_rows)
+        rows = self.expected[group.first_row + skip : group.first_row + group.num_rows]
+        pieces = self._outcome(lambda: list(self.source.iter_row_group(number, batch_rows, skip)), rows)
+        if pieces is None:
+            return
+        assert all(num_rows(piece) <= batch_rows for piece in pieces)
+        assert sum(num_rows(piece) for piece in pieces) == len(rows)
+        if pieces:
+            self._compare(concatenate(pieces), rows, group.first_row + skip)
+
+    def _outcome(self, read: Callable[[], Any], rows: list[Row | None]) -> Any:
+        """Returns what is read; None for a DataError that the rows give reason for."""
+        found, error = attempt(read)
+        if error:
+            assert None in rows or self.tolerates_errors, f"refused without a reason: {error}"
+            self._check_place(error)
+            return None
+        assert None not in rows or not self.is_strict, "a row that does not fit was decoded"
+        return found
+
+    def _check_place(self, message: str) -> None:
+        """Checks that the row that an error names is one that does not fit."""
+        place = re.search(r"-(\d+)\.parquet, row group (\d+), row (\d+)", message)
+        if place is None or self.tolerates_errors:
+            return
+        file, index, row = (int(word) for word in place.groups())
+        group = next(g for g in self.source.inventory.row_groups if (g.file, g.index) == (file, index))
+        assert self.expected[group.first_row + row] is None, f"not the row that does not fit: {message}"
+
+    def _compare(self, columns: Columns, rows: list[Row | None], first_row: int) -> None:
+        if self.is_strict:
+            assert_right(columns, rows, first_row)
+        else:
+            assert_fit(columns, len(rows), self.source, self.table_rows)
+
+    # ------------------------------------------------------------------------------------------------------- batches
+    def _check_batches(self) -> None:
+        """Trains' view: the batches of some rank from some step on, out of a cache or streamed."""
+        draw, config = self.case.random, self.case.config
+        order = Order(
+            seed=config.seed,
+            lanes=config.data.lanes,
+            global_batch_size=config.train.global_batch_size,
+            window_steps=(draw.choice([0, 1, 2, 5]),),
+            row_groups=(tuple(group.num_rows for group in self.source.inventory.row_groups),),
+            shuffle=config.data.shuffle,
+        )
+        world_size = draw.choice([size for size in range(1, config.data.lanes + 1) if config.data.lanes % size == 0])
+        rank = draw.randrange(world_size)
+        stop = config.train.epochs * order.epoch_steps
+        start = draw.choice([0, 0, draw.randint(0, stop)])
+        is_cached = draw.random() < 0.5
+        collator = Collator(config, table_specs(config, self.table_rows))
+        reader = BatchReader(order, [self.source], [is_cached], collator, None, rank, world_size)
+        wanted = [self._row_numbers(order, step, rank, world_size) for step in range(start, stop)]
+        read: list[Row | None] = [self.expected[row] for step in wanted for row in step if row >= 0]
+        found, error = attempt(lambda: _batches(reader, start, stop))
+        if error:
+            assert None in self.expected or self.tolerates_errors, f"refused without a reason: {error}"
+            self._check_place(error)
+            return
+        assert None not in read or not self.is_strict, "a row that does not fit was trained"
+        assert [batch.rows.tolist() for batch in found] == wanted
+        if self.is_strict:
+            for batch in found:
+                self._check_batch(batch)
+
+    def _row_numbers(self, order: Order, step: int, rank: int, world_size: int) -> list[int]:
+        """Returns the rows of a step, -1 for padding: one after another out of the shuffled row groups."""
+        position = order.position(step)
+        epoch = order.epoch_order(position.epoch, 0)
+        groups = [self.source.inventory.row_groups[number] for number in epoch.group_order]
+        in_epoch = [group.first_row + row for group in groups for row in range(group.num_rows)]
+        window = epoch.window_of(position.step_in_epoch)
+        steps = epoch.rows(window, order.lane_block(rank, world_size))
+        return [in_epoch[row] if row >= 0 else -1 for row in steps[position.step_in_epoch - window * epoch.window_steps]]
+
+    def _check_batch(self, batch: Batch) -> None:
+        rows = [self.expected[row] if row >= 0 else None for row in batch.rows.tolist()]
+        features = self.case.tree["features"]
+        for table in self.case.tree["tables"]:
+            over = {name: feature for name, feature in features.items() if feature.get("table") == table}
+            poolings = {feature["pooling"] for feature in over.values() if feature["kind"] != "id"}
+            is_weighted = len(poolings) > 1 or any(feature["kind"] == "weighted_bag" for feature in over.values())
+            jagged = batch.weighted if is_weighted else batch.sparse
+            assert jagged is not None
+            for name, feature in over.items():
+                column = jagged[name]
+                weights = column.weights_or_none()
+                got = [part.tolist() for part in column.values().split(column.lengths().tolist())]
+                assert got == [_ids(row, name) for row in rows], name
+                if is_weighted:
+                    assert weights is not None
+                    wanted = [weight for row in rows for weight in _weights(row, name, feature)]
+                    np.testing.assert_allclose(weights.numpy(), wanted, rtol=1e-6, err_msg=name)
+        for name, ids in batch.ids.items():
+            assert ids.tolist() == [-1 if row is None else row[name] for row in rows]
+        dense = [name for name, feature in features.items() if feature["kind"] == "dense"]
+        labels = [f"label:{name}" for name in self.case.config.data.label_columns]
+        for tensor, names in ((batch.dense, dense), (batch.labels, labels)):
+            wanted = [[0.0 if row is None else row[name] for name in names] for row in rows]
+            np.testing.assert_allclose(tensor.numpy(), np.reshape(wanted, (len(rows), len(names))), rtol=2e-7)
+        wanted = [0.0 if row is None else row.get("weight", 1.0) for row in rows]
+        assert batch.weights.tolist() == wanted
+
+
+def _ids(row: Row | None, name: str) -> list[int]:
+    if row is None:
+        return []
+    return [row[name]] if isinstance(row[name], int) else [one for one, _ in row[name]]
+
+
+def _weights(row: Row | None, name: str, feature: dict[str, Any]) -> list[float]:
+    ids = _ids(row, name)
+    if row is None or feature["kind"] == "id":
+        return [1.0] * len(ids)
+    if feature["kind"] == "weighted_bag":
+        return [weight for _, weight in row[name]]
+    return [1.0 if feature["pooling"] == "sum" else 1.0 / len(ids) for _ in ids]
+
+
+# -------------------------------------------------------------------------------------------------------------- columns
+def assert_right(columns: Columns, rows: list[Row | None], first_row: int) -> None:
+    """Asserts that decoded columns are these rows."""
+    assert columns["row"].values.tolist() == list(range(first_row, first_row + len(rows)))
+    assert None not in rows, "a row that does not fit was decoded"
+    for name in rows[0] or [] if rows else []:
+        column, wanted = columns[name], [row[name] for row in rows if row is not None]
+        if isinstance(column, Ragged):
+            spans = list(zip(column.offsets[:-1].tolist(), column.offsets[1:].tolist(), strict=True))
+            assert [column.values[a:b].tolist() for a, b in spans] == [[one for one, _ in bag] for bag in wanted], name
+            if column.weights is not None:
+                got = [weight for a, b in spans for weight in column.weights[a:b].tolist()]
+                np.testing.assert_allclose(got, [weight for bag in wanted for _, weight in bag], rtol=1e-6, err_msg=name)
+        elif column.values.dtype == np.int64:
+            assert column.values.tolist() == wanted, name
+        else:
+            np.testing.assert_allclose(column.values, wanted, rtol=2e-7, err_msg=name)
+
+
+def assert_fit(columns: Columns, count: int, source: Source, table_rows: dict[str, int]) -> None:
+    """Asserts that columns of damaged files hold as many rows, and nothing that a table has no row for."""
+    assert num_rows(columns) == count
+    for spec in source.decoder.specs:
+        column = columns[spec.name]
+        if isinstance(column, Ragged):
+            assert len(column.offsets) == count + 1
+            assert (np.diff(column.offsets) >= 0).all()
+            assert column.offsets[-1] <= len(column.values)
+        if spec.table is not None:
+            assert ((column.values >= 0) & (column.values <= table_rows[spec.table])).all()
+        else:
+            assert isinstance(column, Flat)
+            assert np.isfinite(column.values).all()
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as scratch:
+        run_case(int(sys.argv[1]), Path(scratch))
