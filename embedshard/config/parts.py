@@ -12,12 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "BPRConfig",
     "BagFeature",
     "CheckpointConfig",
+    "CosineContrastiveConfig",
     "CustomModelConfig",
     "DataConfig",
     "DenseFeature",
     "DenseOptimizerConfig",
+    "DrawsNegatives",
     "EarlyStoppingConfig",
     "EvaluateConfig",
     "Feature",
@@ -408,29 +411,52 @@ class InBatchSoftmaxConfig(Strict):
     """Whether other rows' candidates that are the row's own item are left out."""
 
 
-class SampledSoftmaxConfig(Strict):
-    """Softmax over the row's item and items drawn once a step for the whole batch."""
+class DrawsNegatives(Strict):
+    """What objectives have in common that draw items once a step, for all rows of the global batch."""
 
-    kind: Literal["sampled_softmax"]
-    """Which kind it is."""
     num_negatives: int = Field(1024, ge=1)
-    """Items drawn a step, shared by the rows of the global batch."""
+    """Items drawn a step, shared by the rows of the global batch; a multiple of `data.lanes`."""
     distribution: Literal["uniform", "popularity"] = "uniform"
     """From which items are drawn."""
     alpha: float = Field(0.75, ge=0)
     """`popularity`: an item is drawn in proportion to its training count to this power."""
+    mask_accidental_hits: bool = True
+    """Whether candidates that are the row's own item are left out."""
+
+
+class SampledSoftmaxConfig(DrawsNegatives):
+    """Softmax over the row's item and items drawn once a step for the whole batch."""
+
+    kind: Literal["sampled_softmax"]
+    """Which kind it is."""
     mixed: bool = False
     """Whether the batch's own items are candidates too (Yang et al. 2020)."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it."""
     log_q: Literal["off", "on"] = "on"
     """Whether logits are corrected by the log of the probability with which a candidate turns up."""
-    mask_accidental_hits: bool = True
-    """Whether candidates that are the row's own item are left out."""
+
+
+class BPRConfig(DrawsNegatives):
+    """Bayesian personalised ranking: the row's item above each drawn item (Rendle et al. 2009)."""
+
+    kind: Literal["bpr"]
+    """Which kind it is."""
+
+
+class CosineContrastiveConfig(DrawsNegatives):
+    """The cosine of the row's item towards 1, of drawn items below a margin (Mao et al. 2021, SimpleX)."""
+
+    kind: Literal["cosine_contrastive"]
+    """Which kind it is."""
+    margin: float = Field(0.8, ge=-1, lt=1)
+    """Cosine up to which a drawn item costs nothing."""
+    negative_weight: float = Field(150.0, gt=0)
+    """What the mean over the drawn items weighs, against the row's own item."""
 
 
 ObjectiveConfig = Annotated[
-    PointwiseConfig | InBatchSoftmaxConfig | SampledSoftmaxConfig,
+    PointwiseConfig | InBatchSoftmaxConfig | SampledSoftmaxConfig | BPRConfig | CosineContrastiveConfig,
     Field(discriminator="kind"),
 ]
 

@@ -12,9 +12,11 @@ from pydantic import Field, model_validator
 from embedshard.config.parts import (
     BagFeature,
     CheckpointConfig,
+    CosineContrastiveConfig,
     CustomModelConfig,
     DataConfig,
     DenseFeature,
+    DrawsNegatives,
     EvaluateConfig,
     Feature,
     IdFeature,
@@ -23,7 +25,6 @@ from embedshard.config.parts import (
     ObjectiveConfig,
     OptimizerConfig,
     PointwiseConfig,
-    SampledSoftmaxConfig,
     ShardingConfig,
     Strict,
     TableConfig,
@@ -159,7 +160,9 @@ class Config(Strict):
             raise ValueError(
                 f"objective '{objective.kind}' needs to know the item: give model.item_id the name of an 'id' feature"
             )
-        if isinstance(objective, SampledSoftmaxConfig):
+        if isinstance(objective, CosineContrastiveConfig):
+            self._check_cosine(self.model)
+        if isinstance(objective, DrawsNegatives):
             if objective.num_negatives % self.data.lanes:
                 raise ValueError(
                     f"objective.num_negatives={objective.num_negatives} does not divide into data.lanes="
@@ -167,6 +170,15 @@ class Config(Strict):
                     f"Choose {math.ceil(objective.num_negatives / self.data.lanes) * self.data.lanes}"
                 )
             self._check_catalogue(f"objective '{objective.kind}'")
+
+    @staticmethod
+    def _check_cosine(model: ModelConfig) -> None:
+        if isinstance(model, TwoTowerConfig) and (model.similarity != "cosine" or model.biases):
+            met = f"model.similarity is '{model.similarity}'" if model.similarity != "cosine" else "the model has biases"
+            raise ValueError(
+                f"objective 'cosine_contrastive' compares cosines with its margin, but {met}. "
+                f"Set model.similarity to 'cosine' and leave model.biases out"
+            )
 
     def _check_metrics(self) -> None:
         from_ranking = [name for name in self.evaluate.metrics if name not in _POINTWISE_METRICS]

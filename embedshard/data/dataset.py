@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedshard.config import Config
-from embedshard.config.parts import HashVocabulary, SampledSoftmaxConfig
+from embedshard.config.parts import DrawsNegatives, HashVocabulary
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate
 from embedshard.data.decode import Decoder, column_specs
@@ -174,7 +174,7 @@ def _open_items(dataset: Dataset, world: World) -> None:
     """Opens the catalogue and the sampler, if anything asks for them."""
     config = dataset.config
     ranks = any(name not in ("rmse", "mae", "log_loss", "auc") for name in config.evaluate.metrics)
-    objective = config.objective if isinstance(config.objective, SampledSoftmaxConfig) else None
+    objective = config.objective if isinstance(config.objective, DrawsNegatives) else None
     if not ranks and objective is None:
         return
     item_id = config.identity("item_id")

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
+from embedshard.config.parts import BPRConfig, CosineContrastiveConfig, InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch, Draws
-from embedshard.models.objectives import softmax
+from embedshard.models.objectives import objective as blocks
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import l2_penalty
+from embedshard.models.objectives.pairwise import BPR, CosineContrastive
 from embedshard.models.objectives.pointwise import Pointwise
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
 from embedshard.models.output import RetrievalOutput
@@ -64,7 +65,7 @@ def test_pointwise_losses_equal_their_definitions(kind):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_in_batch_softmax_equals_a_loop_over_rows_and_candidates(monkeypatch, block, log_q, masked, temperature):
-    monkeypatch.setattr(softmax, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
     generator = np.random.default_rng(3)
     items = generator.integers(0, 8, 14)
     weights = np.where(np.arange(14) % 5 == 4, 0.0, generator.random(14) + 0.5)
@@ -263,3 +264,67 @@ def test_few_buckets_are_shared_by_remainder():
 def test_the_penalty_is_the_squared_length_of_what_a_row_looks_up():
     lookups = {"a": torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "b": torch.ones(2, 3), "c": torch.ones(2, 9)}
     assert l2_penalty(lookups, {"a": 0.1, "b": 2.0}).tolist() == pytest.approx([8.5, 6.1])
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**20], ids="blocks of {} scores".format)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("kind", ["bpr", "cosine_contrastive"])
+def test_pairwise_losses_equal_a_loop_over_rows_and_candidates(monkeypatch, block, masked, kind):
+    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
+    generator = np.random.default_rng(6)
+    size, drawn = 9, 13
+    items, negatives = generator.integers(0, 5, size), generator.integers(0, 5, drawn)
+    items[4] = 77  # an item that is not among the drawn
+    weights = np.where(np.arange(size) == 3, 0.0, 1.0)
+    query, candidate, negative = (vectors(generator, n, 4) for n in (size, size, drawn))
+    if kind == "bpr":
+        objective = BPR(BPRConfig(kind=kind, num_negatives=drawn, mask_accidental_hits=masked), "item", ALONE)
+    else:
+        config = CosineContrastiveConfig(
+            kind=kind, num_negatives=drawn, margin=0.1, negative_weight=3.0, mask_accidental_hits=masked
+        )
+        objective = CosineContrastive(config, "item", ALONE)
+    draws = Draws(
+        ids=torch.from_numpy(negatives),
+        log_q=torch.zeros(drawn),
+        own_log_q=torch.zeros(size),
+        dense=torch.zeros(drawn, 0),
+    )
+    length = torch.nn.functional.normalize if kind == "cosine_contrastive" else lambda x, dim: x
+    output = RetrievalOutput(length(query, dim=1), length(candidate, dim=1), length(negative, dim=1))
+    losses = objective(output, make_batch(items, weights, draws=draws))
+    torch.where(torch.from_numpy(weights) > 0, losses, 0.0).sum().backward()
+
+    q, c, n = (t.detach().double().requires_grad_() for t in (query, candidate, negative))
+    total = torch.zeros((), dtype=torch.float64)
+    for row in range(size):
+        if not weights[row]:
+            continue
+        own = (length(q, dim=1)[row] * length(c, dim=1)[row]).sum()
+        costs = []
+        for j in range(drawn):
+            if masked and negatives[j] == items[row]:
+                continue
+            score = (length(q, dim=1)[row] * length(n, dim=1)[j]).sum()
+            costs.append(torch.log1p(torch.exp(score - own)) if kind == "bpr" else torch.clamp(score - 0.1, min=0.0))
+        mean = sum(costs) / len(costs)
+        loss = mean if kind == "bpr" else (1.0 - own) + 3.0 * mean
+        assert float(losses[row].detach()) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-5)
+        total = total + loss
+    total.backward()
+    for ours, theirs in ((query, q), (candidate, c), (negative, n)):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bpr", "cosine_contrastive"])
+def test_a_row_whose_item_is_all_that_was_drawn_has_nothing_to_be_above(kind):
+    query, candidate = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[1.0, 0.0]])
+    if kind == "bpr":
+        objective = BPR(BPRConfig(kind=kind, num_negatives=2), "item", ALONE)
+    else:
+        objective = CosineContrastive(CosineContrastiveConfig(kind=kind, num_negatives=2), "item", ALONE)
+    draws = Draws(torch.tensor([3, 3]), torch.zeros(2), torch.zeros(1), torch.zeros(2, 0))
+    losses = objective(RetrievalOutput(query, candidate, candidate.expand(2, 2)), make_batch([3], draws=draws))
+    losses.sum().backward()
+    assert losses.tolist() == [0.0]
+    assert torch.isfinite(query.grad).all()
