@@ -32,6 +32,7 @@ __all__ = [
     "InitConfig",
     "ModelConfig",
     "Name",
+    "NegativeSamplingConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
@@ -444,6 +445,15 @@ class BPRConfig(DrawsNegatives):
     """Which kind it is."""
 
 
+class NegativeSamplingConfig(DrawsNegatives):
+    """Cross entropy of the row's item as 1 and of drawn items as 0 (Mikolov et al. 2013; Rendle et al. 2020)."""
+
+    kind: Literal["negative_sampling"]
+    """Which kind it is."""
+    negative_weight: float = Field(8.0, gt=0)
+    """What the mean over the drawn items weighs, against the row's own item: as many negatives a row."""
+
+
 class CosineContrastiveConfig(DrawsNegatives):
     """The cosine of the row's item towards 1, of drawn items below a margin (Mao et al. 2021, SimpleX)."""
 
@@ -456,7 +466,12 @@ class CosineContrastiveConfig(DrawsNegatives):
 
 
 ObjectiveConfig = Annotated[
-    PointwiseConfig | InBatchSoftmaxConfig | SampledSoftmaxConfig | BPRConfig | CosineContrastiveConfig,
+    PointwiseConfig
+    | InBatchSoftmaxConfig
+    | SampledSoftmaxConfig
+    | BPRConfig
+    | NegativeSamplingConfig
+    | CosineContrastiveConfig,
     Field(discriminator="kind"),
 ]
 

@@ -19,6 +19,7 @@ from embedshard.config.parts import (
     CustomModelConfig,
     DenseFeature,
     InBatchSoftmaxConfig,
+    NegativeSamplingConfig,
     PointwiseConfig,
     SampledSoftmaxConfig,
     TwoTowerConfig,
@@ -26,7 +27,7 @@ from embedshard.config.parts import (
 from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.objectives.objective import Objective
-from embedshard.models.objectives.pairwise import BPR, CosineContrastive
+from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import Pointwise
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
 from embedshard.models.two_tower import TwoTower
@@ -83,6 +84,8 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
             return SampledSoftmax(config.objective, *_item(config, specs), world)
         case BPRConfig():
             return BPR(config.objective, _item(config, specs)[1], world)
+        case NegativeSamplingConfig():
+            return NegativeSampling(config.objective, _item(config, specs)[1], world)
         case CosineContrastiveConfig():
             return CosineContrastive(config.objective, _item(config, specs)[1], world)
 

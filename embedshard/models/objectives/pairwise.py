@@ -1,7 +1,7 @@
-"""Losses that compare a row's item with each of the items drawn for the step, one by one.
+"""Losses of a row's item and of each of the items drawn for the step, one by one.
 
-Both are a mean over candidates of a function of one score each: softplus(candidate's - own) for Bayesian personalised
-ranking, relu(cosine - margin) for the cosine contrastive loss. Candidates are drawn once a step for all rows: what is
+All are a mean over candidates of a function of one score each: softplus(candidate's - own) for Bayesian personalised
+ranking, softplus(candidate's) for negative sampling, relu(cosine - margin) for the cosine contrastive loss. Candidates are drawn once a step for all rows: what is
 estimated is the same as with draws for each row, from as many lookups as there are candidates. A candidate that happens
 to be the row's own item is left out.
 
@@ -10,14 +10,14 @@ Shapes: B rows on this rank, N candidates, D vectors.
 
 from __future__ import annotations
 
-__all__ = ["BPR", "CosineContrastive"]
+__all__ = ["BPR", "CosineContrastive", "NegativeSampling"]
 
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-from embedshard.config.parts import BPRConfig, CosineContrastiveConfig
+from embedshard.config.parts import BPRConfig, CosineContrastiveConfig, NegativeSamplingConfig
 from embedshard.data.batch import Batch
 from embedshard.models.objectives.objective import Objective, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
@@ -114,6 +114,32 @@ class BPR(Objective):
         """Returns (B,) losses."""
         masked = self._config.mask_accidental_hits
         return _mean_cost(output, batch, output.logits, self._item_id, masked, self._world, "softplus")
+
+
+class NegativeSampling(Objective):
+    """Cross entropy of the own item as a positive and of the drawn ones as negatives.
+
+    -log sigmoid(own score) + negative_weight * the mean over candidates of -log sigmoid(-score): what skip-gram with
+    negative sampling minimises (Mikolov et al. 2013), and matrix factorisation in Rendle et al. (2020).
+
+    Collective: gathers the drawn candidates over ranks, with gradient.
+
+    Args:
+        config: as in the config.
+        item_id: the feature that names the item.
+        world: whose ranks train together.
+    """
+
+    def __init__(self, config: NegativeSamplingConfig, item_id: str, world: World) -> None:
+        super().__init__()
+        self._config, self._item_id, self._world = config, item_id, world
+
+    def forward(self, output: RetrievalOutput, batch: Batch) -> torch.Tensor:
+        """Returns (B,) losses."""
+        config, own_B = self._config, output.logits
+        zero_B = torch.zeros_like(own_B)
+        others_B = _mean_cost(output, batch, zero_B, self._item_id, config.mask_accidental_hits, self._world, "softplus")
+        return F.softplus(-own_B) + config.negative_weight * others_B
 
 
 class CosineContrastive(Objective):
