@@ -1,9 +1,9 @@
 """Losses of a row's item and of each of the items drawn for the step, one by one.
 
 All are a mean over candidates of a function of one score each: softplus(candidate's - own) for Bayesian personalised
-ranking, softplus(candidate's) for negative sampling, relu(cosine - margin) for the cosine contrastive loss. Candidates are drawn once a step for all rows: what is
-estimated is the same as with draws for each row, from as many lookups as there are candidates. A candidate that happens
-to be the row's own item is left out.
+ranking, softplus(candidate's) for negative sampling, relu(cosine - margin) for the cosine contrastive loss. Candidates
+are drawn once a step for all rows: what is estimated is the same as with draws for each row, from as many lookups as
+there are candidates. A candidate that happens to be the row's own item is left out.
 
 Shapes: B rows on this rank, N candidates, D vectors.
 """
