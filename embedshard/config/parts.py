@@ -105,6 +105,11 @@ class DataConfig(Strict):
     """Label name to column, where there are several."""
     weight: Name | None = None
     """Column of a row's weight, a number of at least 0."""
+    on_bad_row: Literal["error", "quarantine"] = "error"
+    """What a row does that holds a value which its feature, label or weight does not allow: stop the run, or be set
+    aside, which is to keep its place with weight 0 and to be recorded in the run's folder."""
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    """Share of an epoch's rows, and of each other set's, that may be set aside; more stop the run."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -137,8 +142,11 @@ class IdFeature(Strict):
     """The table that it is looked up in."""
     column: str | None = None
     """The Parquet column; the feature's name where absent."""
-    unknown: Literal["error", "oov"] = "error"
-    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null id does: what `data.on_bad_row` says (`error`), or count as no id (`empty`)."""
 
 
 class BagFeature(Strict):
@@ -156,8 +164,11 @@ class BagFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
-    unknown: Literal["error", "oov"] = "error"
-    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
 
 
 class WeightedBagFeature(Strict):
@@ -177,8 +188,12 @@ class WeightedBagFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
-    unknown: Literal["error", "oov"] = "error"
-    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in the list of ids does: what `data.on_bad_row` says (`error`), or fall out of the list with its
+    weight (`empty`)."""
 
 
 class DenseFeature(Strict):
@@ -191,7 +206,7 @@ class DenseFeature(Strict):
     normalise: Literal["none", "log1p", "standardise"] = "none"
     """`log1p`: sign(x) log(1 + |x|). `standardise`: by mean and deviation of the training set, kept with the run."""
     missing: Literal["error", "zero"] = "error"
-    """What a null or NaN does: stop the run, or count as 0 after normalisation."""
+    """What a null or NaN does: what `data.on_bad_row` says (`error`), or count as 0 after normalisation."""
 
 
 Feature = Annotated[IdFeature | BagFeature | WeightedBagFeature | DenseFeature, Field(discriminator="kind")]

@@ -156,9 +156,16 @@ class Config(Strict):
                     f"Give data.label the column of it"
                 )
             return
-        if self.identity("item_id") is None:
+        item_id = self.identity("item_id")
+        if item_id is None:
             raise ValueError(
                 f"objective '{objective.kind}' needs to know the item: give model.item_id the name of an 'id' feature"
+            )
+        item = self.features[item_id]
+        if isinstance(item, IdFeature) and item.null == "empty":
+            raise ValueError(
+                f"features.{item_id}.null is 'empty', but objective '{objective.kind}' learns which item belongs to a row, "
+                f"so each row needs one. Use 'error', with data.on_bad_row 'quarantine' to go on without such rows"
             )
         if isinstance(objective, CosineContrastiveConfig):
             self._check_cosine(self.model)

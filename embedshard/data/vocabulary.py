@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Vocabulary", "hash_integers", "hash_strings", "load_vocabularies", "table_rows"]
+__all__ = ["Vocabulary", "hash_integers", "hash_strings", "integers", "load_vocabularies", "table_rows"]
 
 import hashlib
 from collections.abc import Mapping
@@ -37,8 +37,8 @@ class Vocabulary(Protocol):
     rows: int
     fingerprint: str
 
-    def map_integers(self, ids: IntArray) -> IntArray:
-        """Returns each id's row, -1 for an unknown one."""
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns each id's row, -1 for an unknown one; ids are int64, or uint64 where some may not fit into that."""
         ...
 
     def map_strings(self, ids: pa.Array) -> IntArray:
@@ -50,7 +50,7 @@ class Vocabulary(Protocol):
         ...
 
 
-def hash_integers(ids: IntArray, seed: int) -> WordArray:
+def hash_integers(ids: IntArray | WordArray, seed: int) -> WordArray:
     """Returns a 64-bit hash of each id: splitmix64 (Steele et al. 2014) of id + (seed + 1) * its golden constant."""
     return _finalised(ids.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64))
 
@@ -87,9 +87,10 @@ class _Identity:
         self.rows = rows
         self.fingerprint = f"identity of {rows}"
 
-    def map_integers(self, ids: IntArray) -> IntArray:
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
         known = (ids >= 0) & (ids < self.rows)
-        return ids if known.all() else np.where(known, ids, -1)
+        rows = ids.astype(np.int64, copy=False)
+        return rows if known.all() else np.where(known, rows, -1)
 
     def map_strings(self, ids: pa.Array) -> IntArray:
         raise DataError(
@@ -106,7 +107,7 @@ class _Hash:
         self.rows, self._seed = rows, seed
         self.fingerprint = f"hash to {rows}, seed {seed}"
 
-    def map_integers(self, ids: IntArray) -> IntArray:
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
         return (hash_integers(ids, self._seed) % np.uint64(self.rows)).astype(np.int64)
 
     def map_strings(self, ids: pa.Array) -> IntArray:
@@ -122,13 +123,15 @@ class _File:
         self._where = where
         is_integer = pa.types.is_integer(ids.type)
         self._strings = None if is_integer else ids.cast(pa.large_string())
-        numbers = ids.cast(pa.int64()).to_numpy(zero_copy_only=False) if is_integer else np.zeros(0, dtype=np.int64)
+        numbers = integers(ids) if is_integer else np.zeros(0, dtype=np.int64)
         self._order = np.argsort(numbers, kind="stable")
         self._sorted = numbers[self._order]
-        content = numbers.tobytes() if is_integer else "\0".join(ids.to_pylist()).encode()
+        content = (
+            numbers.tobytes() if is_integer else b"\0".join(ids.cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
+        )
         self.fingerprint = f"file of {self.rows}, sha256 {hashlib.sha256(content).hexdigest()}"
 
-    def map_integers(self, ids: IntArray) -> IntArray:
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
         if self._strings is not None:
             raise DataError(
                 f"the column holds integers, but the vocabulary {self._where} holds strings. Both must be of one kind: "
@@ -136,8 +139,12 @@ class _File:
             )
         if not self.rows:
             return np.full(len(ids), -1, dtype=np.int64)
-        place = np.minimum(np.searchsorted(self._sorted, ids), self.rows - 1)
-        return np.where(self._sorted[place] == ids, self._order[place], -1)
+        own = ids.astype(self._sorted.dtype, copy=False)
+        place = np.minimum(np.searchsorted(self._sorted, own), self.rows - 1)
+        known = self._sorted[place] == own
+        if own.dtype != ids.dtype:  # what one of int64 and uint64 cannot hold has the bits of another number
+            known &= ids.astype(np.int64) >= 0
+        return np.where(known, self._order[place], -1)
 
     def map_strings(self, ids: pa.Array) -> IntArray:
         if self._strings is None:
@@ -217,6 +224,12 @@ def _load_file(table: str, vocabulary: FileVocabulary) -> _File:
             f"({len(repeated)} rows repeat an earlier id). Each id has one row: remove the others."
         )
     return _File(vocabulary.path, ids)
+
+
+def integers(ids: pa.Array) -> IntArray | WordArray:
+    """Returns integers of any width, without nulls, as int64, or as uint64 if they are that."""
+    kind = pa.uint64() if pa.types.is_uint64(ids.type) else pa.int64()
+    return ids.cast(kind).to_numpy(zero_copy_only=False)
 
 
 def _is_string(kind: pa.DataType) -> bool:

@@ -19,7 +19,9 @@ from embedshard.errors import ConfigError
 from embedshard.storage import Location, locate
 from embedshard.train.tracking import json_text
 
-_FREE_TO_CHANGE = ("name", "tracking", "checkpoint", "evaluate", "sharding", "train.epochs", "train.max_steps")
+_FREE_TO_CHANGE = (
+    "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "train.epochs", "train.max_steps"
+)  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
 
 
