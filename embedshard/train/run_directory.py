@@ -112,6 +112,11 @@ class RunDirectory:
         """The folder of checkpoints."""
         return locate(str(self.path / "checkpoints"))
 
+    @property
+    def quarantine(self) -> Path:
+        """The folder of the rows that were set aside."""
+        return self.path / "quarantine"
+
     def read_json(self, name: str) -> Any:
         """Returns a JSON file of the folder; None if it is not there."""
         path = self.path / name
