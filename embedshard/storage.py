@@ -6,7 +6,7 @@ and is flushed to the device; on an object store it appears by one PUT. This mod
 
 from __future__ import annotations
 
-__all__ = ["Location", "expand", "locate"]
+__all__ = ["Expansion", "Location", "expand", "locate"]
 
 import errno
 import os
@@ -184,12 +184,27 @@ def locate(path_or_uri: str, filesystem: fs.FileSystem | None = None) -> Locatio
     return Location(filesystem, path.rstrip("/") or "/", path_or_uri)
 
 
-def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> list[Location]:
-    """Returns the files that paths, folders and globs name, sorted by path, each once.
+@dataclass(frozen=True)
+class Expansion:
+    """What paths, folders and globs name.
+
+    Attributes:
+        files: sorted by path, each once.
+        spelled_out: the paths of those among them that were given in full, not by a glob or a folder.
+        skipped: what lies among them and is not meant, sorted by path.
+    """
+
+    files: list[Location]
+    spelled_out: frozenset[str]
+    skipped: list[Location]
+
+
+def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> Expansion:
+    """Returns the files that paths, folders and globs name, and what is skipped among them.
 
     `*`, `?` and `[...]` stand for characters of a name, `**` for any folders. A folder stands for the `*.parquet` files
-    in and below it. Names that begin with `_` or `.` are skipped, as writers put markers there, unless the pattern
-    spells that character.
+    in and below it; the others are skipped. So are names that begin with `_` or `.`, as writers put markers there, unless
+    the pattern spells that character.
 
     Args:
         patterns: local paths or URIs, with or without globs.
@@ -200,22 +215,31 @@ def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> 
         DataError: if a pattern matches nothing, or a folder cannot be read.
     """
     found: dict[tuple[str, str], Location] = {}
+    skipped: dict[tuple[str, str], Location] = {}
+    spelled_out = set()
     for pattern in patterns:
         # The glob part may hold characters that a URI may not: split it off before the rest is parsed.
         parts = pattern.rstrip("/").split("/")
         num_fixed = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts))
         base = locate("/".join(parts[:num_fixed]) or _start(pattern, filesystem), filesystem)
         try:
-            matches = list(_matches(base, parts[num_fixed:]))
+            matches, passed_over = _matches(base, parts[num_fixed:])
         except OSError as error:
             raise DataError(
                 f"{pattern}: {base.uri} cannot be looked through ({error}). See that it may be read and can be reached."
             ) from error
         if not matches:
             raise DataError(_nothing(pattern, base))
-        for match in matches:
-            found.setdefault((match.path, match.filesystem.type_name), match)
-    return [found[key] for key in sorted(found)]
+        if matches == [base.join(*parts[num_fixed:])]:
+            spelled_out.add(matches[0].path)
+        for places, locations in ((found, matches), (skipped, passed_over)):
+            for location in locations:
+                places.setdefault((location.path, location.filesystem.type_name), location)
+    return Expansion(
+        [found[key] for key in sorted(found)],
+        frozenset(spelled_out),
+        [skipped[key] for key in sorted(skipped) if key not in found],
+    )
 
 
 def _start(pattern: str, filesystem: fs.FileSystem | None) -> str:
@@ -229,28 +253,33 @@ def _joined(folder: str, tail: str) -> str:
     return f"{folder.rstrip('/')}/{tail}" if folder else tail
 
 
-def _matches(base: Location, wanted: Sequence[str]) -> Iterator[Location]:
+def _matches(base: Location, wanted: Sequence[str]) -> tuple[list[Location], list[Location]]:
+    """Returns what a pattern names, and what is skipped."""
     literal = base.join(*wanted) if wanted else base  # a name may hold the characters of a glob
     kind = literal.filesystem.get_file_info(literal.path).type if literal.path else fs.FileType.Directory
+    found: list[Location] = []
+    skipped: list[Location] = []
     if kind == fs.FileType.File:
-        yield literal
+        found.append(literal)
     elif kind == fs.FileType.Directory:
-        yield from _folder_files(literal)
+        _add_folder(literal, found, skipped)
     elif wanted and not base.is_file():
         for info, names in _below(base, recursive=len(wanted) > 1 or wanted[0] == "**"):
-            if not _fits(names, wanted):
-                continue
             match = base.join(*names)
-            if info.type == fs.FileType.File:
-                yield match
+            if not _fits(names, wanted):
+                if info.type == fs.FileType.File and _fits(names, wanted, with_hidden=True):
+                    skipped.append(match)
+            elif info.type == fs.FileType.File:
+                found.append(match)
             elif wanted[-1] != "**":
-                yield from _folder_files(match)
+                _add_folder(match, found, skipped)
+    return found, skipped
 
 
-def _folder_files(folder: Location) -> Iterator[Location]:
+def _add_folder(folder: Location, found: list[Location], skipped: list[Location]) -> None:
     for info, names in _below(folder, recursive=True):
-        if info.type == fs.FileType.File and _fits(names, ("**", "*.parquet")):
-            yield folder.join(*names)
+        if info.type == fs.FileType.File:
+            (found if _fits(names, ("**", "*.parquet")) else skipped).append(folder.join(*names))
 
 
 def _below(folder: Location, recursive: bool) -> Iterator[tuple[fs.FileInfo, list[str]]]:
@@ -261,16 +290,16 @@ def _below(folder: Location, recursive: bool) -> Iterator[tuple[fs.FileInfo, lis
         yield info, info.path.removeprefix(prefix).split("/")
 
 
-def _fits(names: Sequence[str], wanted: Sequence[str]) -> bool:
+def _fits(names: Sequence[str], wanted: Sequence[str], with_hidden: bool = False) -> bool:
     """Returns whether the names of a path fit the parts of a pattern."""
     if not wanted or not names:
         return not names and all(part == "**" for part in wanted)
     name, part = names[0], wanted[0]
-    if name.startswith(_HIDDEN) and name[0] != part[:1]:
+    if name.startswith(_HIDDEN) and name[0] != part[:1] and not with_hidden:
         return part == "**" and _fits(names, wanted[1:])
     if part == "**":
-        return _fits(names, wanted[1:]) or _fits(names[1:], wanted)
-    return fnmatchcase(name, part) and _fits(names[1:], wanted[1:])
+        return _fits(names, wanted[1:], with_hidden) or _fits(names[1:], wanted, with_hidden)
+    return fnmatchcase(name, part) and _fits(names[1:], wanted[1:], with_hidden)
 
 
 def _nothing(pattern: str, base: Location) -> str:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from embedshard.config.parts import (
     BagFeature,
     DenseFeature,
+    DrawsNegatives,
     InitConfig,
-    SampledSoftmaxConfig,
     TableOptimizerConfig,
     TwoTowerConfig,
     WeightedBagFeature,
@@ -93,7 +93,7 @@ def negative_key(key: str, slot: int) -> str:
 
 def num_negative_slots(config: Config) -> int:
     """How many drawn ids a row must carry at most so that a batch holds all of a step's negatives."""
-    if not isinstance(config.objective, SampledSoftmaxConfig):
+    if not isinstance(config.objective, DrawsNegatives):
         return 0
     return -(-config.objective.num_negatives // config.train.global_batch_size)
 

@@ -12,12 +12,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "BPRConfig",
     "BagFeature",
     "CheckpointConfig",
+    "CosineContrastiveConfig",
     "CustomModelConfig",
     "DataConfig",
     "DenseFeature",
     "DenseOptimizerConfig",
+    "DrawsNegatives",
     "EarlyStoppingConfig",
     "EvaluateConfig",
     "Feature",
@@ -29,6 +32,7 @@ __all__ = [
     "InitConfig",
     "ModelConfig",
     "Name",
+    "NegativeSamplingConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
@@ -101,6 +105,11 @@ class DataConfig(Strict):
     """Label name to column, where there are several."""
     weight: Name | None = None
     """Column of a row's weight, a number of at least 0."""
+    on_bad_row: Literal["error", "quarantine"] = "error"
+    """What a row does that holds a value which its feature, label or weight does not allow: stop the run, or be set
+    aside, which is to keep its place with weight 0 and to be recorded in the run's folder."""
+    max_bad_fraction: float = Field(0.001, ge=0, le=1)
+    """Share of an epoch's rows, and of each other set's, that may be set aside; more stop the run."""
 
     @model_validator(mode="after")
     def _one_source(self) -> DataConfig:
@@ -133,8 +142,11 @@ class IdFeature(Strict):
     """The table that it is looked up in."""
     column: str | None = None
     """The Parquet column; the feature's name where absent."""
-    unknown: Literal["error", "oov"] = "error"
-    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null id does: what `data.on_bad_row` says (`error`), or count as no id (`empty`)."""
 
 
 class BagFeature(Strict):
@@ -152,8 +164,11 @@ class BagFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
-    unknown: Literal["error", "oov"] = "error"
-    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
 
 
 class WeightedBagFeature(Strict):
@@ -173,8 +188,12 @@ class WeightedBagFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
-    unknown: Literal["error", "oov"] = "error"
-    """What an id outside the vocabulary does: stop the run, or look up the table's row for unknown ids."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in the list of ids does: what `data.on_bad_row` says (`error`), or fall out of the list with its
+    weight (`empty`)."""
 
 
 class DenseFeature(Strict):
@@ -187,7 +206,7 @@ class DenseFeature(Strict):
     normalise: Literal["none", "log1p", "standardise"] = "none"
     """`log1p`: sign(x) log(1 + |x|). `standardise`: by mean and deviation of the training set, kept with the run."""
     missing: Literal["error", "zero"] = "error"
-    """What a null or NaN does: stop the run, or count as 0 after normalisation."""
+    """What a null or NaN does: what `data.on_bad_row` says (`error`), or count as 0 after normalisation."""
 
 
 Feature = Annotated[IdFeature | BagFeature | WeightedBagFeature | DenseFeature, Field(discriminator="kind")]
@@ -408,29 +427,66 @@ class InBatchSoftmaxConfig(Strict):
     """Whether other rows' candidates that are the row's own item are left out."""
 
 
-class SampledSoftmaxConfig(Strict):
-    """Softmax over the row's item and items drawn once a step for the whole batch."""
+class DrawsNegatives(Strict):
+    """What objectives have in common that draw items once a step, for all rows of the global batch."""
 
-    kind: Literal["sampled_softmax"]
-    """Which kind it is."""
     num_negatives: int = Field(1024, ge=1)
-    """Items drawn a step, shared by the rows of the global batch."""
+    """Items drawn a step, shared by the rows of the global batch; a multiple of `data.lanes`."""
     distribution: Literal["uniform", "popularity"] = "uniform"
     """From which items are drawn."""
     alpha: float = Field(0.75, ge=0)
     """`popularity`: an item is drawn in proportion to its training count to this power."""
+    mask_accidental_hits: bool = True
+    """Whether candidates that are the row's own item are left out."""
+
+
+class SampledSoftmaxConfig(DrawsNegatives):
+    """Softmax over the row's item and items drawn once a step for the whole batch."""
+
+    kind: Literal["sampled_softmax"]
+    """Which kind it is."""
     mixed: bool = False
     """Whether the batch's own items are candidates too (Yang et al. 2020)."""
     temperature: float = Field(1.0, gt=0)
     """Logits are divided by it."""
     log_q: Literal["off", "on"] = "on"
     """Whether logits are corrected by the log of the probability with which a candidate turns up."""
-    mask_accidental_hits: bool = True
-    """Whether candidates that are the row's own item are left out."""
+
+
+class BPRConfig(DrawsNegatives):
+    """Bayesian personalised ranking: the row's item above each drawn item (Rendle et al. 2009)."""
+
+    kind: Literal["bpr"]
+    """Which kind it is."""
+
+
+class NegativeSamplingConfig(DrawsNegatives):
+    """Cross entropy of the row's item as 1 and of drawn items as 0 (Mikolov et al. 2013; Rendle et al. 2020)."""
+
+    kind: Literal["negative_sampling"]
+    """Which kind it is."""
+    negative_weight: float = Field(8.0, gt=0)
+    """What the mean over the drawn items weighs, against the row's own item: as many negatives a row."""
+
+
+class CosineContrastiveConfig(DrawsNegatives):
+    """The cosine of the row's item towards 1, of drawn items below a margin (Mao et al. 2021, SimpleX)."""
+
+    kind: Literal["cosine_contrastive"]
+    """Which kind it is."""
+    margin: float = Field(0.8, ge=-1, lt=1)
+    """Cosine up to which a drawn item costs nothing."""
+    negative_weight: float = Field(150.0, gt=0)
+    """What the mean over the drawn items weighs, against the row's own item."""
 
 
 ObjectiveConfig = Annotated[
-    PointwiseConfig | InBatchSoftmaxConfig | SampledSoftmaxConfig,
+    PointwiseConfig
+    | InBatchSoftmaxConfig
+    | SampledSoftmaxConfig
+    | BPRConfig
+    | NegativeSamplingConfig
+    | CosineContrastiveConfig,
     Field(discriminator="kind"),
 ]
 

@@ -12,9 +12,11 @@ from pydantic import Field, model_validator
 from embedshard.config.parts import (
     BagFeature,
     CheckpointConfig,
+    CosineContrastiveConfig,
     CustomModelConfig,
     DataConfig,
     DenseFeature,
+    DrawsNegatives,
     EvaluateConfig,
     Feature,
     IdFeature,
@@ -23,7 +25,6 @@ from embedshard.config.parts import (
     ObjectiveConfig,
     OptimizerConfig,
     PointwiseConfig,
-    SampledSoftmaxConfig,
     ShardingConfig,
     Strict,
     TableConfig,
@@ -155,11 +156,20 @@ class Config(Strict):
                     f"Give data.label the column of it"
                 )
             return
-        if self.identity("item_id") is None:
+        item_id = self.identity("item_id")
+        if item_id is None:
             raise ValueError(
                 f"objective '{objective.kind}' needs to know the item: give model.item_id the name of an 'id' feature"
             )
-        if isinstance(objective, SampledSoftmaxConfig):
+        item = self.features[item_id]
+        if isinstance(item, IdFeature) and item.null == "empty":
+            raise ValueError(
+                f"features.{item_id}.null is 'empty', but objective '{objective.kind}' learns which item belongs to a row, "
+                f"so each row needs one. Use 'error', with data.on_bad_row 'quarantine' to go on without such rows"
+            )
+        if isinstance(objective, CosineContrastiveConfig):
+            self._check_cosine(self.model)
+        if isinstance(objective, DrawsNegatives):
             if objective.num_negatives % self.data.lanes:
                 raise ValueError(
                     f"objective.num_negatives={objective.num_negatives} does not divide into data.lanes="
@@ -167,6 +177,15 @@ class Config(Strict):
                     f"Choose {math.ceil(objective.num_negatives / self.data.lanes) * self.data.lanes}"
                 )
             self._check_catalogue(f"objective '{objective.kind}'")
+
+    @staticmethod
+    def _check_cosine(model: ModelConfig) -> None:
+        if isinstance(model, TwoTowerConfig) and (model.similarity != "cosine" or model.biases):
+            met = f"model.similarity is '{model.similarity}'" if model.similarity != "cosine" else "the model has biases"
+            raise ValueError(
+                f"objective 'cosine_contrastive' compares cosines with its margin, but {met}. "
+                f"Set model.similarity to 'cosine' and leave model.biases out"
+            )
 
     def _check_metrics(self) -> None:
         from_ranking = [name for name in self.evaluate.metrics if name not in _POINTWISE_METRICS]

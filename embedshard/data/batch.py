@@ -49,7 +49,8 @@ class Draws:
 class Batch(Pipelineable):
     """One rank's rows of one step.
 
-    A place without a row (padding, only in the last step of an epoch) has weight 0, row number -1 and empty features.
+    A place without a row (padding, only in the last step of an epoch) has weight 0, row number -1 and empty features. A row
+    that is set aside has weight 0 and empty features.
 
     Attributes:
         sparse: ids of the features over unweighted tables; None if there are none.
@@ -61,6 +62,9 @@ class Batch(Pipelineable):
         rows: row numbers in the partition, (B,) int64; -1 for padding. Stays on the CPU.
         draws: candidates drawn for the step, if the objective asks for them.
         position: where the step is in the data; None outside training.
+        bad: (B,) int16, 0 or the code of what is wrong with a row that is set aside; None where none can be. Stays on the
+            CPU.
+        tally: what was counted in the rows, (n,) int64, as `Tally` names it; None outside training. Stays on the CPU.
     """
 
     sparse: KeyedJaggedTensor | None
@@ -72,6 +76,8 @@ class Batch(Pipelineable):
     rows: torch.Tensor
     draws: Draws | None = None
     position: Position | None = None
+    bad: torch.Tensor | None = None
+    tally: torch.Tensor | None = None
 
     @property
     def training_position(self) -> Position:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.data.columns import Columns, Flat
+from embedshard.data.columns import Columns, Flat, gather
 from embedshard.errors import DataError
 
 
@@ -44,11 +44,13 @@ def catalogue_from_rows(item_id: str, rows: npt.NDArray[np.int64], num_embedding
 
 
 def catalogue_from_columns(item_id: str, columns: Columns, num_embeddings: int, where: str) -> Catalogue:
-    """Returns the catalogue of a file's items.
+    """Returns the catalogue of a file's items; a row without an id is none.
 
     Raises:
         DataError: if an item is there twice.
     """
+    if (columns[item_id].values < 0).any():
+        columns = gather(columns, np.flatnonzero(columns[item_id].values >= 0), None)
     ids = columns[item_id].values
     unique, counts = np.unique(ids, return_counts=True)
     if len(unique) < len(ids):

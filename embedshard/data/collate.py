@@ -18,6 +18,7 @@ from embedshard.data.batch import Batch, Draws
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.negatives import DrawnCandidates
 from embedshard.data.order import Position
+from embedshard.data.quarantine import Tally
 
 Jagged = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32] | None]
 """Values, lengths, and weights if they are asked for."""
@@ -29,10 +30,11 @@ class Collator:
     Args:
         config: the config.
         specs: its tables: which ids travel under which key.
+        tally: counts what is wrong with the rows of a training batch; None counts nothing.
     """
 
-    def __init__(self, config: Config, specs: Sequence[TableSpec]) -> None:
-        self._config = config
+    def __init__(self, config: Config, specs: Sequence[TableSpec], tally: Tally | None = None) -> None:
+        self._config, self._tally = config, tally
         self._plain = [lookup for spec in specs if not spec.weighted for lookup in spec.lookups]
         self._weighted = [lookup for spec in specs if spec.weighted for lookup in spec.lookups]
         self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
@@ -65,6 +67,9 @@ class Collator:
         rows = _flat(columns, "row", first, last, np.int64, -1 if position is not None else 0)
         weights = _flat(columns, "weight", first, last, np.float32, 1.0)
         weights[rows < 0] = 0.0
+        bad = _flat(columns, "bad", first, last, np.int16, 0) if "bad" in columns else None
+        if bad is not None:
+            weights[bad != 0] = 0.0
         return Batch(
             sparse=self._jagged(self._plain, columns, first, last, draws, with_weights=False),
             weighted=self._jagged(self._weighted, columns, first, last, draws, with_weights=True),
@@ -75,7 +80,12 @@ class Collator:
             rows=torch.from_numpy(rows),
             draws=None if draws is None else self._draws(draws, columns, first, last, size),
             position=position,
+            bad=None if bad is None else torch.from_numpy(bad),
+            tally=self._count(columns, first, last) if position is not None else None,
         )
+
+    def _count(self, columns: Columns, first: int, last: int) -> torch.Tensor | None:
+        return None if self._tally is None else torch.from_numpy(self._tally.of(columns, first, last))
 
     def _jagged(
         self,

@@ -5,7 +5,7 @@ A column of ids or numbers is one array; a column of lists is its values and off
 
 from __future__ import annotations
 
-__all__ = ["Buffers", "Columns", "Flat", "Ragged", "concatenate", "gather", "num_rows", "slice_rows"]
+__all__ = ["Buffers", "Columns", "Flat", "Ragged", "concatenate", "gather", "good_rows", "num_rows", "slice_rows"]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Flat:
-    """A value a row: (n,) int64 or float32."""
+    """A value a row: (n,) int64 ids, float32 numbers, int16 or int32 counts and codes."""
 
     values: Array
 
@@ -41,7 +41,11 @@ class Ragged:
 
 
 Columns = dict[str, Flat | Ragged]
-"""Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`."""
+"""Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`.
+
+Beside them, where a config asks for it: `bad`, 0 or a code for why a row is set aside, and `null:<feature>`, how many nulls
+fell out of the row's list.
+"""
 
 
 class Buffers:
@@ -78,6 +82,14 @@ def slice_rows(columns: Mapping[str, Flat | Ragged], first: int, last: int) -> C
         else Ragged(column.values, column.offsets[first : last + 1], column.weights)
         for name, column in columns.items()
     }
+
+
+def good_rows(columns: Columns) -> Columns:
+    """Returns the rows that are not set aside."""
+    bad = columns.get("bad")
+    if bad is None or not bad.values.any():
+        return columns
+    return gather(columns, np.flatnonzero(bad.values == 0), None)
 
 
 def concatenate(parts: Sequence[Mapping[str, Flat | Ragged]]) -> Columns:

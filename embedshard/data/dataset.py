@@ -6,23 +6,25 @@ run neither finds it out again nor goes on with other data.
 
 from __future__ import annotations
 
-__all__ = ["Dataset", "open_dataset"]
+__all__ = ["Dataset", "SetAside", "open_dataset"]
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from embedshard.config import Config
-from embedshard.config.parts import HashVocabulary, SampledSoftmaxConfig
+from embedshard.config.parts import DrawsNegatives, HashVocabulary
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
-from embedshard.data.columns import Columns, concatenate
+from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
 from embedshard.data.decode import Decoder, column_specs
 from embedshard.data.negatives import CandidateSampler
 from embedshard.data.order import Order
+from embedshard.data.quarantine import BadRowCounts, Tally, example_of, record, too_many
 from embedshard.data.source import Inventory, Source, check_unchanged, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
@@ -34,6 +36,21 @@ IntArray = npt.NDArray[np.int64]
 _WINDOW_ROWS = 2**20  # rows of a window over all lanes, where the data do not fit the cache
 
 
+@dataclass(frozen=True)
+class SetAside:
+    """What was wrong with a set that is read whole.
+
+    Attributes:
+        num_rows: of the set.
+        counts: what was wrong with them.
+        rows: the rows that were set aside, as `record` returns them.
+    """
+
+    num_rows: int
+    counts: BadRowCounts
+    rows: pa.Table
+
+
 @dataclass
 class Dataset:
     """The opened data of a run.
@@ -41,6 +58,7 @@ class Dataset:
     Attributes:
         config: the config.
         train: a source for each partition.
+        held_out: the validation and the test set, where they are evaluated.
         cached: whether each partition's decoded columns fit the cache.
         order: in which they are trained.
         table_rows: ids of each of the config's tables.
@@ -48,10 +66,13 @@ class Dataset:
         statistics: of standardised features.
         catalogue: the items, where a metric or a sampler needs them.
         sampler: draws candidates, where the objective asks for them.
+        skipped_files: what lies among the data of all sets and is not read, since it is not Parquet.
+        set_aside: what was wrong with the sets that were read whole so far: `validation`, `test` and `catalogue`.
     """
 
     config: Config
     train: list[Source]
+    held_out: dict[str, Source]
     cached: list[bool]
     order: Order
     table_rows: dict[str, int]
@@ -59,6 +80,8 @@ class Dataset:
     statistics: Statistics
     catalogue: Catalogue | None
     sampler: CandidateSampler | None
+    skipped_files: list[str]
+    set_aside: dict[str, SetAside] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -84,30 +107,47 @@ class Dataset:
         return self.train[partition].describe_row(row)
 
     def has(self, split: str) -> bool:
-        """Returns whether there is a validation or a test set."""
-        return getattr(self.config.data, split) is not None
+        """Returns whether there is a validation or a test set to evaluate."""
+        return split in self.held_out
 
     def read_held_out(self, split: str) -> Columns:
-        """Reads the validation or the test set whole, in file order."""
-        return _read_all(self._held_out(split, None))
+        """Reads the validation or the test set whole, in file order, without the rows that are set aside.
+
+        Raises:
+            DataError: if it holds what the config does not allow, or more rows are set aside than may be.
+        """
+        return self.read_whole(split, self.held_out[split])
+
+    def read_whole(self, name: str, source: Source) -> Columns:
+        """Reads a set as `read_held_out` does, and notes what was wrong with it."""
+        columns = concatenate([source.read_row_group(i) for i in range(len(source.inventory.row_groups))])
+        rows, tally = num_rows(columns), Tally(source.decoder)
+        counts = BadRowCounts()
+        tally.add(tally.of(columns, 0, rows), counts)
+        codes = columns["bad"].values if "bad" in columns else np.zeros(0, dtype=np.int16)
+        limit, bad = self.config.data.max_bad_fraction, np.flatnonzero(codes)
+        aside = record(source, bad[:1] if len(bad) > limit * rows else bad, codes[bad].astype(np.int64))
+        if len(bad) > limit * rows:
+            raise too_many(f"data.{name}", limit, rows, counts, example_of(aside), "")
+        self.set_aside[name] = SetAside(rows, counts, aside)
+        return good_rows(columns)
 
     def interactions(self, including_validation: bool) -> Iterator[tuple[IntArray, IntArray]]:
-        """Yields (rows of the user's table, rows of the item's table) of the training set, a row group at a time."""
+        """Yields (rows of the user's table, rows of the item's table) of the training set, a row group at a time.
+
+        Rows that are set aside, and those without a user or an item, are left out.
+        """
         names = [name for role in ("user_id", "item_id") if (name := self.config.identity(role)) is not None]
         assert len(names) == 2, "asked for where the config knows users and items"
         sources = [source.narrowed(names) for source in self.train]
         if including_validation and self.has("validation"):
-            sources.append(self._held_out("validation", names))
+            sources.append(self.held_out["validation"].narrowed(names))
         for source in sources:
             for group in range(len(source.inventory.row_groups)):
                 columns = source.read_row_group(group)
-                yield columns[names[0]].values, columns[names[1]].values
-
-    def _held_out(self, split: str, names: Sequence[str] | None) -> Source:
-        patterns = getattr(self.config.data, split)
-        decoder = Decoder(column_specs(self.config, "evaluation"), self.vocabularies, self.statistics)
-        source = open_source(patterns, decoder)
-        return source if names is None else source.narrowed(names)
+                users, items = columns[names[0]].values, columns[names[1]].values
+                known = (users >= 0) & (items >= 0)
+                yield (users, items) if known.all() else (users[known], items[known])
 
 
 def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | None) -> Dataset:
@@ -127,7 +167,7 @@ def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | Non
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
     train = [
-        open_source(patterns, Decoder(specs, vocabularies, statistics or Statistics()))
+        open_source(patterns, Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row))
         for patterns in config.data.train_partitions
     ]
     if resolved is not None:
@@ -147,9 +187,22 @@ def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | Non
         shuffle=config.data.shuffle,
     )
     order.lane_block(world.rank, world.world_size)
-    dataset = Dataset(config, train, fits, order, rows, vocabularies, statistics, None, None)
+    held_out = _open_held_out(config, vocabularies, statistics)
+    skipped = [location.uri for source in (*train, *held_out.values()) for location in source.skipped]
+    dataset = Dataset(config, train, held_out, fits, order, rows, vocabularies, statistics, None, None, skipped)
     _open_items(dataset, world)
     return dataset
+
+
+def _open_held_out(config: Config, vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> dict[str, Source]:
+    """Opens the sets that are evaluated, now: a run should not find out at its end that its test set is not there."""
+    specs = column_specs(config, "evaluation")
+    patterns = {"validation": config.data.validation, "test": config.data.test}
+    return {
+        split: open_source(paths, Decoder(specs, vocabularies, statistics, config.data.on_bad_row))
+        for split, paths in patterns.items()
+        if paths is not None and config.evaluate.metrics
+    }
 
 
 def _window_steps(config: Config, fits_cache: bool) -> int:
@@ -174,7 +227,7 @@ def _open_items(dataset: Dataset, world: World) -> None:
     """Opens the catalogue and the sampler, if anything asks for them."""
     config = dataset.config
     ranks = any(name not in ("rmse", "mae", "log_loss", "auc") for name in config.evaluate.metrics)
-    objective = config.objective if isinstance(config.objective, SampledSoftmaxConfig) else None
+    objective = config.objective if isinstance(config.objective, DrawsNegatives) else None
     if not ranks and objective is None:
         return
     item_id = config.identity("item_id")
@@ -188,8 +241,11 @@ def _open_items(dataset: Dataset, world: World) -> None:
         counted = sum(count_ids(source, item_id, num_rows) for source in dataset.train) if world.is_rank_zero else None
         counts = np.asarray(world.broadcast_object(counted))
     if config.data.catalogue is not None:
-        decoder = Decoder(column_specs(config, "catalogue"), dataset.vocabularies, dataset.statistics)
-        columns = _read_all(open_source(config.data.catalogue, decoder))
+        described_by = column_specs(config, "catalogue")
+        decoder = Decoder(described_by, dataset.vocabularies, dataset.statistics, config.data.on_bad_row)
+        source = open_source(config.data.catalogue, decoder)
+        dataset.skipped_files += [location.uri for location in source.skipped]
+        columns = dataset.read_whole("catalogue", source)
         dataset.catalogue = catalogue_from_columns(item_id, columns, num_rows + 1, ", ".join(config.data.catalogue))
     elif hashed:
         assert counts is not None
@@ -198,10 +254,6 @@ def _open_items(dataset: Dataset, world: World) -> None:
         dataset.catalogue = catalogue_from_rows(item_id, np.arange(num_rows, dtype=np.int64), num_rows + 1)
     if objective is not None:
         dataset.sampler = CandidateSampler(objective, config.seed, dataset.catalogue, counts)
-
-
-def _read_all(source: Source) -> Columns:
-    return concatenate([source.read_row_group(i) for i in range(len(source.inventory.row_groups))])
 
 
 def _fingerprint(inventories: Sequence[Inventory]) -> str:

@@ -1,34 +1,46 @@
-"""From Arrow columns to arrays: ids become rows of tables, numbers are normalised, and what does not fit is an error.
+"""From Arrow columns to what is trained: ids are rows of tables, numbers are normalised, and bad values are dealt with.
 
-Lists come straight from Arrow's values and lengths; slices, null lists that hide values, and both widths of offsets are
-Arrow's own business (`flatten`, `list_value_length`). Only the path of an error looks at single rows.
+`parse.py` finds every value that does not fit, whatever the config says of it. The config's policies decide here: an error,
+something in the value's place, or the row is set aside. Such a row keeps its place, with nothing in it, and the column `bad`
+says why.
 """
 
 from __future__ import annotations
 
 __all__ = ["ColumnSpec", "Decoder", "Where", "column_specs"]
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from embedshard.config import Config
 from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, WeightedBagFeature
 from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.findings import Action, Finding, Problem, Reason, shown
+from embedshard.data.parse import (
+    Parsed,
+    add_weights,
+    is_id,
+    is_list,
+    is_number,
+    offsets_of,
+    parse_ids,
+    parse_lists,
+    parse_numbers,
+    row_of,
+)
 from embedshard.data.statistics import Statistics
-from embedshard.data.vocabulary import Vocabulary, integers
+from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
 ListFeature = BagFeature | WeightedBagFeature
 
-_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _POINTWISE = ("rmse", "mae", "log_loss", "auc")
 
 
@@ -59,6 +71,20 @@ class ColumnSpec:
     def max_length(self) -> int | None:
         """How much of a list is kept."""
         return self.feature.max_length if isinstance(self.feature, BagFeature | WeightedBagFeature) else None
+
+    @property
+    def problems(self) -> list[Problem]:
+        """All that can be wrong with it, in the order of precedence."""
+        if self.table is None:
+            reasons: list[Reason] = ["missing number", "infinite number"]
+            if self.name == "weight":
+                reasons.append("negative weight")
+            return [Problem(self.name, self.column, reason) for reason in reasons]
+        found = [Problem(self.name, self.column, "null id"), Problem(self.name, self.column, "unknown id")]
+        if self.second is not None:
+            found.append(Problem(self.name, self.column, "lengths differ"))
+            found += [Problem(self.name, self.second, reason) for reason in ("missing number", "infinite number")]
+        return found
 
 
 def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
@@ -117,10 +143,27 @@ class Decoder:
         specs: the columns.
         vocabularies: of each table.
         statistics: of standardised features; those without are left as they are, NaN where missing.
+        on_bad_row: what a value does that its feature does not allow and has no policy for.
+        wanted: names of the columns that are asked for; all where absent.
     """
 
-    def __init__(self, specs: Sequence[ColumnSpec], vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> None:
+    def __init__(
+        self,
+        specs: Sequence[ColumnSpec],
+        vocabularies: Mapping[str, Vocabulary],
+        statistics: Statistics,
+        on_bad_row: Literal["error", "quarantine"] = "error",
+        wanted: Collection[str] | None = None,
+    ) -> None:
         self.specs, self._vocabularies, self._statistics = tuple(specs), vocabularies, statistics
+        self._on_bad_row = on_bad_row
+        self._wanted = [spec.name for spec in self.specs if wanted is None or spec.name in wanted]
+        self._specs = {spec.name: spec for spec in self.specs}
+        self.problems: tuple[Problem, ...] = tuple(problem for spec in self.specs for problem in spec.problems)
+        """All that can be wrong with a row; the column `bad` holds 1 + the place herein."""
+        self._codes = {problem: code for code, problem in enumerate(self.problems, start=1)}
+        self.quarantines = any(self.action(problem) == "quarantine" for problem in self.problems)
+        """Whether a row can be set aside: there is a column `bad` then."""
 
     @property
     def columns(self) -> list[str]:
@@ -131,37 +174,79 @@ class Decoder:
     @property
     def standardised(self) -> list[str]:
         """The features that need statistics."""
+        features = {name: self._specs[name].feature for name in self._wanted}
         return [
-            spec.name
-            for spec in self.specs
-            if isinstance(spec.feature, DenseFeature) and spec.feature.normalise == "standardise"
+            name
+            for name, feature in features.items()
+            if isinstance(feature, DenseFeature) and feature.normalise == "standardise"
         ]
 
+    @property
+    def unknown_rows(self) -> dict[str, int]:
+        """The table's row for unknown ids of each column that sends them there."""
+        return {
+            spec.name: self._vocabularies[spec.table].rows
+            for spec in self.specs
+            if spec.table is not None and getattr(spec.feature, "unknown", None) == "oov"
+        }
+
+    @property
+    def with_empty_nulls(self) -> list[str]:
+        """The columns in which a null counts as no id."""
+        return [spec.name for spec in self.specs if getattr(spec.feature, "null", None) == "empty"]
+
     def narrowed(self, names: Iterable[str]) -> Decoder:
-        """Returns a decoder of these columns alone."""
-        kept = set(names)
-        return Decoder([spec for spec in self.specs if spec.name in kept], self._vocabularies, self._statistics)
+        """Returns a decoder of these columns alone. Where rows can be set aside, the others are read to know which."""
+        wanted = set(names)
+        specs = self.specs if self.quarantines else [spec for spec in self.specs if spec.name in wanted]
+        return Decoder(specs, self._vocabularies, self._statistics, self._on_bad_row, wanted)
+
+    def only(self, names: Iterable[str]) -> Decoder:
+        """Returns a decoder that reads these columns alone, and knows of no bad values in others."""
+        wanted = set(names)
+        specs = [spec for spec in self.specs if spec.name in wanted]
+        return Decoder(specs, self._vocabularies, self._statistics, self._on_bad_row)
 
     def with_statistics(self, statistics: Statistics) -> Decoder:
         """Returns a decoder that standardises by these."""
-        return Decoder(self.specs, self._vocabularies, statistics)
+        return Decoder(self.specs, self._vocabularies, statistics, self._on_bad_row, self._wanted)
 
     def check_type(self, spec: ColumnSpec, column: str, kind: pa.DataType) -> str | None:
         """Returns what a Parquet column must be, if its Arrow type cannot be decoded; None if it can."""
         if pa.types.is_null(kind):
             return None  # a column of nothing but nulls: what they mean is decided as for any null
         if column == spec.second:
-            return None if _is_list(kind) and _is_number(_value_type(kind)) else "a list of numbers"
+            return None if is_list(kind) and is_number(kind.value_type) else "a list of numbers"
         if spec.is_list:
-            if not _is_list(kind):
+            if not is_list(kind):
                 return "a list of integers or strings"
-            return None if _is_id(_value_type(kind)) else "a list of integers or strings"
+            return None if is_id(kind.value_type) else "a list of integers or strings"
         if spec.table is not None:
-            return None if _is_id(kind) else "integers or strings"
-        return None if _is_number(kind) else "a number"
+            return None if is_id(kind) else "integers or strings"
+        return None if is_number(kind) else "a number"
+
+    def action(self, problem: Problem) -> Action:
+        """Returns what the config does about a problem."""
+        feature = self._specs[problem.name].feature
+        policy: Action = "error"
+        if problem.reason == "unknown id" and isinstance(feature, IdFeature | ListFeature):
+            policy = feature.unknown
+        elif problem.reason == "null id" and isinstance(feature, IdFeature | ListFeature):
+            policy = feature.null
+        elif problem.reason == "missing number" and isinstance(feature, DenseFeature):
+            policy = feature.missing
+        return self._on_bad_row if policy == "error" else policy
+
+    def find(self, table: pa.Table | pa.RecordBatch, where: Where) -> list[Finding]:
+        """Returns every value that does not fit, whatever the config does about it, in the order of the columns.
+
+        Raises:
+            DataError: if a column is of a type that its vocabulary does not know.
+        """
+        return [finding for spec in self.specs for finding in self._parse(spec, table, where).findings]
 
     def decode(self, table: pa.Table | pa.RecordBatch, where: Where) -> Columns:
-        """Returns the decoded columns, and `row`, the rows' numbers in the data set.
+        """Returns the wanted columns decoded; `row`, the rows' numbers in the data set; `bad` where rows can be set aside.
 
         Raises:
             DataError: naming file, row group, row, column and what to do.
@@ -169,194 +254,148 @@ class Decoder:
         decoded: Columns = {
             "row": Flat(np.arange(where.first_dataset_row, where.first_dataset_row + table.num_rows, dtype=np.int64))
         }
+        bad = np.zeros(table.num_rows, dtype=np.int16)
         for spec in self.specs:
-            array = _one_array(table.column(spec.column))
-            if spec.is_list:
-                array = _as_lists(array, pa.int64())
-                second = None
-                if spec.second is not None:
-                    second = _as_lists(_one_array(table.column(spec.second)), pa.float64())
-                decoded[spec.name] = self._lists(spec, array, second, where)
-            elif spec.table is not None:
-                self._refuse_nulls(spec, array, where)
-                decoded[spec.name] = Flat(self._rows(spec, array, where, np.arange(table.num_rows)))
-            else:
-                decoded[spec.name] = Flat(self._numbers(spec, array, where))
+            parsed = self._parse(spec, table, where)
+            for finding in parsed.findings:
+                action = self.action(finding.problem)
+                if action == "error":
+                    raise DataError(self._refusal(spec, parsed, finding, where))
+                if action == "quarantine":
+                    bad[finding.rows] = np.where(bad[finding.rows], bad[finding.rows], self._codes[finding.problem])
+            if spec.name in self._wanted:
+                decoded |= self._decoded(spec, parsed)
+        if self.quarantines:
+            if bad.any():
+                decoded = {name: _emptied(column, bad > 0) if name != "row" else column for name, column in decoded.items()}
+            decoded["bad"] = Flat(bad)
         return decoded
 
-    # ---------------------------------------------------------------------------------------------------------- ids
-    def _refuse_nulls(self, spec: ColumnSpec, array: pa.Array, where: Where) -> None:
-        if array.null_count:
-            row = int(np.flatnonzero(_nulls(array))[0])
-            raise DataError(
-                f"{where.row(row)}: column '{spec.column}' is null ({array.null_count} of {len(array)} rows read here "
-                f"are); '{spec.name}' needs an id in each row. Fill or remove these rows."
-            )
-
-    def _rows(self, spec: ColumnSpec, ids: pa.Array, where: Where, row_of_id: IntArray) -> IntArray:
-        """Returns the table's row of each id; `row_of_id` is asked only to say where an unknown one is."""
-        assert spec.table is not None
+    def _parse(self, spec: ColumnSpec, table: pa.Table | pa.RecordBatch, where: Where) -> Parsed:
+        array = table.column(spec.column)
+        if spec.table is None:
+            return parse_numbers(spec.name, spec.column, array)
         vocabulary = self._vocabularies[spec.table]
         try:
-            rows = _mapped(ids, vocabulary)
+            if not spec.is_list:
+                return parse_ids(spec.name, spec.column, array, vocabulary)
+            parsed = parse_lists(spec.name, spec.column, array, vocabulary)
         except DataError as error:
             raise DataError(f"{where.uri}, column '{spec.column}': {error}") from error
         except pa.ArrowInvalid as error:
             raise DataError(f"{where.uri}, row group {where.row_group}, column '{spec.column}': {error}") from error
-        unknown = rows < 0
-        if not unknown.any():
-            return rows
-        if getattr(spec.feature, "unknown", "error") == "oov":
-            return np.where(unknown, vocabulary.rows, rows)
-        first = int(np.flatnonzero(unknown)[0])
-        raise DataError(
-            f"{where.row(int(row_of_id[first]))}: column '{spec.column}' is {_shown(ids[first])}, which is not among "
-            f"{vocabulary.describe()} ({int(unknown.sum())} of {len(rows)} ids read here are not). "
-            f"Give table '{spec.table}' more rows or another vocabulary, or set features.{spec.name}.unknown to 'oov'."
-        )
+        if spec.second is not None:
+            add_weights(parsed, spec.name, spec.column, spec.second, table.column(spec.second))
+        return parsed
 
-    # -------------------------------------------------------------------------------------------------------- lists
-    def _lists(self, spec: ColumnSpec, array: pa.Array, second: pa.Array | None, where: Where) -> Ragged:
-        values, lengths = _flattened(array)
-        offsets = _offsets(lengths)
-        if values.null_count:
-            place = int(np.flatnonzero(_nulls(values))[0])
-            row = int(np.searchsorted(offsets, place, side="right")) - 1
-            raise DataError(
-                f"{where.row(row)}: the list in column '{spec.column}' holds a null at place {place - offsets[row]}; "
-                f"'{spec.name}' needs ids. Remove nulls from the lists (a null or empty list is fine)."
-            )
-        weights = None if second is None else self._bag_weights(spec, second, lengths, where)
-        row_of_id = np.repeat(np.arange(len(lengths)), lengths)
-        ids = self._rows(spec, values, where, row_of_id)
+    # ------------------------------------------------------------------------------------------------------ policies
+    def _decoded(self, spec: ColumnSpec, parsed: Parsed) -> Columns:
+        if spec.table is None:
+            return {spec.name: Flat(self._normalised(spec, parsed))}
+        values, nulls = parsed.values, np.zeros(0, dtype=np.int64)
+        for finding in parsed.findings:
+            if self.action(finding.problem) == "oov":
+                values = values.copy()  # it may be Arrow's memory
+                values[finding.places] = self._vocabularies[spec.table].rows
+            elif self.action(finding.problem) == "empty":
+                nulls = finding.places
+        if parsed.lengths is None:
+            return {spec.name: Flat(values)}
+        lengths = parsed.lengths
+        weights = None if parsed.weights is None else parsed.weights.astype(np.float32)
+        columns: Columns = {}
+        if getattr(spec.feature, "null", None) == "empty":
+            dropped = np.bincount(row_of(nulls, lengths), minlength=len(lengths))
+            columns[f"null:{spec.name}"] = Flat(dropped.astype(np.int32))
+            if len(nulls):
+                values, lengths = np.delete(values, nulls), lengths - dropped
+                weights = None if weights is None else np.delete(weights, nulls)
+        offsets = offsets_of(lengths)
         if spec.max_length is not None and len(lengths) and int(lengths.max()) > spec.max_length:
             kept = np.minimum(lengths, spec.max_length)
             assert isinstance(spec.feature, BagFeature | WeightedBagFeature)
             starts = offsets[:-1] if spec.feature.keep == "first" else offsets[1:] - kept
-            offsets = _offsets(kept)
+            offsets = offsets_of(kept)
             places = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1])
-            ids, weights = ids[places], None if weights is None else weights[places]
+            values, weights = values[places], None if weights is None else weights[places]
             lengths = kept
         if weights is not None and isinstance(spec.feature, WeightedBagFeature) and spec.feature.pooling == "mean":
             weights = _scaled_to_one(weights, lengths)
-        return Ragged(ids, offsets, weights)
+        columns[spec.name] = Ragged(values, offsets, weights)
+        return columns
 
-    def _bag_weights(self, spec: ColumnSpec, second: pa.Array, lengths: IntArray, where: Where) -> npt.NDArray[np.float32]:
-        values, weight_lengths = _flattened(second)
-        differing = np.flatnonzero(weight_lengths != lengths)
-        if len(differing):
-            row = int(differing[0])
-            raise DataError(
-                f"{where.row(row)}: column '{spec.column}' lists {lengths[row]} ids and '{spec.second}' "
-                f"{weight_lengths[row]} weights; '{spec.name}' needs as many of each. Correct the row."
-            )
-        weights = _as_float64(values)
-        bad = np.flatnonzero(~_fits_float32(weights))
-        if len(bad):
-            row = int(np.searchsorted(_offsets(lengths), bad[0], side="right")) - 1
-            raise DataError(
-                f"{where.row(row)}: column '{spec.second}' holds {values[int(bad[0])].as_py()!r}; weights are finite "
-                f"float32. Correct the row."
-            )
-        return weights.astype(np.float32)
-
-    # ------------------------------------------------------------------------------------------------------ numbers
-    def _numbers(self, spec: ColumnSpec, array: pa.Array, where: Where) -> npt.NDArray[np.floating]:
-        values = _as_float64(array)
-        missing = np.isnan(values)
-        feature = spec.feature
-        tolerant = isinstance(feature, DenseFeature) and feature.missing == "zero"
-        bad = ~_fits_float32(values)
-        if tolerant:
-            bad &= ~missing
-        if spec.name == "weight":
-            bad |= values < 0
-        if bad.any():
-            row = int(np.flatnonzero(bad)[0])
-            need = "a finite float32 of at least 0" if spec.name == "weight" else "a finite float32"
-            advice = f"set features.{spec.name}.missing to 'zero', or correct the rows" if feature else "correct the rows"
-            raise DataError(
-                f"{where.row(row)}: column '{spec.column}' is {array[row].as_py()!r} ({int(bad.sum())} of {len(values)} "
-                f"rows read here are so); '{spec.name}' needs {need} in each row. You can {advice}."
-            )
-        if not isinstance(feature, DenseFeature):
-            return values.astype(np.float32)
-        if feature.normalise == "log1p":
-            values = np.sign(values) * np.log1p(np.abs(values))
-        elif feature.normalise == "standardise":
-            if spec.name not in self._statistics.moments:
-                return values
-            mean, deviation = self._statistics.moments[spec.name]
-            values = (values - mean) / deviation
-        values[missing] = 0.0
+    def _normalised(self, spec: ColumnSpec, parsed: Parsed) -> npt.NDArray[np.floating]:
+        """Returns numbers as a model reads them; 0 for those that did not fit."""
+        values: npt.NDArray[np.float64] = parsed.values
+        for finding in parsed.findings:
+            values[finding.places] = 0.0
+        if isinstance(spec.feature, DenseFeature):
+            if spec.feature.normalise == "log1p":
+                values = np.sign(values) * np.log1p(np.abs(values))
+            elif spec.feature.normalise == "standardise":
+                moments = self._statistics.moments.get(spec.name)
+                mean, deviation = (0.0, 1.0) if moments is None else moments
+                values = (values - mean) / deviation
+                for finding in parsed.findings:
+                    values[finding.places] = np.nan if moments is None else 0.0
+                if moments is None:
+                    return values
         return values.astype(np.float32)
 
-
-# ------------------------------------------------------------------------------------------------------- Arrow's types
-def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
-    if isinstance(column, pa.ChunkedArray):
-        if pa.types.is_dictionary(column.type):
-            column = column.unify_dictionaries()
-        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
-    if isinstance(column, pa.ChunkedArray):  # more values than one array's offsets can hold
-        column = pa.concat_arrays([chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.chunks])
-    if pa.types.is_dictionary(column.type) and column.dictionary.null_count:
-        column = column.dictionary_decode()
-    return column
-
-
-def _nulls(array: pa.Array) -> npt.NDArray[np.bool_]:
-    return array.is_null().to_numpy(zero_copy_only=False)
-
-
-def _mapped(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
-    if not len(ids):  # their type, which may be null, says nothing of the vocabulary
-        return np.zeros(0, dtype=np.int64)
-    if pa.types.is_dictionary(ids.type):
-        known = _mapped(ids.dictionary, vocabulary)
-        codes = ids.indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
-        if codes.min() < 0 or codes.max() >= len(known):
-            raise DataError(
-                f"refers to values that its dictionary of {len(known)} has not. It is damaged: write the file anew."
+    # -------------------------------------------------------------------------------------------------------- errors
+    def _refusal(self, spec: ColumnSpec, parsed: Parsed, finding: Finding, where: Where) -> str:
+        """Returns the message of the first value of a finding: what was met, what is needed, where, what to do."""
+        row, column, name = int(finding.rows[0]), finding.problem.column, spec.name
+        value = shown(finding.among[int(finding.places[0])])
+        counts, aside = f"{len(finding)} of {len(finding.among)}", "data.on_bad_row to 'quarantine'"
+        met = f"{where.row(row)}: column '{column}' is {value}"
+        if finding.problem.reason == "null id":
+            advice = f"set features.{name}.null to 'empty' or {aside}" if spec.feature is not None else f"set {aside}"
+            if parsed.lengths is None:
+                return (
+                    f"{where.row(row)}: column '{column}' is null ({counts} rows read here are); '{name}' needs an id in "
+                    f"each row. Fill or remove these rows, or {advice}."
+                )
+            place = int(finding.places[0] - offsets_of(parsed.lengths)[row])
+            return (
+                f"{where.row(row)}: the list in column '{column}' holds a null at place {place}; '{name}' needs ids. "
+                f"Remove nulls from the lists (a null or empty list is fine), or {advice}."
             )
-        return known[codes]
-    if pa.types.is_integer(ids.type):
-        return vocabulary.map_integers(integers(ids))
-    return vocabulary.map_strings(ids)
+        if finding.problem.reason == "unknown id":
+            assert spec.table is not None
+            policy = f"features.{name}.unknown to 'oov' or 'quarantine'" if spec.feature is not None else aside
+            return (
+                f"{met}, which is not among {self._vocabularies[spec.table].describe()} ({counts} ids read here are not). "
+                f"Give table '{spec.table}' more rows or another vocabulary, or set {policy}."
+            )
+        if finding.problem.reason == "lengths differ":
+            ids, weights = str(finding.value(0)).split(", ")
+            return (
+                f"{where.row(row)}: column '{column}' lists {ids} and '{spec.second}' {weights}; '{name}' needs as many of "
+                f"each. Correct the row, or set {aside}."
+            )
+        if parsed.lengths is not None:
+            return (
+                f"{where.row(row)}: column '{column}' holds {value}; weights are finite float32. "
+                f"Correct the row, or set {aside}."
+            )
+        need = "a finite float32 of at least 0" if name == "weight" else "a finite float32"
+        zero = f"features.{name}.missing to 'zero' or " if isinstance(spec.feature, DenseFeature) else ""
+        zero = zero if finding.problem.reason == "missing number" else ""
+        return (
+            f"{met} ({counts} rows read here are so); '{name}' needs {need} in each row. "
+            f"Correct the rows, or set {zero}{aside}."
+        )
 
 
-def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
-    """Returns the values of all lists and the lists' lengths; a null list is empty, whatever it hides."""
-    lengths = pc.list_value_length(array).fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return array.flatten(), lengths.astype(np.int64, copy=False)
-
-
-def _offsets(lengths: IntArray) -> IntArray:
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
-
-
-def _as_float64(array: pa.Array) -> npt.NDArray[np.float64]:
-    """Returns numbers, NaN for nulls."""
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    # Unsafe, since integers beyond 2**53 are rounded, as any number that float32 cannot hold is.
-    values: npt.NDArray[Any] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    return np.array(values, dtype=np.float64)
-
-
-def _fits_float32(values: npt.NDArray[np.float64]) -> npt.NDArray[np.bool_]:
-    """Returns which numbers are finite, and still so as float32."""
-    return np.abs(values) <= _LARGEST_FLOAT32
-
-
-def _shown(value: pa.Scalar) -> str:
-    """Returns an id as a message shows it, even if it is a string that is not UTF-8."""
-    try:
-        return repr(value.as_py())
-    except UnicodeDecodeError:
-        return repr(pa.array([value]).cast(pa.large_string()).cast(pa.large_binary())[0].as_py())
+def _emptied(column: Flat | Ragged, rows: npt.NDArray[np.bool_]) -> Flat | Ragged:
+    """Returns a column with nothing in these rows: an empty list, a number of 0, an id of -1."""
+    if isinstance(column, Flat):
+        return Flat(np.where(rows, column.values.dtype.type(-1 if column.values.dtype == np.int64 else 0), column.values))
+    lengths = np.diff(column.offsets)
+    kept = ~np.repeat(rows, lengths)
+    weights = None if column.weights is None else column.weights[kept]
+    return Ragged(column.values[kept], offsets_of(np.where(rows, 0, lengths)), weights)
 
 
 def _scaled_to_one(weights: npt.NDArray[np.float32], lengths: IntArray) -> npt.NDArray[np.float32]:
@@ -366,36 +405,3 @@ def _scaled_to_one(weights: npt.NDArray[np.float32], lengths: IntArray) -> npt.N
     sums = np.bincount(np.repeat(np.arange(len(lengths)), lengths), weights=weights, minlength=len(lengths))
     scale = np.divide(1.0, sums, out=np.zeros_like(sums), where=np.abs(sums) > 1e-12)
     return (weights * np.repeat(scale, lengths)).astype(np.float32)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
-
-
-def _value_type(kind: pa.DataType) -> pa.DataType:
-    return kind.value_type
-
-
-def _as_lists(array: pa.Array, value_type: pa.DataType) -> pa.Array:
-    """Returns lists of values even where no row has one, and the file so does not tell their type."""
-    no_values = pa.types.is_null(array.type) or pa.types.is_null(_value_type(array.type))
-    return array.cast(pa.list_(value_type)) if no_values else array
-
-
-def _is_id(kind: pa.DataType) -> bool:
-    if pa.types.is_null(kind):
-        return True
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return bool(pa.types.is_integer(kind) or is_string)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    if pa.types.is_null(kind):
-        return True
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(
-        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
-    )

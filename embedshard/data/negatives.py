@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.config.parts import SampledSoftmaxConfig
+from embedshard.config.parts import DrawsNegatives
 from embedshard.data.catalogue import Catalogue
 from embedshard.data.columns import Columns, gather
 from embedshard.errors import DataError
@@ -58,7 +58,7 @@ class CandidateSampler:
     """
 
     def __init__(
-        self, config: SampledSoftmaxConfig, seed: int, catalogue: Catalogue, counts: npt.NDArray[np.int64] | None
+        self, config: DrawsNegatives, seed: int, catalogue: Catalogue, counts: npt.NDArray[np.int64] | None
     ) -> None:
         self._seed, self._catalogue, self._num_negatives = seed, catalogue, config.num_negatives
         size = len(catalogue.ids)

@@ -13,21 +13,26 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedshard.data.columns import Columns
 from embedshard.data.decode import Decoder, Where
+from embedshard.data.findings import Finding
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
 from embedshard.storage import Location, expand
 
+IntArray = npt.NDArray[np.int64]
+
 _MAGIC = b"PAR1"
+_PARQUET_NAMES = (".parquet", ".parq", ".pq")
 _TAIL_BYTES = 8
 _OPEN_FILES = 32
 _FOOTER_THREADS = 16
@@ -147,6 +152,7 @@ class Source:
         inventory: what their footers say.
         metadata: the footers themselves.
         decoder: turns columns into arrays.
+        skipped: what lies among the files and is not read, since it is not Parquet.
     """
 
     def __init__(
@@ -155,27 +161,39 @@ class Source:
         inventory: Inventory,
         metadata: Sequence[pq.FileMetaData],
         decoder: Decoder,
+        skipped: Sequence[Location] = (),
     ) -> None:
         self._locations, self._metadata = tuple(locations), tuple(metadata)
-        self.inventory, self.decoder = inventory, decoder
+        self.inventory, self.decoder, self.skipped = inventory, decoder, tuple(skipped)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._lock = threading.Lock()
 
     def narrowed(self, names: Sequence[str]) -> Source:
         """Returns a source of some columns alone."""
-        return Source(self._locations, self.inventory, self._metadata, self.decoder.narrowed(names))
+        return self._decoded_by(self.decoder.narrowed(names))
 
     def with_statistics(self, statistics: Statistics) -> Source:
         """Returns a source that standardises by these."""
-        return Source(self._locations, self.inventory, self._metadata, self.decoder.with_statistics(statistics))
+        return self._decoded_by(self.decoder.with_statistics(statistics))
+
+    def _decoded_by(self, decoder: Decoder) -> Source:
+        return Source(self._locations, self.inventory, self._metadata, decoder, self.skipped)
 
     def describe_row(self, row: int) -> str:
         """Returns the file, row group and row of a row's number in the data set."""
         if row < 0:
             return "padding"
+        group = self.inventory.row_groups[int(self.row_groups_of(np.array([row]))[0])]
+        return f"{self.uri_of(group)}, row group {group.index}, row {row - group.first_row}"
+
+    def row_groups_of(self, rows: IntArray) -> IntArray:
+        """Returns which row group of the data set holds each of its rows."""
         starts = np.array([group.first_row for group in self.inventory.row_groups])
-        group = self.inventory.row_groups[int(np.searchsorted(starts, row, side="right")) - 1]
-        return f"{self._locations[group.file].uri}, row group {group.index}, row {row - group.first_row}"
+        return np.searchsorted(starts, rows, side="right") - 1
+
+    def uri_of(self, group: RowGroup) -> str:
+        """Returns the URI of the file that holds a row group."""
+        return self._locations[group.file].uri
 
     def decoded_bytes(self) -> int:
         """Returns, from the footers alone, about how many bytes all decoded columns take."""
@@ -206,6 +224,31 @@ class Source:
         self._check_rows(group, table.num_rows)
         return self.decoder.decode(table, self._where(group, 0))
 
+    def find(self, number: int, names: Sequence[str], rows: IntArray) -> list[Finding]:
+        """Reads rows of a row group again, for what is wrong with some of their columns whatever the config does about it.
+
+        Args:
+            number: of the row group in the data set.
+            names: of decoded columns.
+            rows: of the row group, ascending.
+
+        Returns:
+            Findings whose rows are the row group's.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        group, decoder = self.inventory.row_groups[number], self.decoder.only(names)
+        try:
+            # A handle of its own: another thread may read.
+            with self._parquet_file(group.file) as file:
+                table = file.read_row_group(group.index, columns=decoder.columns, use_threads=False)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            raise self._unreadable(group, error) from error
+        self._check_rows(group, table.num_rows)
+        found = decoder.find(table.take(pa.array(rows)), self._where(group, 0))
+        return [replace(finding, rows=rows[finding.rows]) for finding in found]
+
     def iter_row_group(self, number: int, batch_rows: int, skip_rows: int = 0) -> Iterator[Columns]:
         """Yields a row group from a row on, at most so many rows at once, decoded.
 
@@ -235,7 +278,7 @@ class Source:
         self._check_rows(group, position)
 
     def _where(self, group: RowGroup, row: int) -> Where:
-        return Where(self._locations[group.file].uri, group.index, row, group.first_row + row)
+        return Where(self.uri_of(group), group.index, row, group.first_row + row)
 
     def _file(self, number: int) -> pq.ParquetFile:
         with self._lock:
@@ -259,7 +302,7 @@ class Source:
 
     def _unreadable(self, group: RowGroup, error: Exception) -> DataError:
         return DataError(
-            f"{self._locations[group.file].uri}, row group {group.index}: cannot be read: {' '.join(str(error).split())} "
+            f"{self.uri_of(group)}, row group {group.index}: cannot be read: {' '.join(str(error).split())} "
             f"(columns {', '.join(self.decoder.columns)}). The file is damaged or changed while it was read: write it anew."
         )
 
@@ -271,18 +314,46 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
         DataError: if nothing matches, a file is not whole Parquet, a column is missing or of another type, or there are no
             rows.
     """
-    locations = expand(patterns)
+    locations, skipped = _data_files(patterns)
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
         footers = list(pool.map(_read_footer, locations))
     for location, (_, metadata) in zip(locations, footers, strict=True):
         _check_schema(location, metadata, decoder)
-    source = Source(locations, Inventory(tuple(file for file, _ in footers)), [metadata for _, metadata in footers], decoder)
+    inventory = Inventory(tuple(file for file, _ in footers))
+    source = Source(locations, inventory, [metadata for _, metadata in footers], decoder, skipped)
     if not source.inventory.num_rows:
         raise DataError(
             f"{', '.join(patterns)}: {len(locations)} files without a row. There must be at least one: "
             f"correct the path, or make the data anew."
         )
     return source
+
+
+def _data_files(patterns: Sequence[str]) -> tuple[list[Location], list[Location]]:
+    """Returns the files of a data set, and what is skipped: by name, or since neither name nor content is Parquet's."""
+    expansion = expand(patterns)
+    doubtful = [
+        location
+        for location in expansion.files
+        if location.path not in expansion.spelled_out and not location.name.lower().endswith(_PARQUET_NAMES)
+    ]
+    others = {location.path for location in doubtful if not _begins_as_parquet(location)}
+    files = [location for location in expansion.files if location.path not in others]
+    skipped = expansion.skipped + [location for location in expansion.files if location.path in others]
+    if not files:
+        shown = ", ".join(location.name for location in skipped[:8]) + (", ..." if len(skipped) > 8 else "")
+        raise DataError(
+            f"{', '.join(patterns)}: none of the files there is Parquet: {shown}. Correct the path, or make the data first."
+        )
+    return files, sorted(skipped, key=lambda location: location.path)
+
+
+def _begins_as_parquet(location: Location) -> bool:
+    try:
+        with location.open_input() as file:
+            return bool(file.read(len(_MAGIC)) == _MAGIC)
+    except OSError as error:
+        raise DataError(f"{location.uri} cannot be read: {error}. See that it may be read, or exclude it.") from error
 
 
 def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.data.columns import Flat
+from embedshard.data.columns import Flat, good_rows
 from embedshard.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def compute_statistics(sources: Sequence[Source]) -> Statistics:
     """Reads the standardised features of all sources once, in file order.
 
     Merges row groups' moments by Chan, Golub and LeVeque (1979), so that large means do not swallow small deviations.
-    A missing value, where the feature allows it, is left out.
+    A missing value, where the feature allows it, and rows that are set aside are left out.
 
     Raises:
         DataError: if a feature has no value at all.
@@ -51,7 +51,7 @@ def compute_statistics(sources: Sequence[Source]) -> Statistics:
     for source in sources:
         narrowed = source.narrowed(names)
         for group in range(len(narrowed.inventory.row_groups)):
-            columns = narrowed.read_row_group(group)
+            columns = good_rows(narrowed.read_row_group(group))
             for name in names:
                 values = columns[name].values
                 values = values[~np.isnan(values)].astype(np.float64)
@@ -72,11 +72,14 @@ def compute_statistics(sources: Sequence[Source]) -> Statistics:
 
 
 def count_ids(source: Source, feature: str, rows: int) -> npt.NDArray[np.int64]:
-    """Returns how often each row of a feature's table is met, (rows + 1,) int64; the last is for unknown ids."""
+    """Returns how often each row of a feature's table is met, (rows + 1,) int64; the last is for unknown ids.
+
+    A row without an id, or one that is set aside, is not counted.
+    """
     counts = np.zeros(rows + 1, dtype=np.int64)
     narrowed = source.narrowed([feature])
     for group in range(len(narrowed.inventory.row_groups)):
         column = narrowed.read_row_group(group)[feature]
         assert isinstance(column, Flat), "an id feature has one id a row"
-        counts += np.bincount(column.values, minlength=rows + 1)
+        counts += np.bincount(column.values[column.values >= 0], minlength=rows + 1)
     return counts

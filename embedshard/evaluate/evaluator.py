@@ -136,6 +136,7 @@ class Evaluator:
 
     def _rank_given(self, model: Any, split: Split, candidate_ND: torch.Tensor) -> dict[str, float]:
         columns = self._read(split)
+        columns = _rows_with(columns, [self._item_id])
         places = self._places()
         negatives = columns["candidates"]
         assert isinstance(negatives, Ragged), "candidates are lists"
@@ -151,7 +152,7 @@ class Evaluator:
         return rank_candidates(query_QD, positive, JaggedIds(given, negatives.offsets), candidate_ND, self._ranking)
 
     def _prepare(self, split: Split) -> _RetrievalSet:
-        columns = self._read(split)
+        columns = _rows_with(self._read(split), [self._user_id, self._item_id])
         users, items = columns[self._user_id].values, columns[self._item_id].values
         known, first_rows = np.unique(users, return_index=True)
         limit = self._config.evaluate.max_users
@@ -237,6 +238,12 @@ class Evaluator:
         if split not in self._columns:
             self._columns[split] = self._dataset.read_held_out(split)
         return self._columns[split]
+
+
+def _rows_with(columns: Columns, names: list[str]) -> Columns:
+    """Returns the rows that have an id in each of these columns: without a user or an item there is nothing to rank."""
+    has_ids = np.all([columns[name].values >= 0 for name in names], axis=0)
+    return columns if has_ids.all() else gather(columns, np.flatnonzero(has_ids), None)
 
 
 def _index_in(known: IntArray, values: IntArray) -> IntArray:

@@ -14,9 +14,12 @@ from torch import nn
 
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import (
+    BPRConfig,
+    CosineContrastiveConfig,
     CustomModelConfig,
     DenseFeature,
     InBatchSoftmaxConfig,
+    NegativeSamplingConfig,
     PointwiseConfig,
     SampledSoftmaxConfig,
     TwoTowerConfig,
@@ -24,6 +27,7 @@ from embedshard.config.parts import (
 from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.objectives.objective import Objective
+from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import Pointwise
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
 from embedshard.models.two_tower import TwoTower
@@ -78,6 +82,12 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
             return InBatchSoftmax(config.objective, *_item(config, specs), world)
         case SampledSoftmaxConfig():
             return SampledSoftmax(config.objective, *_item(config, specs), world)
+        case BPRConfig():
+            return BPR(config.objective, _item(config, specs)[1], world)
+        case NegativeSamplingConfig():
+            return NegativeSampling(config.objective, _item(config, specs)[1], world)
+        case CosineContrastiveConfig():
+            return CosineContrastive(config.objective, _item(config, specs)[1], world)
 
 
 def _item(config: Config, specs: Sequence[TableSpec]) -> tuple[int, str]:

@@ -13,6 +13,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embedshard.config import Config, TableSpec, table_specs
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import Dataset, open_dataset
+from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
 from embedshard.evaluate.evaluator import Evaluator
 from embedshard.models.objectives.objective import Objective
@@ -37,6 +38,7 @@ class Assembly:
     stepper: Stepper
     evaluator: Evaluator
     collator: Collator
+    tally: Tally
 
     def reader(self) -> BatchReader:
         """Returns this rank's reader of the training data."""
@@ -70,7 +72,8 @@ def assemble(config: Config, world: World, resolved: dict[str, Any] | None = Non
     model = shard_model(build_model(config, specs), config, specs, world)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
-    collator = Collator(config, specs)
+    tally = Tally(dataset.train[0].decoder)
+    collator = Collator(config, specs, tally)
     return Assembly(
         config=config,
         world=world,
@@ -82,4 +85,5 @@ def assemble(config: Config, world: World, resolved: dict[str, Any] | None = Non
         stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row),
         evaluator=Evaluator(config, dataset, collator, world),
         collator=collator,
+        tally=tally,
     )

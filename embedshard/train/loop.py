@@ -10,12 +10,14 @@ __all__ = ["TrainResult", "train"]
 
 import resource
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from embedshard import __version__
 from embedshard.config import Config
 from embedshard.data.order import Position
+from embedshard.data.quarantine import Quarantine, too_many, write_record
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
@@ -23,6 +25,7 @@ from embedshard.train.ledger import Ledger
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import pieces, restore, restore_model
 from embedshard.train.state import TrainState, due
+from embedshard.train.step import StepResult
 from embedshard.train.stop import StopSignal
 from embedshard.train.tracking import Reporter
 from embedshard.world import World
@@ -66,6 +69,8 @@ def train(
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
+        Quarantine.forget_after(run.quarantine, state.step)
+    _say_skipped(parts.dataset.skipped_files, reporter)
     attempt = world.broadcast_object(run.begin_attempt(world.world_size) if world.is_rank_zero else None)
     with Checkpointer(
         root=run.checkpoints,
@@ -76,11 +81,13 @@ def train(
         memory_bytes=config.checkpoint.memory_bytes,
     ) as checkpointer:
         ledger = Ledger(run.path / "ledger", attempt, world.rank)
-        training = _Training(parts, state, reporter, checkpointer, ledger)
+        quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
+        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine)
         try:
             stopped_by = training.run()
         finally:
             ledger.close()
+            quarantine.flush()
     if stopped_by is not None:
         return TrainResult(stopped_by, state.step, {})
     return _conclude(parts, state, run, reporter, training, time.monotonic() - begin)
@@ -90,10 +97,16 @@ class _Training:
     """The state of the loop and its cadences."""
 
     def __init__(
-        self, parts: Assembly, state: TrainState, reporter: Reporter, checkpointer: Checkpointer, ledger: Ledger
+        self,
+        parts: Assembly,
+        state: TrainState,
+        reporter: Reporter,
+        checkpointer: Checkpointer,
+        ledger: Ledger,
+        quarantine: Quarantine,
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
-        self.checkpointer, self.ledger = checkpointer, ledger
+        self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
         self.num_steps = _num_steps(parts)
         self.seconds = 0.0  # in steps, evaluations and saves left out
         self.samples = 0
@@ -109,9 +122,11 @@ class _Training:
                 self.parts.optimizers.set_learning_rates(state.step, steps)
                 result = self.parts.stepper.take(batch, stop_asked=stop.asked is not None)
                 self.ledger.add(batch)
+                self.quarantine.add(batch)
                 state.step += 1
                 state.samples_seen += result.rows
                 self.samples += result.rows
+                self._count_bad_rows(batch.training_position, result)
                 self.seconds += time.monotonic() - begin
                 self._tell(batch.training_position, result.loss)
                 is_end = state.step == steps
@@ -128,8 +143,29 @@ class _Training:
         """Rows trained a second of this attempt, evaluations and saves left out."""
         return self.samples / self.seconds if self.seconds else 0.0
 
+    def _count_bad_rows(self, position: Position, result: StepResult) -> None:
+        """Counts what was wrong with a step's rows, and stops the run where too many of the epoch's are set aside."""
+        state, data = self.state, self.parts.config.data
+        if position.partition == 0 and position.step_in_epoch == 0:
+            state.epoch_quarantined = 0
+        state.epoch_quarantined += self.parts.tally.add(result.tally, state.bad_rows)
+        rows = sum(self.parts.dataset.order.num_rows)
+        if state.epoch_quarantined > data.max_bad_fraction * rows:
+            self.quarantine.flush()
+            raise too_many(
+                f"epoch {position.epoch + 1} of the training data, step {state.step}",
+                data.max_bad_fraction,
+                rows,
+                state.bad_rows,
+                self.quarantine.example(),
+                f"All are in {self.quarantine.folder}. To go on with more: embedshard train --resume "
+                f"{self.quarantine.folder.parent} --set data.max_bad_fraction=...",
+            )
+
     def _tell(self, position: Position, loss: float) -> None:
-        step = self.state.step
+        step, bad_rows = self.state.step, self.state.bad_rows
+        if bad_rows.quarantined or bad_rows.oov_share:
+            self.reporter.counted(self.state.samples_seen, bad_rows)
         self.reporter.stepped(step, position.epoch, loss, self.samples_per_second)
         if due(step, self.parts.config.train.log_every_steps, False) or step == self.num_steps:
             self.reporter.measured(
@@ -138,6 +174,8 @@ class _Training:
                     "train/loss": loss,
                     "train/epoch": position.epoch,
                     "train/samples_per_second": self.samples_per_second,
+                    **({"train/quarantined": bad_rows.quarantined} if bad_rows.quarantined else {}),
+                    **{f"train/oov/{name}": count / bad_rows.ids[name] for name, count in bad_rows.oov.items() if count},
                 },
             )
 
@@ -157,6 +195,7 @@ class _Training:
     def _save(self) -> None:
         parts, decided = self.parts, self.checkpointer.decision
         self.ledger.flush()
+        self.quarantine.flush()
         self.checkpointer.save(
             self.state.step,
             lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world),
@@ -176,6 +215,22 @@ class _Training:
 def _num_steps(parts: Assembly) -> int:
     planned = parts.config.train.epochs * parts.dataset.order.epoch_steps
     return planned if parts.config.train.max_steps is None else min(planned, parts.config.train.max_steps)
+
+
+def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:
+    if files:
+        shown = ", ".join(files[:5]) + (f", and {len(files) - 5} more" if len(files) > 5 else "")
+        reporter.said(f"Skipped {len(files)} file{'s' if len(files) > 1 else ''} that are not Parquet: {shown}.")
+
+
+def _bad_rows(parts: Assembly, state: TrainState) -> dict[str, Any]:
+    """Returns what was wrong with each set; one that this attempt had no need to read is read."""
+    dataset = parts.dataset
+    for split in dataset.held_out:
+        if split not in dataset.set_aside:
+            dataset.read_held_out(split)
+    others = {name: aside.counts.to_json(aside.num_rows) for name, aside in dataset.set_aside.items()}
+    return {"train": state.bad_rows.to_json(state.samples_seen)} | others
 
 
 def _conclude(
@@ -201,7 +256,12 @@ def _conclude(
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "workers": parts.world.world_size,
         "evaluated": parts.evaluator.counts,
+        "bad_rows": _bad_rows(parts, state),
+        "skipped_files": parts.dataset.skipped_files,
     }
     if parts.world.is_rank_zero:
+        for name, aside in parts.dataset.set_aside.items():
+            if aside.rows.num_rows:
+                write_record(run.quarantine, f"{name}.parquet", aside.rows)
         run.write_json("result.json", result)
     return TrainResult(None, state.step, metrics)

@@ -19,7 +19,9 @@ from embedshard.errors import ConfigError
 from embedshard.storage import Location, locate
 from embedshard.train.tracking import json_text
 
-_FREE_TO_CHANGE = ("name", "tracking", "checkpoint", "evaluate", "sharding", "train.epochs", "train.max_steps")
+_FREE_TO_CHANGE = (
+    "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "train.epochs", "train.max_steps"
+)  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
 
 
@@ -109,6 +111,11 @@ class RunDirectory:
     def checkpoints(self) -> Location:
         """The folder of checkpoints."""
         return locate(str(self.path / "checkpoints"))
+
+    @property
+    def quarantine(self) -> Path:
+        """The folder of the rows that were set aside."""
+        return self.path / "quarantine"
 
     def read_json(self, name: str) -> Any:
         """Returns a JSON file of the folder; None if it is not there."""

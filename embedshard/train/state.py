@@ -4,10 +4,11 @@ from __future__ import annotations
 
 __all__ = ["TrainState", "due"]
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from embedshard.config.parts import EarlyStoppingConfig
+from embedshard.data.quarantine import BadRowCounts
 
 
 def due(step: int, every: int | None, is_epoch_end: bool) -> bool:
@@ -22,6 +23,8 @@ class TrainState:
     Attributes:
         step: optimizer steps done: the position in the data.
         samples_seen: rows trained, over all workers; padding not counted.
+        bad_rows: what was wrong with them.
+        epoch_quarantined: rows of the epoch that were set aside so far.
         best_value: best value of the selected metric so far.
         best_step: the step at which it was reached.
         evaluations_since_best: evaluations since then.
@@ -29,6 +32,8 @@ class TrainState:
 
     step: int = 0
     samples_seen: int = 0
+    bad_rows: BadRowCounts = field(default_factory=BadRowCounts)
+    epoch_quarantined: int = 0
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
@@ -54,4 +59,5 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
         """Returns the state that a checkpoint kept."""
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        kept = {known.name: values[known.name] for known in fields(cls)}
+        return cls(**kept | {"bad_rows": BadRowCounts(**values["bad_rows"])})

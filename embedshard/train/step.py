@@ -27,11 +27,13 @@ class StepResult:
         loss: mean over the global batch's weights.
         rows: rows of the global batch, padding not counted.
         stop_asked: whether any rank was asked to stop.
+        tally: sum of the batches' tallies.
     """
 
     loss: float
     rows: int
     stop_asked: bool
+    tally: tuple[float, ...] = ()
 
 
 class Stepper:
@@ -88,16 +90,16 @@ class Stepper:
         weighted_B = torch.where(batch.weights > 0, losses_B * batch.weights, 0.0)
         loss_sum, weight_sum = weighted_B.sum(), batch.weights.sum()
         local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
-        totals = self._world.sum(
-            torch.stack([*(value.double() for value in local), weight_sum.new_tensor(float(stop_asked)).double()])
-        )
-        total_loss, total_weight, rows, stops = totals.tolist()
+        numbers = torch.stack([*(value.double() for value in local), weight_sum.new_tensor(float(stop_asked)).double()])
+        if batch.tally is not None and len(batch.tally):
+            numbers = torch.cat([numbers, batch.tally.to(numbers)])
+        total_loss, total_weight, rows, stops, *tally = self._world.sum(numbers).tolist()
         if not math.isfinite(total_loss):
             raise TrainingError(self._not_finite(batch, weighted_B.detach()))
         if total_weight > 0:
             (loss_sum * (self._world.world_size / total_weight)).backward()
             self._optimizers.step()
-        return StepResult(total_loss / total_weight if total_weight else 0.0, round(rows), stops > 0)
+        return StepResult(total_loss / total_weight if total_weight else 0.0, round(rows), stops > 0, tuple(tally))
 
     def _not_finite(self, batch: Batch, weighted_B: torch.Tensor) -> str:
         position = batch.training_position

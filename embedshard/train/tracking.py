@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from embedshard.data.quarantine import BadRowCounts
+
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """Returns JSON, in which a number that is not finite is null: JSON has no word for it."""
@@ -44,6 +46,9 @@ class Reporter:
 
     def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
         """A step was done; the loss is the mean over the global batch."""
+
+    def counted(self, rows: int, bad_rows: BadRowCounts) -> None:
+        """Of so many rows trained, this was wrong. Told before `stepped`, once there is something."""
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Values were measured after a step, named as in `train/loss` or `validation/recall@20`."""
@@ -70,6 +75,11 @@ class Reporters(Reporter):
         """Tells all."""
         for reporter in self._reporters:
             reporter.stepped(step, epoch, loss, samples_per_second)
+
+    def counted(self, rows: int, bad_rows: BadRowCounts) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.counted(rows, bad_rows)
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Tells all."""
@@ -101,6 +111,7 @@ class ConsoleReporter(Reporter):
         self._task: TaskID | None = None
         self._first_step = self._num_steps = 0
         self._begin = time.monotonic()
+        self._bad = ""
 
     def started(self, first_step: int, num_steps: int) -> None:
         """Shows the bar."""
@@ -110,23 +121,35 @@ class ConsoleReporter(Reporter):
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TextColumn("epoch {task.fields[epoch]}  loss {task.fields[loss]}  {task.fields[rate]} samples/s"),
+            TextColumn(
+                "epoch {task.fields[epoch]}  loss {task.fields[loss]}  {task.fields[rate]} samples/s{task.fields[bad]}"
+            ),
             TimeRemainingColumn(),
             console=self._console,
         )
-        self._task = self._progress.add_task("", total=num_steps, completed=first_step, epoch="-", loss="-", rate="-")
+        self._task = self._progress.add_task(
+            "", total=num_steps, completed=first_step, epoch="-", loss="-", rate="-", bad=""
+        )
         self._progress.start()
+
+    def counted(self, rows: int, bad_rows: BadRowCounts) -> None:
+        """Shows it from the next step on."""
+        self._bad = ""
+        if bad_rows.quarantined:
+            self._bad += f"  bad {bad_rows.quarantined:,} ({_percentage(bad_rows.quarantined / rows)})"
+        if bad_rows.oov_share:
+            self._bad += f"  oov {_percentage(bad_rows.oov_share)}"
 
     def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
         """Moves the bar, or prints a line now and then."""
         rate = f"{samples_per_second:,.0f}"
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, epoch=epoch + 1, loss=f"{loss:.4f}", rate=rate)
+            self._progress.update(self._task, completed=step, epoch=epoch + 1, loss=f"{loss:.4f}", rate=rate, bad=self._bad)
         elif step % self._every_steps == 0 or step == self._num_steps:
             done = max(step - self._first_step, 1)
             left = (time.monotonic() - self._begin) / done * (self._num_steps - step)
             self._console.print(
-                f"step {step}/{self._num_steps}  epoch {epoch + 1}  loss {loss:.4f}  {rate} samples/s  "
+                f"step {step}/{self._num_steps}  epoch {epoch + 1}  loss {loss:.4f}  {rate} samples/s{self._bad}  "
                 f"{_duration(left)} left",
                 highlight=False,
             )
@@ -147,6 +170,12 @@ class ConsoleReporter(Reporter):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _percentage(share: float) -> str:
+    """Returns a share with two digits that say something, however small it is."""
+    percent = 100 * share
+    return f"{percent:.0f}%" if percent >= 99.5 else f"{float(f'{percent:.2g}'):f}".rstrip("0").rstrip(".") + "%"
 
 
 def _duration(seconds: float) -> str:

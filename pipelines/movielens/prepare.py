@@ -1,132 +1,136 @@
-"""Writes MovieLens-1M in the protocol of NCF (He et al. 2017) as Parquet, with a validation set cut from the training set.
+"""Writes MovieLens-1M as Parquet in the protocols of this folder's configs, with validation sets cut from the training sets.
 
-From a folder that holds train.parquet and test.parquet (`--source`), or from the files that the authors of NCF publish.
-The test set is each user's last rating with 99 given negatives. The validation set is made the same way from what is left:
-each user's last training rating, with 99 items drawn among those that the user has not rated in training.
+`ncf`, for ncf.yaml: each user's last rating is the test row, with 99 given negatives (He et al. 2017). The validation set is
+made the same way from what is left: each user's last training rating, with 99 items that the user has not rated in training.
+
+`ratings`, for ratings.yaml: the first nine tenths of default_rng(0).permutation over the ratings' file order train, the
+rest is the test set (`split_ratings`). The last twentieth of the training rows, in that order, is the validation set.
+
+Without --source the official files are fetched: for both protocols unless --protocol names one. A source is a folder
+with train.parquet and test.parquet (ncf) or with ratings.parquet (ratings).
 
     python pipelines/movielens/prepare.py --source ../shared/data/ncf-ml-1m
+    python pipelines/movielens/prepare.py --source ../shared/data/ml-1m
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
-import shutil
 import sys
-import urllib.error
-import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-OFFICIAL = "https://raw.githubusercontent.com/hexiangnan/neural_collaborative_filtering/master/Data"
-FILES = ("ml-1m.train.rating", "ml-1m.test.rating", "ml-1m.test.negative")
-NUM_NEGATIVES = 99
-SEED = 7
-ROW_GROUP_ROWS = 65_536
+from embedshard.data.preparation import fetch, last_of_each, negatives_for, write_sets
 
-IntArray = npt.NDArray[np.int64]
+NCF_FILES = "https://raw.githubusercontent.com/hexiangnan/neural_collaborative_filtering/master/Data"
+NCF_NAMES = ("ml-1m.train.rating", "ml-1m.test.negative")
+RATINGS_ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
+NUM_NEGATIVES = 99
+VALIDATION_SHARE = 0.05
+SEED = 7
+PROTOCOLS = ("ncf", "ratings")
 
 
 def main() -> None:
     """Parses arguments, prepares, and says what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, help="folder with train.parquet and test.parquet; else they are fetched")
-    default = Path(os.environ.get("EMBEDSHARD_DATA") or "data") / "movielens" / "ncf"
-    parser.add_argument("--out", type=Path, default=default, help="folder to write (default: %(default)s)")
+    parser.add_argument("--source", type=Path, help="folder with the data as Parquet; else the official files are fetched")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the source holds; without a source, both")
+    parser.add_argument("--out", type=Path, help="folder to write (default: $EMBEDSHARD_DATA/movielens/PROTOCOL)")
     arguments = parser.parse_args()
+    root = Path(os.environ.get("EMBEDSHARD_DATA") or "data") / "movielens"
     try:
-        train, test = read_parquet(arguments.source) if arguments.source else fetch(arguments.out.parent / "official")
-        counts = write(split_validation(train), test, arguments.out)
+        for protocol in [arguments.protocol] if arguments.protocol else protocols_of(arguments.source):
+            sets = prepare(protocol, arguments.source, root / "official")
+            out = arguments.out or root / protocol
+            counts = write_sets(sets, out)
+            print(f"{out}: " + ", ".join(f"{name} {count:,} rows" for name, count in counts.items()))
+            largest = {
+                name: pc.max(sets["train"][name]).as_py() for name in sets["train"].column_names if name.endswith("_id")
+            }
+            print("  greatest ids in training: " + ", ".join(f"{name} {most}" for name, most in largest.items()))
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
         sys.exit(f"prepare.py: {error}")
-    print(f"{arguments.out}: " + ", ".join(f"{name} {count:,} rows" for name, count in counts.items()))
 
 
-def read_parquet(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """Returns (train, test) of a folder; train is in each user's order of time."""
-    train = pq.read_table(folder / "train.parquet", columns=["user_id", "item_id", "seq_pos"])
-    test = pq.read_table(folder / "test.parquet", columns=["user_id", "item_id", "negatives"])
-    return train.rename_columns(["user_id", "item_id", "time"]), test
+def protocols_of(source: Path | None) -> list[str]:
+    """Returns the protocols that a source is for; all without one."""
+    if source is None:
+        return list(PROTOCOLS)
+    if (source / "ratings.parquet").exists():
+        return ["ratings"]
+    if (source / "train.parquet").exists():
+        return ["ncf"]
+    raise OSError(f"{source} holds neither ratings.parquet (ratings) nor train.parquet and test.parquet (ncf)")
 
 
-def fetch(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """Downloads the official files, unless they are there, and returns (train, test)."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if not (folder / name).exists():
-            print(f"fetching {OFFICIAL}/{name}")
-            try:
-                with urllib.request.urlopen(f"{OFFICIAL}/{name}", timeout=60) as answer:
-                    partial = folder / f"{name}.part"
-                    with partial.open("wb") as file:
-                        shutil.copyfileobj(answer, file)
-                    partial.rename(folder / name)
-            except urllib.error.URLError as error:
-                raise OSError(
-                    f"{OFFICIAL}/{name} cannot be fetched: {error.reason}. Put the file into {folder} yourself, "
-                    f"or give --source a folder with train.parquet and test.parquet."
-                ) from error
-    return read_official(folder)
+def prepare(protocol: str, source: Path | None, downloads: Path) -> dict[str, pa.Table]:
+    """Returns the sets of a protocol, from a source or from the official files."""
+    if protocol == "ratings":
+        ratings = pq.read_table(source / "ratings.parquet") if source else read_archive(fetch(RATINGS_ARCHIVE, downloads))
+        return split_ratings(ratings.select(["user_id", "movie_id", "rating"]))
+    if source:
+        train = pq.read_table(source / "train.parquet", columns=["user_id", "item_id", "seq_pos"])
+        train = train.rename_columns(["user_id", "item_id", "time"])
+        test = pq.read_table(source / "test.parquet", columns=["user_id", "item_id", "negatives"])
+    else:
+        train, test = read_official(*(fetch(f"{NCF_FILES}/{name}", downloads) for name in NCF_NAMES))
+    return {**split_last(train), "test": test}
 
 
-def read_official(folder: Path) -> tuple[pa.Table, pa.Table]:
-    """Returns (train, test) of the official text files."""
-    rating = np.loadtxt(folder / FILES[0], dtype=np.int64, delimiter="\t", ndmin=2)
+# ----------------------------------------------------------------------------------------------------------------- ncf
+def read_official(ratings: Path, negatives: Path) -> tuple[pa.Table, pa.Table]:
+    """Returns (train, test) of the text files of NCF's authors."""
+    rating = np.loadtxt(ratings, dtype=np.int64, delimiter="\t", ndmin=2)
     train = pa.table({"user_id": rating[:, 0], "item_id": rating[:, 1], "time": rating[:, 3]})
-    users, items, negatives = [], [], []
-    for line in (folder / FILES[2]).read_text().splitlines():
-        pair, *others = line.split("\t")
+    users, items, others = [], [], []
+    for line in negatives.read_text().splitlines():
+        pair, *given = line.split("\t")
         user, item = pair.strip("()").split(",")
         users.append(int(user))
         items.append(int(item))
-        negatives.append([int(other) for other in others])
-    test = pa.table({"user_id": users, "item_id": items, "negatives": pa.array(negatives, pa.list_(pa.int64()))})
-    return train, test
+        others.append([int(number) for number in given])
+    return train, pa.table({"user_id": users, "item_id": items, "negatives": pa.array(others, pa.list_(pa.int64()))})
 
 
-def split_validation(train: pa.Table) -> dict[str, pa.Table]:
+def split_last(train: pa.Table) -> dict[str, pa.Table]:
     """Returns the training set without each user's last item, and the validation set of those."""
     user, item, time = (train[name].to_numpy() for name in ("user_id", "item_id", "time"))
-    order = np.lexsort((time, user))
-    is_last = np.zeros(len(user), dtype=bool)
-    is_last[order[np.append(np.flatnonzero(np.diff(user[order])), len(order) - 1)]] = True
-    num_items = int(item.max()) + 1
-    rated = np.unique(user.astype(np.int64) * num_items + item)
-    generator = np.random.default_rng(SEED)
+    is_last = last_of_each(user, time)
     held_out = np.flatnonzero(is_last)[np.argsort(user[is_last], kind="stable")]
-    negatives = np.stack([_unrated(int(who), num_items, rated, generator) for who in user[held_out]])
-    lists = pa.ListArray.from_arrays(
-        pa.array(np.arange(0, negatives.size + 1, NUM_NEGATIVES, dtype=np.int32)), pa.array(negatives.ravel())
-    )
+    validation = {"user_id": user[held_out], "item_id": item[held_out]}
     return {
         "train": pa.table({"user_id": user[~is_last], "item_id": item[~is_last]}),
-        "validation": pa.table({"user_id": user[held_out], "item_id": item[held_out], "negatives": lists}),
+        "validation": pa.table({**validation, "negatives": negatives_for(user[held_out], user, item, NUM_NEGATIVES, SEED)}),
     }
 
 
-def _unrated(user: int, num_items: int, rated: IntArray, generator: np.random.Generator) -> IntArray:
-    """Returns items that a user has not rated in training, drawn without repetition."""
-    begin, end = np.searchsorted(rated, [user * num_items, (user + 1) * num_items])
-    free = np.setdiff1d(np.arange(num_items), rated[begin:end] - user * num_items, assume_unique=True)
-    return generator.choice(free, NUM_NEGATIVES, replace=False)
+# ------------------------------------------------------------------------------------------------------------- ratings
+def read_archive(path: Path) -> pa.Table:
+    """Returns the ratings of the official archive, in file order."""
+    with zipfile.ZipFile(path) as archive:
+        text = archive.read("ml-1m/ratings.dat").replace(b"::", b"\t")
+    columns = np.loadtxt(io.BytesIO(text), dtype=np.int64, delimiter="\t", ndmin=2)
+    return pa.table({"user_id": columns[:, 0], "movie_id": columns[:, 1], "rating": columns[:, 2]})
 
 
-def write(parts: dict[str, pa.Table], test: pa.Table, out: Path) -> dict[str, int]:
-    """Writes a folder for each part, complete or not at all; returns their rows."""
-    counts = {}
-    for name, table in {**parts, "test": test}.items():
-        partial = out / f".{name}.part"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        pq.write_table(table, partial / "part-00000.parquet", compression="zstd", row_group_size=ROW_GROUP_ROWS)
-        shutil.rmtree(out / name, ignore_errors=True)
-        partial.rename(out / name)
-        counts[name] = table.num_rows
-    return counts
+def split_ratings(ratings: pa.Table) -> dict[str, pa.Table]:
+    """Returns the training, validation and test set of ratings in file order."""
+    order = np.random.default_rng(0).permutation(ratings.num_rows)
+    cut = ratings.num_rows * 9 // 10
+    last = cut - int(cut * VALIDATION_SHARE)
+    return {
+        "train": ratings.take(pa.array(order[:last])),
+        "validation": ratings.take(pa.array(order[last:cut])),
+        "test": ratings.take(pa.array(order[cut:])),
+    }
 
 
 if __name__ == "__main__":

@@ -72,8 +72,9 @@ def train(tree, folder, world_size):
     [
         {"kind": "in_batch_softmax", "temperature": 0.5},
         {"kind": "sampled_softmax", "num_negatives": 16, "mixed": True},
+        {"kind": "bpr", "num_negatives": 16},
     ],
-    ids=["in batch", "sampled, mixed"],
+    ids=["in batch", "sampled, mixed", "pairwise"],
 )
 def test_two_ranks_train_as_one_does(make_config, tmp_path, sharding, objective):
     tables = {name: {"sharding": {"types": [sharding]}} for name in ("user", "item")}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +59,27 @@ def test_the_validation_set_is_each_users_last_training_row(prepare, tmp_path, m
 def test_the_official_files_are_read(prepare, tmp_path):
     (tmp_path / "ml-1m.train.rating").write_text("0\t32\t4\t978824330\n0\t34\t4\t978824331\n1\t4\t5\t978300174\n")
     (tmp_path / "ml-1m.test.negative").write_text("(0,25)\t1064\t174\t2791\n(1,133)\t1072\t3154\t3368\n")
-    train, test = prepare.read_official(tmp_path)
+    train, test = prepare.read_official(tmp_path / "ml-1m.train.rating", tmp_path / "ml-1m.test.negative")
     assert train.to_pylist()[1] == {"user_id": 0, "item_id": 34, "time": 978824331}
     assert test.to_pylist()[1] == {"user_id": 1, "item_id": 133, "negatives": [1072, 3154, 3368]}
+
+
+def test_ratings_are_split_by_the_stated_permutation(prepare, tmp_path, monkeypatch):
+    columns = {"user_id": range(100), "movie_id": range(100), "rating": [place % 5 + 1 for place in range(100)]}
+    pq.write_table(pa.table({name: list(values) for name, values in columns.items()}), tmp_path / "ratings.parquet")
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path), "--out", str(tmp_path / "out")])
+    prepare.main()
+    users = {part: pq.read_table(tmp_path / "out" / part)["user_id"].to_pylist() for part in ("train", "validation", "test")}
+    order = np.random.default_rng(0).permutation(100).tolist()
+    assert users["test"] == order[90:]
+    assert users["train"] + users["validation"] == order[:90]
+    assert len(users["validation"]) == 4
+
+
+def test_the_official_archive_is_read_in_file_order(prepare, tmp_path):
+    with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
+        archive.writestr("ml-1m/ratings.dat", "1::1193::5::978300760\n1::661::3::978302109\n2::1357::5::978298709\n")
+    assert prepare.read_archive(tmp_path / "ml-1m.zip").to_pylist()[1] == {"user_id": 1, "movie_id": 661, "rating": 3}
 
 
 def test_a_source_that_is_not_there_is_said_without_a_traceback(tmp_path):

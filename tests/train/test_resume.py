@@ -42,8 +42,9 @@ def run_to_end(loaded, path, resume_from=None):
         {},
         {"data": {"cache_bytes": 0, "window_steps": 3}},
         {"objective": {"kind": "sampled_softmax", "num_negatives": 16, "mixed": True}},
+        {"objective": {"kind": "bpr", "num_negatives": 16}},
     ],
-    ids=["cached, log-Q", "streamed", "sampled, mixed"],
+    ids=["cached, log-Q", "streamed", "sampled, mixed", "pairwise"],
 )
 def test_a_run_stopped_at_any_step_continues_bit_for_bit(make_config, tmp_path, changes, saved_tensors, assert_same_tensors):
     changes = changes | {"evaluate": {"metrics": ["recall@5"], "every_steps": 3}, "checkpoint": {"keep": 100}}

@@ -70,6 +70,8 @@ def refused(config_file, *overrides, environment=None):
         ("train.early_stopping={patience: 2}", ["train.early_stopping", "data.validation"]),
         ("features.bad.name={kind: id}", ["features.bad"]),
         ("objective={kind: sampled_softmax, num_negatives: 100}", ["num_negatives=100", "64", "128"]),
+        ("objective={kind: bpr, num_negatives: 100}", ["num_negatives=100", "64", "128"]),
+        ("objective={kind: cosine_contrastive}", ["'cosine_contrastive'", "similarity is 'dot'", "'cosine'"]),
     ],
 )
 def test_a_mistake_is_refused_with_its_place_and_what_is_allowed(config_file, override, words):

@@ -126,6 +126,19 @@ def test_an_unknown_id_may_look_up_the_row_for_unknown_ids():
     assert got.values.tolist() == [1, 50, 50]
 
 
+def test_unknown_strings_look_up_their_row_though_arrow_owns_the_memory(tmp_path):
+    pq.write_table(pa.table({"id": ["a", "b"]}), tmp_path / "ids.parquet")
+    table = {"dim": 4, "vocabulary": {"kind": "file", "path": str(tmp_path / "ids.parquet")}}
+    got = decode({"kind": "id", "unknown": "oov"}, pa.array(["b", "x", "a"]), table=table)
+    assert got.values.tolist() == [1, 2, 0]
+
+
+def test_a_null_among_string_views_is_found():
+    table = {"dim": 4, "vocabulary": {"kind": "hash", "rows": 1000}}
+    with pytest.raises(DataError, match="row 101: column 'f' is null"):
+        decode({"kind": "id"}, pa.array(["a", None], pa.string_view()), table=table)
+
+
 def test_weighted_bags_and_their_mean():
     array = pa.table({"f": [[1, 2], [], [3]], "w": [[1.0, 3.0], None, [0.0]]})
     for pooling, expected in (("sum", [1.0, 3.0, 0.0]), ("mean", [0.25, 0.75, 0.0])):

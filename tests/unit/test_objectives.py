@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
+from embedshard.config.parts import (
+    BPRConfig,
+    CosineContrastiveConfig,
+    InBatchSoftmaxConfig,
+    NegativeSamplingConfig,
+    SampledSoftmaxConfig,
+)
 from embedshard.data.batch import Batch, Draws
-from embedshard.models.objectives import softmax
+from embedshard.models.objectives import objective as blocks
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import l2_penalty
+from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import Pointwise
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
 from embedshard.models.output import RetrievalOutput
@@ -64,7 +71,7 @@ def test_pointwise_losses_equal_their_definitions(kind):
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_in_batch_softmax_equals_a_loop_over_rows_and_candidates(monkeypatch, block, log_q, masked, temperature):
-    monkeypatch.setattr(softmax, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
     generator = np.random.default_rng(3)
     items = generator.integers(0, 8, 14)
     weights = np.where(np.arange(14) % 5 == 4, 0.0, generator.random(14) + 0.5)
@@ -263,3 +270,72 @@ def test_few_buckets_are_shared_by_remainder():
 def test_the_penalty_is_the_squared_length_of_what_a_row_looks_up():
     lookups = {"a": torch.tensor([[3.0, 4.0], [0.0, 1.0]]), "b": torch.ones(2, 3), "c": torch.ones(2, 9)}
     assert l2_penalty(lookups, {"a": 0.1, "b": 2.0}).tolist() == pytest.approx([8.5, 6.1])
+
+
+def pairwise(kind, drawn, masked=True):
+    """An objective of a kind, what its vectors are scaled to, and its naive cost, given own score and candidates'."""
+    common = {"kind": kind, "num_negatives": drawn, "mask_accidental_hits": masked}
+    if kind == "bpr":
+        return (
+            BPR(BPRConfig(**common), "item", ALONE),
+            lambda x: x,
+            lambda own, others: sum(torch.log1p(torch.exp(other - own)) for other in others) / len(others),
+        )
+    if kind == "negative_sampling":
+        return (
+            NegativeSampling(NegativeSamplingConfig(**common, negative_weight=3.0), "item", ALONE),
+            lambda x: x,
+            lambda own, others: (
+                torch.log1p(torch.exp(-own)) + 3.0 * sum(torch.log1p(torch.exp(other)) for other in others) / len(others)
+            ),
+        )
+    return (
+        CosineContrastive(CosineContrastiveConfig(**common, margin=0.1, negative_weight=3.0), "item", ALONE),
+        lambda x: x / x.norm(dim=1, keepdim=True),
+        lambda own, others: 1 - own + 3.0 * sum(torch.clamp(other - 0.1, min=0.0) for other in others) / len(others),
+    )
+
+
+PAIRWISE = ["bpr", "negative_sampling", "cosine_contrastive"]
+
+
+@pytest.mark.parametrize("block", [1, 7, 2**20], ids="blocks of {} scores".format)
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("kind", PAIRWISE)
+def test_pairwise_losses_equal_a_loop_over_rows_and_candidates(monkeypatch, block, masked, kind):
+    monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
+    generator = np.random.default_rng(6)
+    size, drawn = 9, 13
+    items, negatives = generator.integers(0, 5, size), generator.integers(0, 5, drawn)
+    items[4] = 77  # an item that is not among the drawn
+    weights = np.where(np.arange(size) == 3, 0.0, 1.0)
+    query, candidate, negative = (vectors(generator, n, 4) for n in (size, size, drawn))
+    objective, scaled, naive = pairwise(kind, drawn, masked)
+    draws = Draws(torch.from_numpy(negatives), torch.zeros(drawn), torch.zeros(size), torch.zeros(drawn, 0))
+    losses = objective(
+        RetrievalOutput(scaled(query), scaled(candidate), scaled(negative)), make_batch(items, weights, draws=draws)
+    )
+    torch.where(torch.from_numpy(weights) > 0, losses, 0.0).sum().backward()
+
+    leaves = [t.detach().double().requires_grad_() for t in (query, candidate, negative)]
+    q, c, n = (scaled(t) for t in leaves)
+    total = torch.zeros((), dtype=torch.float64)
+    for row in np.flatnonzero(weights):
+        others = [(q[row] * n[j]).sum() for j in range(drawn) if not (masked and negatives[j] == items[row])]
+        loss = naive((q[row] * c[row]).sum(), others)
+        assert float(losses[row].detach()) == pytest.approx(float(loss.detach()), rel=1e-4, abs=1e-5)
+        total = total + loss
+    total.backward()
+    for ours, theirs in zip((query, candidate, negative), leaves, strict=True):
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", PAIRWISE)
+def test_a_row_whose_item_is_all_that_was_drawn_has_nothing_to_be_compared_with(kind):
+    query, candidate = torch.tensor([[1.0, 0.0]], requires_grad=True), torch.tensor([[1.0, 0.0]])
+    objective, _, _ = pairwise(kind, 2)
+    draws = Draws(torch.tensor([3, 3]), torch.zeros(2), torch.zeros(1), torch.zeros(2, 0))
+    losses = objective(RetrievalOutput(query, candidate, candidate.expand(2, 2)), make_batch([3], draws=draws))
+    losses.sum().backward()
+    assert losses.tolist() == pytest.approx([math.log1p(math.exp(-1)) if kind == "negative_sampling" else 0.0])
+    assert torch.isfinite(query.grad).all()

@@ -42,7 +42,7 @@ def folder(request, tmp_path):
 
 def names(folder, *patterns):
     filesystem = None if folder.is_local else folder.filesystem
-    found = expand([f"{folder.path}/{pattern}".rstrip("/") for pattern in patterns], filesystem)
+    found = expand([f"{folder.path}/{pattern}".rstrip("/") for pattern in patterns], filesystem).files
     for location in found:
         relative = location.path.removeprefix(f"{folder.path}/")
         assert location.read_bytes().decode() == relative
@@ -101,9 +101,9 @@ def test_relative_paths_home_and_file_uris_name_the_same_file(folder, tmp_path, 
     monkeypatch.setenv("HOME", str(tmp_path))
     absolute = str(tmp_path / "data" / "day=1" / "a.parquet")
     spellings = [absolute, "data/day=1/a.parquet", "./data/../data/day=1/a.parquet", "~/data/day=1/a.parquet"]
-    assert [found.path for found in expand([*spellings, f"file://{absolute}", "data/day=1/a*"])] == [absolute]
+    assert [found.path for found in expand([*spellings, f"file://{absolute}", "data/day=1/a*"]).files] == [absolute]
     monkeypatch.chdir(tmp_path / "data")
-    assert [found.name for found in expand(["*1.parquet"])] == ["x1.parquet"]
+    assert [found.name for found in expand(["*1.parquet"]).files] == ["x1.parquet"]
 
 
 def test_unknown_schemes_and_empty_paths_are_refused():

@@ -6,9 +6,9 @@ are the same for all; so are the penalties on looked-up vectors, since they do n
 
 from __future__ import annotations
 
-__all__ = ["Objective", "l2_penalty"]
+__all__ = ["Objective", "l2_penalty", "row_blocks", "valid_ids"]
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import nn
 
 from embedshard.data.batch import Batch
 from embedshard.errors import ConfigError
+
+_BLOCK_ELEMENTS = 2**20  # scores made at once: 4 MiB
 
 
 class Objective(nn.Module):
@@ -48,3 +50,14 @@ def l2_penalty(lookups: Mapping[str, torch.Tensor], strengths: Mapping[str, floa
             f"A custom model must put the dict that its lookup returned into its output."
         )
     return torch.stack([strength * lookups[key].square().sum(dim=1) for key, strength in strengths.items()]).sum(dim=0)
+
+
+def valid_ids(batch: Batch, item_id: str) -> torch.Tensor:
+    """Returns the rows' items, (B,) int64; -1 where the row has no weight and so is nobody's candidate."""
+    return torch.where(batch.weights > 0, batch.ids[item_id], -1)
+
+
+def row_blocks(num_rows: int, num_candidates: int) -> Iterator[slice]:
+    """Yields blocks of rows whose scores against all candidates stay in the cache."""
+    size = max(1, _BLOCK_ELEMENTS // max(num_candidates, 1))
+    return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))

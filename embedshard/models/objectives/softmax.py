@@ -15,7 +15,6 @@ from __future__ import annotations
 __all__ = ["InBatchSoftmax", "SampledSoftmax", "softmax_losses"]
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,11 +23,9 @@ import torch.nn.functional as F
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
 from embedshard.models.objectives.frequency import FrequencyEstimate
-from embedshard.models.objectives.objective import Objective
+from embedshard.models.objectives.objective import Objective, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
 from embedshard.world import World
-
-_BLOCK_ELEMENTS = 2**20  # logits made at once: 4 MiB
 
 
 def softmax_losses(
@@ -73,7 +70,7 @@ class _OthersLogSum(torch.autograd.Function):
         candidate_N: torch.Tensor,
     ) -> torch.Tensor:
         others_B = query_BD.new_empty(len(query_BD))
-        for rows in _blocks(len(query_BD), len(candidate_ND)):
+        for rows in row_blocks(len(query_BD), len(candidate_ND)):
             logits = _logits(query_BD[rows], candidate_ND, offset_N, own_B[rows], candidate_N)
             others_B[rows] = torch.logsumexp(logits, dim=1)
         ctx.save_for_backward(query_BD, candidate_ND, offset_N, own_B, candidate_N, others_B)
@@ -87,17 +84,12 @@ class _OthersLogSum(torch.autograd.Function):
         gradient_B = gradient_B.masked_fill(alone, 0.0)
         others_B = others_B.masked_fill(alone, 0.0)
         for_queries, for_candidates = torch.empty_like(query_BD), torch.zeros_like(candidate_ND)
-        for rows in _blocks(len(query_BD), len(candidate_ND)):
+        for rows in row_blocks(len(query_BD), len(candidate_ND)):
             shares = _logits(query_BD[rows], candidate_ND, offset_N, own_B[rows], candidate_N)
             shares.sub_(others_B[rows, None]).exp_().mul_(gradient_B[rows, None])
             torch.mm(shares, candidate_ND, out=for_queries[rows])
             for_candidates.addmm_(shares.T, query_BD[rows])
         return for_queries, for_candidates, None, None, None
-
-
-def _blocks(num_rows: int, num_candidates: int) -> Iterator[slice]:
-    size = max(1, _BLOCK_ELEMENTS // max(num_candidates, 1))
-    return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 
 def _logits(
@@ -136,7 +128,7 @@ class InBatchSoftmax(Objective):
     def forward(self, output: RetrievalOutput, batch: Batch) -> torch.Tensor:
         """Returns (B,) losses."""
         config, world = self._config, self._world
-        own_ids = _valid_ids(batch, self._item_id)
+        own_ids = valid_ids(batch, self._item_id)
         global_ids = world.gather(own_ids)
         if self.frequency is not None:
             self.frequency.update(global_ids)
@@ -185,7 +177,7 @@ class SampledSoftmax(Objective):
         config, world = self._config, self._world
         assert batch.draws is not None, "the reader draws what this objective asks for"
         assert output.negative_ND is not None, "the model looks up what was drawn"
-        own_ids = _valid_ids(batch, self._item_id)
+        own_ids = valid_ids(batch, self._item_id)
         ids_N = world.gather(batch.draws.ids)
         candidate_ND = world.gather(output.negative_ND)
         expected_N = config.num_negatives * world.gather(batch.draws.log_q).double().exp()
@@ -209,8 +201,3 @@ class SampledSoftmax(Objective):
         query_BD = output.query_BD / config.temperature
         positive_B = (query_BD * output.candidate_BD).sum(dim=1)
         return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, own_B, candidate_N)
-
-
-def _valid_ids(batch: Batch, item_id: str) -> torch.Tensor:
-    """Returns the rows' items, (B,) int64; -1 where the row has no weight and so is nobody's candidate."""
-    return torch.where(batch.weights > 0, batch.ids[item_id], -1)

@@ -1,0 +1,250 @@
+"""From Arrow columns to arrays, before the config's policies: every value that does not fit is found here.
+
+Lists come straight from Arrow's values and lengths; slices, null lists that hide values, and both widths of offsets are
+Arrow's own business (`flatten`, `list_value_length`). Only bad values are looked at one by one.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "Parsed",
+    "add_weights",
+    "is_id",
+    "is_list",
+    "is_number",
+    "offsets_of",
+    "parse_ids",
+    "parse_lists",
+    "parse_numbers",
+    "row_of",
+]
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from embedshard.data.findings import Finding, Problem, Reason
+from embedshard.data.vocabulary import Vocabulary, integers
+from embedshard.errors import DataError
+
+IntArray = npt.NDArray[np.int64]
+
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+
+
+@dataclass
+class Parsed:
+    """A column before the config's policies.
+
+    Attributes:
+        values: rows of the table, int64, -1 for null and unknown ids; or numbers, float64, NaN for nulls. Those of lists
+            one after another.
+        findings: the values that do not fit.
+        lengths: of the lists, (n,) int64; None where there are none.
+        weights: of the values, float64, 0 where they are bad; None without weights.
+    """
+
+    values: npt.NDArray[Any]
+    findings: list[Finding]
+    lengths: IntArray | None = None
+    weights: npt.NDArray[np.float64] | None = None
+
+
+def parse_ids(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary) -> Parsed:
+    """Parses an id a row.
+
+    Args:
+        name: of the decoded column.
+        column: of the Parquet file.
+        array: its values.
+        vocabulary: of the table.
+
+    Raises:
+        DataError: if the vocabulary knows no ids of this type.
+    """
+    ids = _one_array(array)
+    rows, wrong = _rows_of(ids, vocabulary)
+    return Parsed(rows, [Finding(Problem(name, column, reason), places, places, ids) for reason, places in wrong])
+
+
+def parse_lists(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary) -> Parsed:
+    """Parses a list of ids a row, as `parse_ids` does."""
+    ids, lengths = _flattened(_as_lists(_one_array(array), pa.int64()))
+    rows, wrong = _rows_of(ids, vocabulary)
+    return Parsed(
+        rows,
+        [Finding(Problem(name, column, reason), row_of(places, lengths), places, ids) for reason, places in wrong],
+        lengths,
+    )
+
+
+def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.ChunkedArray | pa.Array) -> None:
+    """Adds a second column, the weights, to a parsed column of lists, and what is wrong with them.
+
+    Args:
+        parsed: the ids.
+        name: of the decoded column.
+        column: of the Parquet file, the one of the ids.
+        second: of the Parquet file, the one of the weights.
+        array: the weights.
+    """
+    assert parsed.lengths is not None, "ids with weights are lists"
+    numbers, lengths = _flattened(_as_lists(_one_array(array), pa.float64()))
+    weights = _as_float64(numbers)
+    fits = lengths == parsed.lengths
+    if not fits.all():
+        rows = np.flatnonzero(~fits)
+        told = pa.array([f"{parsed.lengths[row]} ids, {lengths[row]} weights" for row in rows])
+        parsed.findings.append(Finding(Problem(name, column, "lengths differ"), rows, np.arange(len(rows)), told))
+    null_ids = [finding.places for finding in parsed.findings if finding.problem.reason == "null id"]
+    shifts = offsets_of(parsed.lengths)[:-1] - offsets_of(lengths)[:-1]
+    for reason, places in _wrong_numbers(weights):
+        weights[places] = 0.0
+        rows = row_of(places, lengths)
+        # The weight of no id, and of one that is not to be told, are nothing to look at.
+        meant = fits[rows] & ~np.isin(places + shifts[rows], np.concatenate([np.zeros(0, np.int64), *null_ids]))
+        if meant.any():
+            parsed.findings.append(Finding(Problem(name, second, reason), rows[meant], places[meant], numbers))
+    if not fits.all():
+        aligned = np.zeros(len(parsed.values), dtype=np.float64)
+        aligned[np.repeat(fits, parsed.lengths)] = weights[np.repeat(fits, lengths)]
+        weights = aligned
+    parsed.weights = weights
+
+
+def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array) -> Parsed:
+    """Parses a number a row; one that is called `weight` must be at least 0."""
+    numbers = _one_array(array)
+    values = _as_float64(numbers)
+    wrong = list(_wrong_numbers(values))
+    if name == "weight":
+        negative = np.flatnonzero((values < 0) & (values >= -_LARGEST_FLOAT32))
+        wrong += [("negative weight", negative)] if len(negative) else []
+    return Parsed(values, [Finding(Problem(name, column, reason), places, places, numbers) for reason, places in wrong])
+
+
+def row_of(places: IntArray, lengths: IntArray) -> IntArray:
+    """Returns the list that each place among the values of all lists belongs to."""
+    return np.searchsorted(np.cumsum(lengths), places, side="right").astype(np.int64, copy=False)
+
+
+def _rows_of(ids: pa.Array, vocabulary: Vocabulary) -> tuple[IntArray, list[tuple[Reason, IntArray]]]:
+    """Returns the table's row of each id, -1 for what has none, and the places of nulls and of unknown ids."""
+    wrong: list[tuple[Reason, IntArray]] = []
+    if pa.types.is_string_view(ids.type):  # Arrow cannot drop nulls from these
+        ids = ids.cast(pa.large_string())
+    if not ids.null_count:
+        rows = _mapped(ids, vocabulary)
+        is_unknown = rows < 0
+    else:
+        is_null = ids.is_null().to_numpy(zero_copy_only=False)
+        rows = np.full(len(ids), -1, dtype=np.int64)
+        rows[~is_null] = _mapped(ids.drop_null(), vocabulary)
+        wrong.append(("null id", np.flatnonzero(is_null)))
+        is_unknown = (rows < 0) & ~is_null
+    if is_unknown.any():
+        wrong.append(("unknown id", np.flatnonzero(is_unknown)))
+    return rows, wrong
+
+
+def _wrong_numbers(values: npt.NDArray[np.float64]) -> Iterable[tuple[Reason, IntArray]]:
+    fits = np.abs(values) <= _LARGEST_FLOAT32
+    if fits.all():
+        return
+    is_missing = np.isnan(values)
+    if is_missing.any():
+        yield "missing number", np.flatnonzero(is_missing)
+    is_infinite = ~fits & ~is_missing
+    if is_infinite.any():
+        yield "infinite number", np.flatnonzero(is_infinite)
+
+
+# ------------------------------------------------------------------------------------------------------- Arrow's types
+def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    if isinstance(column, pa.ChunkedArray):
+        if pa.types.is_dictionary(column.type):
+            column = column.unify_dictionaries()
+        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if isinstance(column, pa.ChunkedArray):  # more values than one array's offsets can hold
+        column = pa.concat_arrays([chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.chunks])
+    return _without_null_entries(column)
+
+
+def _without_null_entries(array: pa.Array) -> pa.Array:
+    """Returns values whose nulls are all to be seen: a dictionary may hold one, which its array does not count."""
+    is_hidden = pa.types.is_dictionary(array.type) and array.dictionary.null_count
+    return array.dictionary_decode() if is_hidden else array
+
+
+def _mapped(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
+    """Returns the row of each id, -1 for an unknown one; there are no nulls among them."""
+    if not len(ids):  # their type, which may be null, says nothing of the vocabulary
+        return np.zeros(0, dtype=np.int64)
+    if pa.types.is_dictionary(ids.type):
+        known = _mapped(ids.dictionary, vocabulary)
+        codes = ids.indices.cast(pa.int64()).to_numpy(zero_copy_only=False)
+        if codes.min() < 0 or codes.max() >= len(known):
+            raise DataError(f"refers to values that its dictionary of {len(known)} has not. Write the file anew.")
+        return known[codes]
+    if pa.types.is_integer(ids.type):
+        return vocabulary.map_integers(integers(ids))
+    return vocabulary.map_strings(ids)
+
+
+def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
+    """Returns the values of all lists and the lists' lengths; a null list is empty, whatever it hides."""
+    lengths = pc.list_value_length(array).fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
+    return _without_null_entries(array.flatten()), lengths.astype(np.int64, copy=False)
+
+
+def offsets_of(lengths: IntArray) -> IntArray:
+    """Returns where each list begins among the values of all, and where the last ends, (n + 1,) int64."""
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+def _as_float64(array: pa.Array) -> npt.NDArray[np.float64]:
+    """Returns numbers, NaN for nulls."""
+    if pa.types.is_dictionary(array.type):
+        array = array.dictionary_decode()
+    # Unsafe, since integers beyond 2**53 are rounded, as any number that float32 cannot hold is.
+    values: npt.NDArray[Any] = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    return np.array(values, dtype=np.float64)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Returns whether a column holds lists."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
+
+
+def _as_lists(array: pa.Array, value_type: pa.DataType) -> pa.Array:
+    """Returns lists of values even where no row has one, and the file so does not tell their type."""
+    no_values = pa.types.is_null(array.type) or pa.types.is_null(array.type.value_type)
+    return array.cast(pa.list_(value_type)) if no_values else array
+
+
+def is_id(kind: pa.DataType) -> bool:
+    """Returns whether a vocabulary can know values of a type."""
+    if pa.types.is_null(kind):
+        return True
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_integer(kind) or is_string)
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Returns whether values of a type are numbers."""
+    if pa.types.is_null(kind):
+        return True
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(
+        pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind) or pa.types.is_decimal(kind)
+    )
