@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
+from embedshard.launch.numbers import size_text
 from embedshard.world import set_process_environment
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="About config files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+data_app = typer.Typer(help="About the data that a config names.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", show_default=False)]
 RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
@@ -152,15 +156,7 @@ def summary(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def _cells(row: Row) -> list[str]:
     shape = " x ".join(f"{size:,}" for size in row.shape)
-    return [row.name, shape, f"{row.parameters:,}", _size(row.weight_bytes), _size(row.state_bytes), row.note]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
+    return [row.name, shape, f"{row.parameters:,}", size_text(row.weight_bytes), size_text(row.state_bytes), row.note]
 
 
 @app.command()
@@ -186,6 +182,24 @@ def config_schema() -> None:
     from embedshard.config import schema_json
 
     typer.echo(schema_json())
+
+
+@data_app.command("check")
+def data_check(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Read all data of a config and tell what they hold and what a run would refuse. Exit code 1 if anything."""
+    from embedshard.launch.data_check import check_here, show
+
+    report = check_here(config, overrides or [], os.environ, Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(report.to_json(), indent=2))
+    else:
+        show(report, Console())
+    if report.refused:
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -237,41 +237,12 @@ class Decoder:
             policy = feature.missing
         return self._on_bad_row if policy == "error" else policy
 
-    def find(self, table: pa.Table | pa.RecordBatch, where: Where) -> list[Finding]:
-        """Returns every value that does not fit, whatever the config does about it, in the order of the columns.
+    def parse(self, spec: ColumnSpec, table: pa.Table | pa.RecordBatch, where: Where) -> Parsed:
+        """Returns a column before the config's policies, and what is wrong with it.
 
         Raises:
-            DataError: if a column is of a type that its vocabulary does not know.
+            DataError: if it is of a type that its vocabulary does not know.
         """
-        return [finding for spec in self.specs for finding in self._parse(spec, table, where).findings]
-
-    def decode(self, table: pa.Table | pa.RecordBatch, where: Where) -> Columns:
-        """Returns the wanted columns decoded; `row`, the rows' numbers in the data set; `bad` where rows can be set aside.
-
-        Raises:
-            DataError: naming file, row group, row, column and what to do.
-        """
-        decoded: Columns = {
-            "row": Flat(np.arange(where.first_dataset_row, where.first_dataset_row + table.num_rows, dtype=np.int64))
-        }
-        bad = np.zeros(table.num_rows, dtype=np.int16)
-        for spec in self.specs:
-            parsed = self._parse(spec, table, where)
-            for finding in parsed.findings:
-                action = self.action(finding.problem)
-                if action == "error":
-                    raise DataError(self._refusal(spec, parsed, finding, where))
-                if action == "quarantine":
-                    bad[finding.rows] = np.where(bad[finding.rows], bad[finding.rows], self._codes[finding.problem])
-            if spec.name in self._wanted:
-                decoded |= self._decoded(spec, parsed)
-        if self.quarantines:
-            if bad.any():
-                decoded = {name: _emptied(column, bad > 0) if name != "row" else column for name, column in decoded.items()}
-            decoded["bad"] = Flat(bad)
-        return decoded
-
-    def _parse(self, spec: ColumnSpec, table: pa.Table | pa.RecordBatch, where: Where) -> Parsed:
         array = table.column(spec.column)
         if spec.table is None:
             return parse_numbers(spec.name, spec.column, array)
@@ -287,6 +258,40 @@ class Decoder:
         if spec.second is not None:
             add_weights(parsed, spec.name, spec.column, spec.second, table.column(spec.second))
         return parsed
+
+    def find(self, table: pa.Table | pa.RecordBatch, where: Where) -> list[Finding]:
+        """Returns every value that does not fit, whatever the config does about it, in the order of the columns.
+
+        Raises:
+            DataError: if a column is of a type that its vocabulary does not know.
+        """
+        return [finding for spec in self.specs for finding in self.parse(spec, table, where).findings]
+
+    def decode(self, table: pa.Table | pa.RecordBatch, where: Where) -> Columns:
+        """Returns the wanted columns decoded; `row`, the rows' numbers in the data set; `bad` where rows can be set aside.
+
+        Raises:
+            DataError: naming file, row group, row, column and what to do.
+        """
+        decoded: Columns = {
+            "row": Flat(np.arange(where.first_dataset_row, where.first_dataset_row + table.num_rows, dtype=np.int64))
+        }
+        bad = np.zeros(table.num_rows, dtype=np.int16)
+        for spec in self.specs:
+            parsed = self.parse(spec, table, where)
+            for finding in parsed.findings:
+                action = self.action(finding.problem)
+                if action == "error":
+                    raise DataError(self._refusal(spec, parsed, finding, where))
+                if action == "quarantine":
+                    bad[finding.rows] = np.where(bad[finding.rows], bad[finding.rows], self._codes[finding.problem])
+            if spec.name in self._wanted:
+                decoded |= self._decoded(spec, parsed)
+        if self.quarantines:
+            if bad.any():
+                decoded = {name: _emptied(column, bad > 0) if name != "row" else column for name, column in decoded.items()}
+            decoded["bad"] = Flat(bad)
+        return decoded
 
     # ------------------------------------------------------------------------------------------------------ policies
     def _decoded(self, spec: ColumnSpec, parsed: Parsed) -> Columns:

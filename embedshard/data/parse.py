@@ -44,12 +44,14 @@ class Parsed:
     Attributes:
         values: rows of the table, int64, -1 for null and unknown ids; or numbers, float64, NaN for nulls. Those of lists
             one after another.
-        findings: the values that do not fit.
+        among: the same as they are in the file.
+        findings: those that do not fit.
         lengths: of the lists, (n,) int64; None where there are none.
         weights: of the values, float64, 0 where they are bad; None without weights.
     """
 
     values: npt.NDArray[Any]
+    among: pa.Array
     findings: list[Finding]
     lengths: IntArray | None = None
     weights: npt.NDArray[np.float64] | None = None
@@ -69,7 +71,7 @@ def parse_ids(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabul
     """
     ids = _one_array(array)
     rows, wrong = _rows_of(ids, vocabulary)
-    return Parsed(rows, [Finding(Problem(name, column, reason), places, places, ids) for reason, places in wrong])
+    return Parsed(rows, ids, [Finding(Problem(name, column, reason), places, places, ids) for reason, places in wrong])
 
 
 def parse_lists(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary) -> Parsed:
@@ -78,6 +80,7 @@ def parse_lists(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocab
     rows, wrong = _rows_of(ids, vocabulary)
     return Parsed(
         rows,
+        ids,
         [Finding(Problem(name, column, reason), row_of(places, lengths), places, ids) for reason, places in wrong],
         lengths,
     )
@@ -125,7 +128,8 @@ def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array) -> 
     if name == "weight":
         negative = np.flatnonzero((values < 0) & (values >= -_LARGEST_FLOAT32))
         wrong += [("negative weight", negative)] if len(negative) else []
-    return Parsed(values, [Finding(Problem(name, column, reason), places, places, numbers) for reason, places in wrong])
+    findings = [Finding(Problem(name, column, reason), places, places, numbers) for reason, places in wrong]
+    return Parsed(values, numbers, findings)
 
 
 def row_of(places: IntArray, lengths: IntArray) -> IntArray:
@@ -136,8 +140,6 @@ def row_of(places: IntArray, lengths: IntArray) -> IntArray:
 def _rows_of(ids: pa.Array, vocabulary: Vocabulary) -> tuple[IntArray, list[tuple[Reason, IntArray]]]:
     """Returns the table's row of each id, -1 for what has none, and the places of nulls and of unknown ids."""
     wrong: list[tuple[Reason, IntArray]] = []
-    if pa.types.is_string_view(ids.type):  # Arrow cannot drop nulls from these
-        ids = ids.cast(pa.large_string())
     if not ids.null_count:
         rows = _mapped(ids, vocabulary)
         is_unknown = rows < 0
@@ -172,11 +174,16 @@ def _one_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
         column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     if isinstance(column, pa.ChunkedArray):  # more values than one array's offsets can hold
         column = pa.concat_arrays([chunk.cast(pa.large_list(chunk.type.value_type)) for chunk in column.chunks])
-    return _without_null_entries(column)
+    return _plain(column)
 
 
-def _without_null_entries(array: pa.Array) -> pa.Array:
-    """Returns values whose nulls are all to be seen: a dictionary may hold one, which its array does not count."""
+def _plain(array: pa.Array) -> pa.Array:
+    """Returns values whose nulls are all to be seen and can be dropped.
+
+    A dictionary may hold a null, which its array does not count; and Arrow has no filter for string views.
+    """
+    if pa.types.is_string_view(array.type):
+        return array.cast(pa.large_string())
     is_hidden = pa.types.is_dictionary(array.type) and array.dictionary.null_count
     return array.dictionary_decode() if is_hidden else array
 
@@ -199,7 +206,7 @@ def _mapped(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
 def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
     """Returns the values of all lists and the lists' lengths; a null list is empty, whatever it hides."""
     lengths = pc.list_value_length(array).fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
-    return _without_null_entries(array.flatten()), lengths.astype(np.int64, copy=False)
+    return _plain(array.flatten()), lengths.astype(np.int64, copy=False)
 
 
 def offsets_of(lengths: IntArray) -> IntArray:

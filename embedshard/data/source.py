@@ -6,7 +6,7 @@ same data or not at all.
 
 from __future__ import annotations
 
-__all__ = ["Inventory", "InventoryFile", "RowGroup", "Source", "check_unchanged", "open_source"]
+__all__ = ["Inventory", "InventoryFile", "RowGroup", "Source", "check_unchanged", "data_files", "open_file", "open_source"]
 
 import hashlib
 import threading
@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedshard.data.columns import Columns
-from embedshard.data.decode import Decoder, Where
+from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
@@ -256,6 +256,18 @@ class Source:
             DataError: if it cannot be read or holds what the config does not allow.
         """
         group = self.inventory.row_groups[number]
+        for batch, where in self.iter_tables(number, batch_rows):
+            skip = max(skip_rows - where.first_row, 0)
+            if skip < batch.num_rows:
+                yield self.decoder.decode(batch.slice(skip), self._where(group, where.first_row + skip))
+
+    def iter_tables(self, number: int, batch_rows: int) -> Iterator[tuple[pa.RecordBatch, Where]]:
+        """Yields a row group as Arrow has it, at most so many rows at once, and where they are.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        group = self.inventory.row_groups[number]
         position = 0
         batches = None
         while True:
@@ -271,10 +283,8 @@ class Source:
                 raise self._unreadable(group, error) from error
             if batch is None:
                 break
-            begin, position = position, position + batch.num_rows
-            if position > skip_rows:
-                skip = max(skip_rows - begin, 0)
-                yield self.decoder.decode(batch.slice(skip), self._where(group, begin + skip))
+            yield batch, self._where(group, position)
+            position += batch.num_rows
         self._check_rows(group, position)
 
     def _where(self, group: RowGroup, row: int) -> Where:
@@ -314,11 +324,12 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
         DataError: if nothing matches, a file is not whole Parquet, a column is missing or of another type, or there are no
             rows.
     """
-    locations, skipped = _data_files(patterns)
+    locations, skipped = data_files(patterns)
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
         footers = list(pool.map(_read_footer, locations))
     for location, (_, metadata) in zip(locations, footers, strict=True):
-        _check_schema(location, metadata, decoder)
+        for refusal in _schema_refusals(location, metadata, decoder).values():
+            raise DataError(refusal)
     inventory = Inventory(tuple(file for file, _ in footers))
     source = Source(locations, inventory, [metadata for _, metadata in footers], decoder, skipped)
     if not source.inventory.num_rows:
@@ -329,8 +340,27 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
     return source
 
 
-def _data_files(patterns: Sequence[str]) -> tuple[list[Location], list[Location]]:
-    """Returns the files of a data set, and what is skipped: by name, or since neither name nor content is Parquet's."""
+def open_file(location: Location, decoder: Decoder) -> tuple[Source, dict[str, str]]:
+    """Opens one file of a data set, with those of its columns that can be decoded. It may be without rows.
+
+    Returns:
+        The file as a source, and what is wrong with its other columns: name of the decoded column to message.
+
+    Raises:
+        DataError: if it is not whole Parquet.
+    """
+    file, metadata = _read_footer(location)
+    refusals = _schema_refusals(location, metadata, decoder)
+    decoder = decoder.only([spec.name for spec in decoder.specs if spec.name not in refusals])
+    return Source([location], Inventory((file,)), [metadata], decoder), refusals
+
+
+def data_files(patterns: Sequence[str]) -> tuple[list[Location], list[Location]]:
+    """Returns the files of a data set, and what is skipped: by name, or since neither name nor content is Parquet's.
+
+    Raises:
+        DataError: if nothing matches, or nothing that does is Parquet.
+    """
     expansion = expand(patterns)
     doubtful = [
         location
@@ -387,32 +417,38 @@ def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:
     return InventoryFile(location.name, size, groups, digest), metadata
 
 
-def _check_schema(location: Location, metadata: pq.FileMetaData, decoder: Decoder) -> None:
+def _schema_refusals(location: Location, metadata: pq.FileMetaData, decoder: Decoder) -> dict[str, str]:
+    """Returns what is wrong with the columns of a file: name of the decoded column to message."""
     try:
         schema = metadata.schema.to_arrow_schema()
     except (pa.ArrowException, ValueError) as error:
         raise DataError(f"{location.uri}: its schema cannot be read: {error}. Write it anew.") from error
+    refusals: dict[str, str] = {}
     for spec in decoder.specs:
         for column in (spec.column, spec.second):
-            if column is None:
-                continue
-            if column not in schema.names:
-                raise DataError(
-                    f"{location.uri} has no column '{column}', which '{spec.name}' needs. {nearest(column, schema.names)}"
-                )
-            count = schema.names.count(column)
-            if count > 1:
-                raise DataError(
-                    f"{location.uri} has {count} columns named '{column}', and '{spec.name}' needs one. "
-                    f"Write the others under other names, or leave them out."
-                )
-            kind = schema.field(column).type
-            needed = decoder.check_type(spec, column, kind)
-            if needed is not None:
-                raise DataError(
-                    f"{location.uri}: column '{column}' is {kind}, '{spec.name}' needs {needed}. "
-                    f"Write the column so, or name another column in the config."
-                )
+            refusal = None if column is None else _column_refusal(location, schema, decoder, spec, column)
+            if refusal is not None:
+                refusals.setdefault(spec.name, refusal)
+    return refusals
+
+
+def _column_refusal(location: Location, schema: pa.Schema, decoder: Decoder, spec: ColumnSpec, column: str) -> str | None:
+    count = schema.names.count(column)
+    if not count:
+        return f"{location.uri} has no column '{column}', which '{spec.name}' needs. {nearest(column, schema.names)}"
+    if count > 1:
+        return (
+            f"{location.uri} has {count} columns named '{column}', and '{spec.name}' needs one. "
+            f"Write the others under other names, or leave them out."
+        )
+    kind = schema.field(column).type
+    needed = decoder.check_type(spec, column, kind)
+    if needed is None:
+        return None
+    return (
+        f"{location.uri}: column '{column}' is {kind}, '{spec.name}' needs {needed}. "
+        f"Write the column so, or name another column in the config."
+    )
 
 
 def _num_values(row_group: pq.RowGroupMetaData, column: str) -> int:

@@ -20,8 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from embedshard.config import table_specs
+from embedshard.config import build_config, table_specs
 from embedshard.data.batch import Batch
+from embedshard.data.check import check_data
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, Flat, Ragged, concatenate, num_rows
 from embedshard.data.decode import Decoder, Where, column_specs
@@ -114,6 +115,8 @@ def run_case(number: int, folder: Path) -> None:
     try:
         if damage is not None and not damage.endswith("after"):
             _damage(case, damage, damaged)
+        if case.random.random() < 0.1:
+            _check_the_check(case, paths, expected, damage is not None)
         source, error = attempt(lambda: open_source([str(path) for path in paths], decoder))
         if error:
             assert case.is_refused or damage in ("cut", "spoilt"), f"refused without a reason: {error}"
@@ -173,6 +176,19 @@ def _check_in_memory(case: Case, decoder: Decoder, expected: list[Row | None]) -
         else:
             assert_right(columns, rows, first + skip)
         first += file.table.num_rows
+
+
+def _check_the_check(case: Case, paths: list[Path], expected: list[Row | None], is_damaged: bool) -> None:
+    """`embedshard data check` refuses what training would, and counts what no reading of single rows does."""
+    tree = case.tree | {"data": case.tree["data"] | {"train": [str(path) for path in paths]}}
+    report = check_data(build_config(tree, {}, "fuzz"))
+    if is_damaged or case.trouble == "other kind":
+        return
+    assert report.sets[0].rows == len(expected)
+    refused = [reason for reason in report.refused if "has no value at all" not in reason]
+    assert bool(refused) == (case.is_refused or None in expected), report.refused
+    if not case.is_refused:
+        assert report.sets[0].refused_rows == expected.count(None)
 
 
 class _Reading:
