@@ -9,9 +9,10 @@ from __future__ import annotations
 __all__ = ["Inventory", "InventoryFile", "RowGroup", "Source", "check_unchanged", "data_files", "open_file", "open_source"]
 
 import hashlib
+import io
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -200,12 +201,13 @@ class Source:
         total = 8 * self.inventory.num_rows
         for spec in self.decoder.specs:
             for metadata in self._metadata:
+                place = _place_of(metadata, spec.column)
                 for group in range(metadata.num_row_groups):
                     rows = metadata.row_group(group).num_rows
                     if not spec.is_list:
                         total += rows * (8 if spec.table is not None else 4)
                         continue
-                    values = _num_values(metadata.row_group(group), spec.column)
+                    values = 0 if place is None else metadata.row_group(group).column(place).num_values
                     kept = values if spec.max_length is None else min(values, rows * spec.max_length)
                     total += rows * 8 + kept * (12 if spec.second is not None else 8)
         return total
@@ -326,12 +328,12 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
     """
     locations, skipped = data_files(patterns)
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        footers = list(pool.map(_read_footer, locations))
-    for location, (_, metadata) in zip(locations, footers, strict=True):
-        for refusal in _schema_refusals(location, metadata, decoder).values():
+        footers = list(pool.map(lambda location: _open_footer(location, decoder), locations))
+    for _, _, refusals in footers:
+        for refusal in refusals.values():
             raise DataError(refusal)
-    inventory = Inventory(tuple(file for file, _ in footers))
-    source = Source(locations, inventory, [metadata for _, metadata in footers], decoder, skipped)
+    inventory = Inventory(tuple(file for file, _, _ in footers))
+    source = Source(locations, inventory, [metadata for _, metadata, _ in footers], decoder, skipped)
     if not source.inventory.num_rows:
         raise DataError(
             f"{', '.join(patterns)}: {len(locations)} files without a row. There must be at least one: "
@@ -349,10 +351,8 @@ def open_file(location: Location, decoder: Decoder) -> tuple[Source, dict[str, s
     Raises:
         DataError: if it is not whole Parquet.
     """
-    file, metadata = _read_footer(location)
-    refusals = _schema_refusals(location, metadata, decoder)
-    decoder = decoder.only([spec.name for spec in decoder.specs if spec.name not in refusals])
-    return Source([location], Inventory((file,)), [metadata], decoder), refusals
+    file, metadata, refusals = _open_footer(location, decoder)
+    return Source([location], Inventory((file,)), [metadata], _without(decoder, refusals)), refusals
 
 
 def data_files(patterns: Sequence[str]) -> tuple[list[Location], list[Location]]:
@@ -386,6 +386,20 @@ def _begins_as_parquet(location: Location) -> bool:
         raise DataError(f"{location.uri} cannot be read: {error}. See that it may be read, or exclude it.") from error
 
 
+def _open_footer(location: Location, decoder: Decoder) -> tuple[InventoryFile, pq.FileMetaData, dict[str, str]]:
+    """Returns what a footer tells, and what is wrong with the file's columns."""
+    file, metadata = _read_footer(location)
+    refusals = _schema_refusals(location, metadata, decoder)
+    columns = _without(decoder, refusals).columns
+    if columns:
+        _check_chunks(location, file.size_bytes, metadata, columns)
+    return file, metadata, refusals
+
+
+def _without(decoder: Decoder, names: Collection[str]) -> Decoder:
+    return decoder.only([spec.name for spec in decoder.specs if spec.name not in names])
+
+
 def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:
     try:
         with location.open_input() as file:
@@ -415,6 +429,48 @@ def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:
             f"{', ...' if len(groups) > 8 else ''} rows. It is damaged: write it anew."
         )
     return InventoryFile(location.name, size, groups, digest), metadata
+
+
+class _Unread(io.RawIOBase):
+    """Stands for a file while only its footer is looked at: it counts what is asked of it, and has nothing to give."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes, self.reads, self._place = size_bytes, 0, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size_bytes}[whence]
+        self._place = start + offset
+        return self._place
+
+    def tell(self) -> int:
+        return self._place
+
+    def read(self, size: int = -1) -> bytes:
+        self.reads += 1
+        raise OSError("this file is not to be read")
+
+
+def _check_chunks(location: Location, size_bytes: int, metadata: pq.FileMetaData, columns: list[str]) -> None:
+    """Checks what a footer says of the parts of columns.
+
+    Arrow looks at it when asked for it, and ends the process if it does not fit; when it prepares to read, it raises. So
+    it prepares to read all row groups, of which nothing is there.
+    """
+    unread = _Unread(size_bytes)
+    try:
+        file = pq.ParquetFile(pa.PythonFile(unread, mode="r"), metadata=metadata, pre_buffer=True)
+        next(file.iter_batches(columns=columns, use_threads=False), None)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        if not unread.reads:
+            raise DataError(
+                f"{location.uri} cannot be read as Parquet: {' '.join(str(error).split())}. Write it anew."
+            ) from error
 
 
 def _schema_refusals(location: Location, metadata: pq.FileMetaData, decoder: Decoder) -> dict[str, str]:
@@ -451,9 +507,10 @@ def _column_refusal(location: Location, schema: pa.Schema, decoder: Decoder, spe
     )
 
 
-def _num_values(row_group: pq.RowGroupMetaData, column: str) -> int:
-    for place in range(row_group.num_columns):
-        path = row_group.column(place).path_in_schema
+def _place_of(metadata: pq.FileMetaData, column: str) -> int | None:
+    """Returns which of a file's leaves holds a column's values; None where it has none."""
+    for place in range(metadata.num_columns):
+        path = metadata.schema.column(place).path  # row groups say it again, but a damaged one may not be text
         if path == column or path.startswith(f"{column}."):
-            return int(row_group.column(place).num_values)
-    return 0
+            return place
+    return None

@@ -116,6 +116,14 @@ def miscount(path):
     path.write_bytes(content.replace(in_footer, b"\x16\x9c\x01\x19"))
 
 
+def require_elements(path):
+    """Flips a bit of the schema. Whoever asks pyarrow what such a footer says of the column ends the process."""
+    pq.write_table(table(5), path, store_schema=False)
+    optional, required = b"\x25\x02\x18\x07element", b"\x25\x00\x18\x07element"
+    assert path.read_bytes().count(optional) == 1
+    path.write_bytes(path.read_bytes().replace(optional, required))
+
+
 def corrupt(path):
     data = bytearray(path.read_bytes())
     data[20:120] = b"\xff" * 100
@@ -146,6 +154,7 @@ def corrupt(path):
         (lambda path: pq.write_table(table(0), path), ["without a row"]),
         (lambda path: pq.write_table(twice(table(5), "user"), path), ["2 columns named 'user'", "one"]),
         (lambda path: misname(path, b"user", b"us\xed\xff"), ["x.parquet", "cannot be read as Parquet", "utf-8"]),
+        (lambda path: require_elements(path), ["x.parquet", "level histogram size mismatch"]),
         (lambda path: miscount(path), ["x.parquet", "says 78 rows", "row groups of 77 rows"]),
     ],
 )
@@ -179,6 +188,16 @@ def test_the_decoded_size_is_known_from_the_footers(decoder, tmp_path):
         column.values.nbytes + (column.offsets.nbytes if hasattr(column, "offsets") else 0) for column in columns.values()
     )
     assert source.decoded_bytes() == pytest.approx(actual, rel=0.25)
+
+
+def test_a_damaged_path_in_a_footer_does_not_crash_the_size(decoder, tmp_path):
+    pq.write_table(table(40), tmp_path / "x.parquet", store_schema=False, compression="none")
+    size = open_source([str(tmp_path)], decoder).decoded_bytes()
+    content = bytearray((tmp_path / "x.parquet").read_bytes())
+    place = content.rfind(b"bag")  # the row group's, after the schema's
+    content[place : place + 3] = b"b\xed\xff"
+    (tmp_path / "x.parquet").write_bytes(bytes(content))
+    assert open_source([str(tmp_path)], decoder).decoded_bytes() == size
 
 
 def test_statistics_are_those_of_all_rows_however_they_are_cut(decoder, tmp_path):
