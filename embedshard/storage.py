@@ -230,8 +230,9 @@ def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> 
             ) from error
         if not matches:
             raise DataError(_nothing(pattern, base))
-        if matches == [base.join(*parts[num_fixed:])]:
-            spelled_out.add(matches[0].path)
+        literal = base.join(*parts[num_fixed:]) if num_fixed < len(parts) else base
+        if matches == [literal]:
+            spelled_out.add(literal.path)
         for places, locations in ((found, matches), (skipped, passed_over)):
             for location in locations:
                 places.setdefault((location.path, location.filesystem.type_name), location)

@@ -24,7 +24,7 @@ from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
 from embedshard.data.decode import Decoder, column_specs
 from embedshard.data.negatives import CandidateSampler
 from embedshard.data.order import Order
-from embedshard.data.quarantine import BadRowCounts, Tally, example_of, record, too_many
+from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
 from embedshard.data.source import Inventory, Source, check_unchanged, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
@@ -125,11 +125,12 @@ class Dataset:
         counts = BadRowCounts()
         tally.add(tally.of(columns, 0, rows), counts)
         codes = columns["bad"].values if "bad" in columns else np.zeros(0, dtype=np.int16)
-        limit, bad = self.config.data.max_bad_fraction, np.flatnonzero(codes)
-        aside = record(source, bad[:1] if len(bad) > limit * rows else bad, codes[bad].astype(np.int64))
-        if len(bad) > limit * rows:
-            raise too_many(f"data.{name}", limit, rows, counts, example_of(aside), "")
-        self.set_aside[name] = SetAside(rows, counts, aside)
+        fraction, bad = self.config.data.max_bad_fraction, np.flatnonzero(codes)
+        if len(bad) > most_allowed(fraction, rows):
+            example = example_of(record(source, bad[:1], codes[bad[:1]].astype(np.int64)))
+            hints = [example, "Correct the rows or what the config says of them, or set data.max_bad_fraction higher."]
+            raise too_many(f"data.{name}", len(bad), rows, fraction, counts, hints)
+        self.set_aside[name] = SetAside(rows, counts, record(source, bad, codes[bad].astype(np.int64)))
         return good_rows(columns)
 
     def interactions(self, including_validation: bool) -> Iterator[tuple[IntArray, IntArray]]:

@@ -10,8 +10,9 @@ restart rolls back can be taken away.
 
 from __future__ import annotations
 
-__all__ = ["BadRowCounts", "Quarantine", "Tally", "example_of", "record", "too_many", "write_record"]
+__all__ = ["BadRowCounts", "Quarantine", "Tally", "example_of", "most_allowed", "record", "too_many", "write_record"]
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -135,24 +136,32 @@ def _ids(columns: Columns, name: str, first: int, last: int) -> IntArray:
     return column.values[column.offsets[first] : column.offsets[last]]
 
 
-def too_many(what: str, limit: float, rows: int, counts: BadRowCounts, example: str, advice: str) -> DataError:
+def most_allowed(fraction: float, rows: int) -> int:
+    """Returns how many of so many rows may be set aside: a share that is written in decimals, rounded down."""
+    return math.floor(fraction * rows + 1e-9)
+
+
+def too_many(
+    what: str, quarantined: int, rows: int, fraction: float, counts: BadRowCounts, hints: Sequence[str]
+) -> DataError:
     """Returns the error of a set in which more rows were set aside than `data.max_bad_fraction` allows.
 
     Args:
         what: the set.
-        limit: the share that may be.
+        quarantined: rows that were set aside.
         rows: of the set.
-        counts: what was wrong with them.
-        example: a sentence on one of them.
-        advice: where they are listed, and how to go on.
+        fraction: the share that may be.
+        counts: what is known to be wrong with rows.
+        hints: sentences on where one of them is, where all are, and how to go on.
     """
     commonest = sorted(counts.by_reason.items(), key=lambda item: -item[1])
     reasons = ", ".join(f"{reason} ({number})" for reason, number in commonest[:3])
     more = f" and {len(commonest) - 3} more reasons" if len(commonest) > 3 else ""
-    return DataError(
-        f"{what}: {counts.quarantined} rows were set aside, more than data.max_bad_fraction={limit:g} of its {rows} rows "
-        f"allows: {reasons}{more}. {example} Correct the rows or what the config says of them, or allow more. {advice}"
+    text = (
+        f"{what}: {quarantined} rows were set aside; data.max_bad_fraction={fraction:g} of {rows} rows allows "
+        f"{most_allowed(fraction, rows)}. The commonest reasons: {reasons}{more}."
     )
+    return DataError(" ".join([text, *(hint for hint in hints if hint)]))
 
 
 # -------------------------------------------------------------------------------------------------------------- record
@@ -198,7 +207,7 @@ def record(source: Source, rows: IntArray, codes: IntArray) -> pa.Table:
 def write_record(
     folder: Path, name: str, rows: pa.Table, steps: Sequence[int] | None = None, epochs: Sequence[int] | None = None
 ) -> None:
-    """Writes a part of a run's record, whole or not at all.
+    """Writes a part of a run's record, whole or not at all; no file where there are no rows.
 
     Args:
         folder: `quarantine/` of the run directory; made where it is not there.
@@ -207,6 +216,9 @@ def write_record(
         steps: that trained them; None for sets that are not trained.
         epochs: in which that was.
     """
+    if not rows.num_rows:
+        (folder / name).unlink(missing_ok=True)
+        return
     nothing = [None] * rows.num_rows
     table = rows.append_column("step", pa.array(nothing if steps is None else steps, pa.int64()))
     table = table.append_column("epoch", pa.array(nothing if epochs is None else epochs, pa.int64()))

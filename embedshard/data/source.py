@@ -198,7 +198,7 @@ class Source:
 
     def decoded_bytes(self) -> int:
         """Returns, from the footers alone, about how many bytes all decoded columns take."""
-        total = 8 * self.inventory.num_rows
+        total = (8 + 2 * self.decoder.quarantines) * self.inventory.num_rows
         for spec in self.decoder.specs:
             for metadata in self._metadata:
                 place = _place_of(metadata, spec.column)

@@ -17,7 +17,7 @@ from typing import Any
 from embedshard import __version__
 from embedshard.config import Config
 from embedshard.data.order import Position
-from embedshard.data.quarantine import Quarantine, too_many, write_record
+from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
@@ -150,17 +150,16 @@ class _Training:
             state.epoch_quarantined = 0
         state.epoch_quarantined += self.parts.tally.add(result.tally, state.bad_rows)
         rows = sum(self.parts.dataset.order.num_rows)
-        if state.epoch_quarantined > data.max_bad_fraction * rows:
+        if state.epoch_quarantined > most_allowed(data.max_bad_fraction, rows):
             self.quarantine.flush()
-            raise too_many(
-                f"epoch {position.epoch + 1} of the training data, step {state.step}",
-                data.max_bad_fraction,
-                rows,
-                state.bad_rows,
+            folder = self.quarantine.folder
+            hints = [
                 self.quarantine.example(),
-                f"All are in {self.quarantine.folder}. To go on with more: embedshard train --resume "
-                f"{self.quarantine.folder.parent} --set data.max_bad_fraction=...",
-            )
+                f"All so far are in {folder}. Correct the rows or what the config says of them and start a new run, or "
+                f"allow more and go on: embedshard train --resume {folder.parent} --set data.max_bad_fraction=SHARE.",
+            ]
+            what = f"step {state.step}, epoch {position.epoch + 1} of the training data"
+            raise too_many(what, state.epoch_quarantined, rows, data.max_bad_fraction, state.bad_rows, hints)
 
     def _tell(self, position: Position, loss: float) -> None:
         step, bad_rows = self.state.step, self.state.bad_rows
@@ -261,7 +260,6 @@ def _conclude(
     }
     if parts.world.is_rank_zero:
         for name, aside in parts.dataset.set_aside.items():
-            if aside.rows.num_rows:
-                write_record(run.quarantine, f"{name}.parquet", aside.rows)
+            write_record(run.quarantine, f"{name}.parquet", aside.rows)
         run.write_json("result.json", result)
     return TrainResult(None, state.step, metrics)

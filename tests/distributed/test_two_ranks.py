@@ -2,12 +2,21 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
+
+from embedshard.train.checkpoint import newest_intact
+from embedshard.train.loop import train as train_run
+from embedshard.train.run_directory import RunDirectory
+from embedshard.train.tracking import Reporter
+from embedshard.world import open_world
 
 PROGRAM = """
     import json, os, sys
@@ -36,15 +45,42 @@ PROGRAM = """
 """
 
 
-def train(tree, folder, world_size):
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
-    program = folder / "program.py"
-    program.write_text(textwrap.dedent(PROGRAM))
+RUN = """
+    import os, sys
+    from pathlib import Path
+    import torch, torch.distributed as dist
+    from embedshard.config import load_config
+    from embedshard.train.checkpoint import newest_intact
+    from embedshard.train.loop import train
+    from embedshard.train.run_directory import RunDirectory
+    from embedshard.train.tracking import Reporter
+    from embedshard.world import World
+
+    rank, world_size, folder, last = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])
+
+    class BreakOff(Reporter):
+        def stepped(self, step, epoch, loss, samples_per_second):
+            if step == last:
+                os._exit(0)  # at once, as when it is killed
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(world_size)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{last}", rank=rank, world_size=world_size)
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"), dist.group.WORLD)
+    run = RunDirectory.open(folder)
+    train(load_config(folder / "config.yaml", {}).config, world, run, BreakOff(), newest_intact(run.checkpoints))
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+def launch(program, folder, world_size, *arguments):
+    """Runs a program as every rank of a world, to its end."""
+    path = folder / "program.py"
+    path.write_text(textwrap.dedent(program))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(program), str(rank), str(world_size), str(folder)],
+            [sys.executable, str(path), str(rank), str(world_size), str(folder), *map(str, arguments)],
             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(world_size)
@@ -56,6 +92,12 @@ def train(tree, folder, world_size):
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
+
+
+def train(tree, folder, world_size):
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    launch(PROGRAM, folder, world_size)
     ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
     tables = {}
     for rank in ranks:
@@ -90,3 +132,48 @@ def test_two_ranks_train_as_one_does(make_config, tmp_path, sharding, objective)
     worst = max(abs(weights[place] - others[place]) for place in weights)
     assert worst < 1e-6
     assert both[0]["metrics"] == pytest.approx(alone[0]["metrics"], abs=1e-3)
+
+
+def test_bad_rows_are_counted_and_recorded_alike_in_every_world_and_after_a_kill(make_config, interactions, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(interactions / "train", data)
+    for path in data.iterdir():
+        table = pq.read_table(path)
+        users = [99 if row % 9 == 0 else user for row, user in enumerate(table["user_id"].to_pylist())]
+        lists = [[*items, None] if row % 7 == 0 else items for row, items in enumerate(table["history"].to_pylist())]
+        table = table.set_column(0, "user_id", pa.array(users, pa.int32()))
+        table = table.set_column(2, "history", pa.array(lists, pa.list_(pa.int32())))
+        pq.write_table(table, path, row_group_size=50)
+    changes = {
+        "data": {"train": str(data), "max_bad_fraction": 0.2, "cache_bytes": 0, "window_steps": 2},
+        "features": {
+            "user_id": {"kind": "id", "table": "user", "unknown": "quarantine"},
+            "history": {"kind": "bag", "table": "item", "null": "empty"},
+        },
+        "checkpoint": {"every_steps": 2},
+        "evaluate": {"metrics": []},
+    }
+    loaded = make_config(changes, splits=("train",))
+    found = {}
+    for name, worlds in (("one", [(1, 99)]), ("two", [(2, 99)]), ("killed", [(2, 5), (1, 99)])):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(loaded.tree))
+        for world_size, last in worlds:
+            if world_size > 1:
+                launch(RUN, folder, world_size, last)
+                continue
+            run = RunDirectory.open(folder)
+            with open_world("cpu") as world:
+                train_run(loaded.config, world, run, Reporter(), newest_intact(run.checkpoints))
+        parts = [pq.read_table(part) for part in sorted((folder / "quarantine").iterdir())]
+        rows = sorted(map(str, pa.concat_tables(parts).to_pylist()))
+        found[name] = rows, json.loads((folder / "result.json").read_text())["bad_rows"]
+    assert found["one"] == found["two"] == found["killed"]
+    rows, bad_rows = found["one"]
+    assert len(rows) == len(set(rows)) == 24
+    nulls = sum(1 for count in (101, 102) for row in range(count) if row % 7 == 0 and row % 9)
+    assert bad_rows["train"] == {
+        "rows": 406, "quarantined": 48, "by_reason": {"user_id: unknown id": 48}, "oov": {}, "ids": {},
+        "null": {"history": 2 * nulls},
+    }  # fmt: skip

@@ -72,6 +72,47 @@ def test_row_groups_of_any_size_and_files_of_any_width_are_one_data_set(decoder,
     assert source.describe_row(24).endswith("2.parquet, row group 0, row 1")
 
 
+def test_files_that_are_not_parquet_are_skipped_and_known_unless_they_are_named(decoder, tmp_path):
+    pq.write_table(table(10), tmp_path / "part-00000")
+    pq.write_table(table(4), tmp_path / "b.parquet")
+    (tmp_path / "README.txt").write_text("not data")
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "_SUCCESS").write_text("")
+    (tmp_path / ".b.parquet.crc").write_text("x")
+    by_glob = open_source([str(tmp_path / "*")], decoder)
+    assert by_glob.inventory.num_rows == 14, "what begins as Parquet is Parquet, whatever its name"
+    assert [location.name for location in by_glob.skipped] == [".b.parquet.crc", "README.txt", "_SUCCESS", "empty"]
+    folder = open_source([str(tmp_path)], decoder)
+    assert folder.inventory.num_rows == 4, "a folder stands for its *.parquet files"
+    assert [location.name for location in folder.narrowed(["user"]).skipped] == [
+        ".b.parquet.crc", "README.txt", "_SUCCESS", "empty", "part-00000",
+    ]  # fmt: skip
+    for name in ("README.txt", "_SUCCESS", "empty"):
+        with pytest.raises(DataError, match=rf"{name}.* (is not|has)"):
+            open_source([str(tmp_path / name)], decoder)
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-20])
+    with pytest.raises(DataError, match=r"cut\.parquet is not a whole Parquet file"):
+        open_source([str(tmp_path / "*")], decoder)
+    with pytest.raises(DataError, match=r"none of the files there is Parquet: README\.txt"):
+        open_source([str(tmp_path / "*.txt")], decoder)
+
+
+def test_bad_values_are_found_again_by_their_rows(decoder, tmp_path):
+    users = [[5, 500, 6, None], [7, 8, 900, 9]]
+    for number, ids in enumerate(users):
+        part = table(4).set_column(0, "user", pa.array(ids, pa.int64()))
+        pq.write_table(part, tmp_path / f"{number}.parquet", row_group_size=3)
+    source = open_source([str(tmp_path)], decoder)
+    found = [
+        (str(finding.problem), finding.rows.tolist(), finding.value(0))
+        for group, rows in ((0, [0, 1]), (1, [0]), (2, [1, 2]))
+        for finding in source.find(group, ["user"], np.array(rows))
+    ]
+    assert found == [
+        ("user: unknown id", [1], "500"), ("user: null id", [0], None), ("user: unknown id", [2], "900"),
+    ]  # fmt: skip
+
+
 def test_the_inventory_knows_a_changed_an_added_and_a_missing_file(decoder, tmp_path):
     for name in ("a", "b"):
         pq.write_table(table(10), tmp_path / f"{name}.parquet")

@@ -78,6 +78,25 @@ def test_patterns_name_the_files_a_person_expects_sorted_and_each_once(folder, p
 
 
 @pytest.mark.parametrize(
+    ("patterns", "skipped"),
+    [
+        (["day=1/a.parquet", "day=1/*.parquet"], ["day=1/.hidden.parquet"]),
+        (["day=1/*"], ["day=1/.hidden.parquet", "day=1/_SUCCESS"]),
+        (["day=1"], ["day=1/.hidden.parquet", "day=1/_SUCCESS"]),
+        (["day=1", "day=1/_SUCCESS"], ["day=1/.hidden.parquet"]),
+        (["day=2/**"], ["day=2/_temporary/d.parquet"]),
+        (["x?.parquet"], []),
+    ],
+)
+def test_what_a_pattern_skips_is_known_and_what_is_spelled_out_is_meant(folder, patterns, skipped):
+    filesystem = None if folder.is_local else folder.filesystem
+    found = expand([f"{folder.path}/{pattern}" for pattern in patterns], filesystem)
+    assert [location.path.removeprefix(f"{folder.path}/") for location in found.skipped] == skipped
+    spelled_out = {f"{folder.path}/{pattern}" for pattern in patterns if "*" not in pattern and "/" in pattern}
+    assert found.spelled_out == spelled_out
+
+
+@pytest.mark.parametrize(
     ("pattern", "words"),
     [
         ("day=1/*.csv", ["day=1/*.csv", "no file matches", "_SUCCESS", "a.parquet"]),
