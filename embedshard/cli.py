@@ -19,6 +19,7 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
+from embedshard.quantities import size
 from embedshard.world import set_process_environment
 
 if TYPE_CHECKING:
@@ -152,15 +153,7 @@ def summary(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def _cells(row: Row) -> list[str]:
     shape = " x ".join(f"{size:,}" for size in row.shape)
-    return [row.name, shape, f"{row.parameters:,}", _size(row.weight_bytes), _size(row.state_bytes), row.note]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1024
-    return f"{count:,.1f} TiB"
+    return [row.name, shape, f"{row.parameters:,}", size(row.weight_bytes), size(row.state_bytes), row.note]
 
 
 @app.command()

@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from embedshard.quantities import duration
+
 
 def json_text(value: Any, indent: int | None = None) -> str:
     """Returns JSON, in which a number that is not finite is null: JSON has no word for it."""
@@ -127,7 +129,7 @@ class ConsoleReporter(Reporter):
             left = (time.monotonic() - self._begin) / done * (self._num_steps - step)
             self._console.print(
                 f"step {step}/{self._num_steps}  epoch {epoch + 1}  loss {loss:.4f}  {rate} samples/s  "
-                f"{_duration(left)} left",
+                f"{duration(left)} left",
                 highlight=False,
             )
 
@@ -147,12 +149,6 @@ class ConsoleReporter(Reporter):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class JsonLinesReporter(Reporter):
