@@ -157,6 +157,20 @@ def _cells(row: Row) -> list[str]:
 
 
 @app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="A run's folder, or several to compare.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: RUN_DIR/report.html; comparison.html here for several.", show_default=False),
+    ] = None,
+) -> None:
+    """Write what a run's folder tells as one HTML page; of several runs, a comparison."""
+    from embedshard.report import write_report
+
+    typer.echo(f"{'Report' if len(run_dirs) == 1 else 'Comparison'}: {write_report(run_dirs, out)}")
+
+
+@app.command()
 def doctor() -> None:
     """Look at this machine and name the fix for what is wrong."""
     from embedshard.launch.doctor import examine
