@@ -20,7 +20,7 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
-from embedshard.launch.numbers import size_text
+from embedshard.quantities import size
 from embedshard.world import set_process_environment
 
 if TYPE_CHECKING:
@@ -156,7 +156,21 @@ def summary(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def _cells(row: Row) -> list[str]:
     shape = " x ".join(f"{size:,}" for size in row.shape)
-    return [row.name, shape, f"{row.parameters:,}", size_text(row.weight_bytes), size_text(row.state_bytes), row.note]
+    return [row.name, shape, f"{row.parameters:,}", size(row.weight_bytes), size(row.state_bytes), row.note]
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="A run's folder, or several to compare.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: RUN_DIR/report.html; comparison.html here for several.", show_default=False),
+    ] = None,
+) -> None:
+    """Write what a run's folder tells as one HTML page; of several runs, a comparison."""
+    from embedshard.report import write_report
+
+    typer.echo(f"{'Report' if len(run_dirs) == 1 else 'Comparison'}: {write_report(run_dirs, out)}")
 
 
 @app.command()

@@ -29,6 +29,8 @@ from embedshard.config.root import Config
 BIAS_DIM = 4
 """Columns of a bias table: the least that FBGEMM takes. The first is the bias."""
 
+_WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
+
 
 @dataclass(frozen=True)
 class Lookup:
@@ -79,6 +81,27 @@ class TableSpec:
     def num_embeddings(self) -> int:
         """Rows as allocated: one more than ids."""
         return self.rows + 1
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are learnt."""
+        return self.num_embeddings * self.dim
+
+    @property
+    def weight_bytes(self) -> int:
+        """The weights' size, unsharded."""
+        return self.parameters * _WEIGHT_BYTES[self.dtype]
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of what the optimizer keeps for them, unsharded; always fp32."""
+        numbers = {
+            "sgd": 0,
+            "adagrad": self.parameters,
+            "rowwise_adagrad": self.num_embeddings,
+            "adam": 2 * self.parameters,
+        }
+        return 4 * numbers[self.optimizer.kind]
 
 
 def bias_key(feature: str) -> str:

@@ -97,6 +97,8 @@ class Dataset:
         return {
             "fingerprint": self.fingerprint,
             "window_steps": list(self.order.window_steps),
+            "epoch_steps": self.order.epoch_steps,
+            "table_rows": dict(self.table_rows),
             "statistics": self.statistics.to_json(),
             "vocabularies": self.vocabulary_fingerprints(),
             "partitions": [source.inventory.to_json() for source in self.train],

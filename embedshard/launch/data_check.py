@@ -18,7 +18,7 @@ from rich.table import Table
 from embedshard.config import load_config
 from embedshard.data.check import check_data
 from embedshard.data.check_report import ColumnReport, Known, ProblemReport, Report, SetReport
-from embedshard.launch.numbers import size_text
+from embedshard.quantities import size
 
 _ACTIONS = {
     "error": "refused",
@@ -86,8 +86,8 @@ def _facts(report: SetReport) -> Iterator[str]:
     )
     if report.rows:
         fit = {True: ": fits data.cache_bytes", False: ": more than data.cache_bytes, so streamed", None: ""}
-        size = f"{size_text(report.size_bytes)} on disk, {size_text(report.decoded_bytes)} decoded"
-        yield size + fit[report.fits_cache]
+        sizes = f"{size(report.size_bytes)} on disk, {size(report.decoded_bytes)} decoded"
+        yield sizes + fit[report.fits_cache]
     if report.unread_rows:
         yield f"{report.unread_rows:,} rows could not be read"
     if report.skipped:

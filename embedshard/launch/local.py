@@ -57,6 +57,8 @@ def train_here(
         console.print(f"  embedshard train --resume {run.path}")
     else:
         console.print(f"Result: {run.path / 'result.json'}")
+    if (run.path / "report.html").exists():
+        console.print(f"Report: {run.path / 'report.html'}")
     return result
 
 

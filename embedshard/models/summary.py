@@ -14,7 +14,6 @@ from embedshard.config import Config, TableSpec
 from embedshard.config.parts import InBatchSoftmaxConfig
 from embedshard.models.registry import build_model
 
-_BYTES = {"fp32": 4, "fp16": 2}
 _DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
 _COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")
 
@@ -93,16 +92,14 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
 
 
 def _table_row(spec: TableSpec) -> Row:
-    parameters = spec.num_embeddings * spec.dim
-    states = {"sgd": 0, "adagrad": parameters, "rowwise_adagrad": spec.num_embeddings, "adam": 2 * parameters}
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
     return Row(
         name=spec.name,
         shape=(spec.num_embeddings, spec.dim),
-        parameters=parameters,
-        weight_bytes=parameters * _BYTES[spec.dtype],
-        state_bytes=states[spec.optimizer.kind] * 4,
+        parameters=spec.parameters,
+        weight_bytes=spec.weight_bytes,
+        state_bytes=spec.state_bytes,
         note=f"{spec.dtype}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}",
     )
 

@@ -19,6 +19,7 @@ from embedshard.config import Config
 from embedshard.data.order import Position
 from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
 from embedshard.evaluate.ranking import higher_is_better
+from embedshard.report import write_report
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
 from embedshard.train.ledger import Ledger
@@ -89,8 +90,12 @@ def train(
             ledger.close()
             quarantine.flush()
     if stopped_by is not None:
-        return TrainResult(stopped_by, state.step, {})
-    return _conclude(parts, state, run, reporter, training, time.monotonic() - begin)
+        result = TrainResult(stopped_by, state.step, {})
+    else:
+        result = _conclude(parts, state, run, reporter, training, time.monotonic() - begin)
+    if world.is_rank_zero:
+        _leave_report(run, reporter)
+    return result
 
 
 class _Training:
@@ -263,3 +268,14 @@ def _conclude(
             write_record(run.quarantine, f"{name}.parquet", aside.rows)
         run.write_json("result.json", result)
     return TrainResult(None, state.step, metrics)
+
+
+def _leave_report(run: RunDirectory, reporter: Reporter) -> None:
+    """Writes report.html. The run is done by now: a failure to tell of it is said and fails nothing."""
+    try:
+        write_report([run.path], is_over=True)
+    except Exception as error:
+        reporter.said(
+            f"The report could not be made ({type(error).__name__}: {error}). The run itself is whole. Try again with: "
+            f"embedshard report {run.path}"
+        )

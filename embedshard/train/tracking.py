@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from embedshard.data.quarantine import BadRowCounts
+from embedshard.quantities import duration
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -150,7 +151,7 @@ class ConsoleReporter(Reporter):
             left = (time.monotonic() - self._begin) / done * (self._num_steps - step)
             self._console.print(
                 f"step {step}/{self._num_steps}  epoch {epoch + 1}  loss {loss:.4f}  {rate} samples/s{self._bad}  "
-                f"{_duration(left)} left",
+                f"{duration(left)} left",
                 highlight=False,
             )
 
@@ -176,12 +177,6 @@ def _percentage(share: float) -> str:
     """Returns a share with two digits that say something, however small it is."""
     percent = 100 * share
     return f"{percent:.0f}%" if percent >= 99.5 else f"{float(f'{percent:.2g}'):f}".rstrip("0").rstrip(".") + "%"
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 class JsonLinesReporter(Reporter):

@@ -72,6 +72,7 @@ def test_sigterm_saves_says_how_to_resume_and_exits_143(
     assert f"embedshard train --resume {path}" in out
     stopped_at = newest_intact(RunDirectory(path).checkpoints).step
     assert f"after step {stopped_at}" in out
+    assert f"stopped at step {stopped_at} of 140" in (path / "report.html").read_text(encoding="utf-8")
     resumed = run("train", "--resume", path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumes after step {stopped_at}." in resumed.stdout

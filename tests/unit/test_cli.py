@@ -30,7 +30,7 @@ def config_file(make_config, tmp_path):
 def test_help_names_the_commands():
     shown = run("--help")
     assert shown.returncode == 0
-    for word in ("train", "evaluate", "summary", "doctor", "config", "Exit codes"):
+    for word in ("train", "evaluate", "summary", "report", "doctor", "config", "Exit codes"):
         assert word in shown.stdout
 
 
@@ -43,6 +43,7 @@ def test_train_then_evaluate_agree(config_file, tmp_path):
     trained = run("train", config_file, "--run-dir", tmp_path / "run", "--set", "train.epochs=1")
     assert trained.returncode == 0, trained.stderr
     assert f"Result: {tmp_path / 'run' / 'result.json'}" in trained.stdout
+    assert f"Report: {tmp_path / 'run' / 'report.html'}" in trained.stdout
     assert "step 7/7" in trained.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     evaluated = run("evaluate", tmp_path / "run", "--json")
@@ -78,6 +79,7 @@ def test_the_default_folder_of_a_run_is_named_after_the_config(config_file, tmp_
         (["evaluate", "nowhere"], ["nowhere", "is not there"]),
         (["train", "CONFIG", "--set", "evaluate.metrics=[recal@20]"], ["recal@20", "recall@20"]),
         (["summary", "nothing.yaml"], ["no such file"]),
+        (["report", "nowhere"], ["nowhere", "is not there"]),
     ],
 )
 def test_a_mistake_is_shown_without_a_traceback_and_exits_2(config_file, tmp_path, arguments, words):
