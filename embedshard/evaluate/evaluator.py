@@ -24,9 +24,12 @@ from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, Ragged, gather, num_rows
 from embedshard.data.dataset import Dataset
 from embedshard.errors import ConfigError
+from embedshard.evaluate.given import rank_candidates
+from embedshard.evaluate.jagged import JaggedIds
 from embedshard.evaluate.pointwise import PointwiseSums
 from embedshard.evaluate.ranking import parse_metric
-from embedshard.evaluate.retrieval import JaggedIds, rank_candidates, rank_catalogue
+from embedshard.evaluate.retrieval import rank_catalogue
+from embedshard.evaluate.scores import DotProducts
 from embedshard.world import World
 
 Split = Literal["validation", "test"]
@@ -126,8 +129,7 @@ class Evaluator:
         unreachable = candidate_ND.new_zeros(prepared.num_unreachable, candidate_ND.shape[1])
         mask = np.arange(len(catalogue) + prepared.num_unreachable) < len(catalogue)
         return rank_catalogue(
-            query_QD,
-            torch.cat([candidate_ND, unreachable]),
+            DotProducts(query_QD, torch.cat([candidate_ND, unreachable])),
             prepared.relevant,
             prepared.seen,
             self._ranking,
@@ -148,7 +150,8 @@ class Evaluator:
                 f"the catalogue of {len(candidate_ND)}. Each must be: give data.catalogue all items."
             )
         query_QD = self._encode(model.encode_queries, columns, num_rows(columns))
-        return rank_candidates(query_QD, positive, JaggedIds(given, negatives.offsets), candidate_ND, self._ranking)
+        scores = DotProducts(query_QD, candidate_ND)
+        return rank_candidates(scores, positive, JaggedIds(given, negatives.offsets), self._ranking)
 
     def _prepare(self, split: Split) -> _RetrievalSet:
         columns = self._read(split)
