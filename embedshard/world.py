@@ -108,6 +108,33 @@ class World:
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
 
+    def from_rank_zero(self, work: Callable[[], T]) -> T:
+        """Returns, on every rank, what work on rank 0 returns. Collective. Between processes of one run only: it pickles.
+
+        The work may take longer than a collective may wait: it is done in a thread, and the others hear every few
+        seconds that it goes on.
+
+        Raises:
+            TrainingError: on the other ranks, if the work failed; rank 0 raises what it raised.
+        """
+        import torch
+
+        if self.world_size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work) if self.is_rank_zero else None
+            goes_on = True
+            while goes_on:
+                is_mine_open = future is not None and bool(wait([future], timeout=_SIGN_OF_LIFE_S).not_done)
+                goes_on = bool(self.sum(torch.tensor(int(is_mine_open))).item())
+        failure = None if future is None else future.exception()
+        told = self.broadcast_object(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise TrainingError(f"rank 0 failed in what it did for all: {told}")
+        return self.broadcast_object(None if future is None else future.result())
+
     def gather_objects(self, value: Any) -> list[Any]:
         """Returns every rank's value, in rank order, on every rank. Collective; it pickles."""
         import torch.distributed as dist

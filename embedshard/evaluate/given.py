@@ -20,6 +20,7 @@ from embedshard.evaluate.lists import BLOCK_BYTES
 from embedshard.evaluate.ranking import IntArray
 from embedshard.evaluate.ranking_sums import RankingSums, ranking_metrics
 from embedshard.evaluate.scores import Scores, nan_score
+from embedshard.evaluate.slices import ItemSlices, sliced_sums
 
 
 def rank_candidates(
@@ -42,6 +43,7 @@ def candidate_sums(
     metrics: Sequence[str],
     *,
     block_bytes: int = BLOCK_BYTES,
+    slices: ItemSlices | None = None,
 ) -> RankingSums:
     """Returns the sums of the metrics of ranking one positive among given negatives, for some of the queries.
 
@@ -56,6 +58,7 @@ def candidate_sums(
         candidates: the negatives of each query.
         metrics: names of ranking metrics other than coverage, which given candidates say nothing about.
         block_bytes: upper limit of what a block takes; a block has at least one query.
+        slices: of the items, for which the sums are also kept apart; None for none.
 
     Raises:
         ConfigError: a metric does not exist, is pointwise, or is coverage.
@@ -102,4 +105,8 @@ def candidate_sums(
         ignored += int((~is_other_V).sum())
         start = stop
     counts = {"queries_without_negatives": queries_without_negatives, "ignored_negatives": ignored}
-    return RankingSums.from_positions(parsed, positions_Q, np.arange(num_queries + 1), counts)
+    each = np.arange(num_queries + 1)
+    sums = RankingSums.from_positions(parsed, positions_Q, each, counts)
+    if slices is not None:
+        sums.slices = sliced_sums(parsed, positions_Q, each[:-1], num_queries, slices.of(positive_Q))
+    return sums

@@ -26,6 +26,7 @@ class RankingSums:
         counts: what was counted beside them; `queries` are those that are averaged.
         covered: for each k of a coverage metric, (N,) whether a candidate was in a list.
         num_recommendable: how many candidates could have been in a list.
+        slices: the sums in which only a slice's items are relevant, by its name.
     """
 
     metrics: tuple[Metric, ...]
@@ -33,6 +34,7 @@ class RankingSums:
     counts: dict[str, int]
     covered: dict[int, BoolArray] = field(default_factory=dict)
     num_recommendable: int = 0
+    slices: dict[str, RankingSums] = field(default_factory=dict)
 
     @classmethod
     def from_positions(
@@ -59,6 +61,9 @@ class RankingSums:
         self.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
         self.counts = {name: value + other.counts[name] for name, value in self.counts.items()}
         self.covered = {k: mask | other.covered[k] for k, mask in self.covered.items()}
+        assert self.slices.keys() == other.slices.keys()
+        for name, sums in self.slices.items():
+            sums.add(other.slices[name])
 
     def result(self) -> dict[str, float]:
         """Returns each metric's value by name, and the counts.

@@ -23,6 +23,7 @@ __all__ = [
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,9 @@ from embedshard.evaluate.lists import BLOCK_BYTES, ScoreBlocks, refuse_nan, take
 from embedshard.evaluate.ranking import UNRANKED, IntArray, largest_k
 from embedshard.evaluate.ranking_sums import BoolArray, RankingSums, ranking_metrics
 from embedshard.evaluate.scores import Scores
+from embedshard.evaluate.slices import ItemSlices, sliced_sums
+
+_COPIED_ROWS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ def catalogue_sums(
     *,
     block_bytes: int = BLOCK_BYTES,
     candidate_mask: torch.Tensor | BoolArray | None = None,
+    slices: ItemSlices | None = None,
 ) -> RankingSums:
     """Returns the sums of the metrics of ranking the whole catalogue for some of the queries.
 
@@ -91,6 +96,7 @@ def catalogue_sums(
         metrics: names of ranking metrics.
         block_bytes: upper limit of the matrix of a block's scores; a block has at least one query.
         candidate_mask: (N,) whether each candidate may be recommended; None for all.
+        slices: of the items, for which the sums are also kept apart; None for none.
 
     Raises:
         ConfigError: a metric does not exist or is pointwise.
@@ -107,6 +113,7 @@ def catalogue_sums(
         coverage_at=[metric.k for metric in parsed if metric.name == "coverage" and metric.k is not None],
         block_bytes=block_bytes,
         candidate_mask=candidate_mask,
+        slices=slices,
     )
     counts = {
         "relevant_also_seen": found.relevant_also_seen,
@@ -114,6 +121,9 @@ def catalogue_sums(
     }
     sums = RankingSums.from_positions(parsed, found.positions, found.relevant.offsets, counts)
     sums.covered, sums.num_recommendable = found.covered, found.num_recommendable
+    if slices is not None:
+        kept = found.relevant
+        sums.slices = sliced_sums(parsed, found.positions, kept.query_index, kept.num_queries, slices.of(kept.values))
     return sums
 
 
@@ -128,6 +138,7 @@ def catalogue_positions(
     coverage_at: Collection[int] = (),
     block_bytes: int = BLOCK_BYTES,
     candidate_mask: torch.Tensor | BoolArray | None = None,
+    slices: ItemSlices | None = None,
 ) -> CataloguePositions:
     """Returns the position of every relevant item among all candidates that the query has not seen.
 
@@ -144,6 +155,7 @@ def catalogue_positions(
             too, and among equal scores prefer the smaller number. With them, queries without relevant items are scored.
         block_bytes: upper limit of the matrix of a block's scores; a block has at least one query.
         candidate_mask: (N,) whether each candidate may be recommended; None for all.
+        slices: with `exact_best`, the best position of each query among each slice's items is exact, too.
 
     Raises:
         DataError: an item's number is outside of the catalogue.
@@ -173,6 +185,8 @@ def catalogue_positions(
         if ids_BK is not None:
             _cover(covered, values_BK, ids_BK, row_R, relevant_scores_R, block_relevant.values)
         if exact_best:
+            if slices is not None:
+                _rank_best_of_slices(scores_BN, row_R, relevant_scores_R, slices.of(block_relevant.values), found_R)
             _rank_best(scores_BN, row_R, relevant_scores_R, found_R)
         positions.append(found_R)  # queries that were left out have no relevant items, so this is kept's order
 
@@ -198,28 +212,63 @@ def _positions(row_R: IntArray, scores_R: npt.NDArray[np.floating], rest_BK: npt
     ahead_R = np.zeros(len(row_R), dtype=np.int64)
     for column in range(max_k):  # a list is a few hundred at most, relevant items can be millions
         ahead_R += rest_BK[row_R, column] >= scores_R
+    before_R = _relevant_before(row_R, scores_R, num_rows)
+    return np.where(ahead_R < max_k, 1 + ahead_R + before_R, UNRANKED)  # behind a score of -inf are all K others
+
+
+def _relevant_before(row_R: IntArray, scores_R: npt.NDArray[np.floating], num_rows: int) -> IntArray:
+    """Returns how many of its row's relevant items stand before each of them."""
     order = np.lexsort((-scores_R, row_R))  # stable, so equal scores stay by ascending number
     starts = offsets_of(np.bincount(row_R, minlength=num_rows))
-    before_R = np.empty_like(ahead_R)
+    before_R = np.empty(len(row_R), dtype=np.int64)
     before_R[order] = np.arange(len(row_R)) - starts[row_R]
-    return np.where(ahead_R < max_k, 1 + ahead_R + before_R, UNRANKED)  # behind a score of -inf are all K others
+    return before_R
 
 
 def _rank_best(scores_BN: torch.Tensor, row_R: IntArray, scores_R: npt.NDArray[np.floating], positions_R: IntArray) -> None:
     """Makes the best position of each row exact, in place. It uses up the scores."""
     best_B = np.full(len(scores_BN), np.inf, dtype=scores_R.dtype)
     order = np.lexsort((-scores_R, row_R))
-    is_first = np.ones(len(order), dtype=bool)
-    is_first[1:] = row_R[order][1:] != row_R[order][:-1]
-    best_R = order[is_first]
+    best_R = order[_is_first(row_R[order])]
     best_R = best_R[(positions_R[best_R] == UNRANKED) & (scores_R[best_R] > -np.inf)]
     if len(best_R) == 0:
         return
     best_B[row_R[best_R]] = scores_R[best_R]
-    scores_BN.ge_(torch.from_numpy(best_B).to(scores_BN.device)[:, None])
-    is_exact = scores_BN.shape[1] < 2**24  # float32 counts no further
-    ahead_B = scores_BN.sum(dim=1, dtype=None if is_exact else torch.float64).cpu().numpy().astype(np.int64)
+    ahead_B = _count_at_least(scores_BN, torch.from_numpy(best_B).to(scores_BN.device))
     positions_R[best_R] = 1 + ahead_B[row_R[best_R]]
+
+
+def _rank_best_of_slices(
+    scores_BN: torch.Tensor,
+    row_R: IntArray,
+    scores_R: npt.NDArray[np.floating],
+    slice_R: IntArray,
+    positions_R: IntArray,
+) -> None:
+    """Makes the best position of each row's items of each slice exact, in place, but the row's own best."""
+    before_R = _relevant_before(row_R, scores_R, len(scores_BN))
+    order = np.lexsort((before_R, slice_R, row_R))
+    best_R = order[_is_first(row_R[order] * len(ItemSlices.names) + slice_R[order])]
+    best_R = best_R[(positions_R[best_R] == UNRANKED) & (scores_R[best_R] > -np.inf) & (before_R[best_R] > 0)]
+    for start in range(0, len(best_R), _COPIED_ROWS):
+        part_R = best_R[start : start + _COPIED_ROWS]
+        copied = scores_BN[torch.from_numpy(row_R[part_R]).to(scores_BN.device)]
+        ahead = _count_at_least(copied, torch.from_numpy(scores_R[part_R]).to(scores_BN.device))
+        positions_R[part_R] = 1 + ahead + before_R[part_R]
+
+
+def _is_first(keys: IntArray) -> BoolArray:
+    """Returns whether each key differs from the one before it."""
+    is_first = np.ones(len(keys), dtype=bool)
+    is_first[1:] = keys[1:] != keys[:-1]
+    return is_first
+
+
+def _count_at_least(scores_BN: torch.Tensor, least_B: torch.Tensor) -> IntArray:
+    """Returns how many scores of each row are at least so great. It uses up the scores."""
+    scores_BN.ge_(least_B[:, None])
+    is_exact = scores_BN.shape[1] < 2**24  # float32 counts no further
+    return scores_BN.sum(dim=1, dtype=None if is_exact else torch.float64).cpu().numpy().astype(np.int64)
 
 
 def _cover(
