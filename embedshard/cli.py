@@ -106,26 +106,28 @@ def evaluate(
         int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    baselines: Annotated[bool, typer.Option(help="Measure the config's baselines too.")] = True,
     device: Device = "auto",
 ) -> None:
-    """Measure a run's checkpoint on its validation and test sets."""
+    """Measure a run's checkpoint on its validation and test sets, beside baselines."""
     from embedshard.launch.local import evaluate_here
+    from embedshard.train.tracking import json_text, metrics_table
 
-    evaluation = evaluate_here(run_dir, checkpoint, device, environment=os.environ)
+    evaluation = evaluate_here(
+        run_dir,
+        checkpoint,
+        device,
+        environment=os.environ,
+        with_baselines=baselines,
+        say=lambda sentence: Console(stderr=True, soft_wrap=True, highlight=False).print(sentence),
+    )
     if as_json:
-        from embedshard.train.tracking import json_text
-
         typer.echo(json_text(evaluation, indent=2))
         return
-    table = Table(title=f"{run_dir}, step {evaluation['step']}", title_justify="left")
-    table.add_column("metric")
     splits = [split for split in ("validation", "test") if split in evaluation]
-    for split in splits:
-        table.add_column(split, justify="right")
-    names = list(dict.fromkeys(name for split in splits for name in evaluation[split]))
-    for name in names:
-        table.add_row(name, *(f"{evaluation[split][name]:.4f}" for split in splits))
-    Console().print(table)
+    compared = {f"{name}, {splits[-1]}": values for name, values in evaluation.get("baselines", {}).items()}
+    columns = {split: evaluation[split] for split in splits} | compared
+    Console().print(metrics_table(f"{run_dir}, step {evaluation['step']}", columns))
 
 
 @app.command()

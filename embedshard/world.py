@@ -15,13 +15,14 @@ import logging
 import os
 import socket
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from embedshard.errors import ConfigError
+from embedshard.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 
 TIMEOUT = timedelta(seconds=300)
 """How long a collective waits: the only detector of a hung one."""
+
+_SIGN_OF_LIFE_S = 5.0
+
+T = TypeVar("T")
 
 
 def set_process_environment() -> None:
@@ -107,6 +112,34 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, group=self.group, group_src=0)
         return box[0]
+
+    def from_rank_zero(self, work: Callable[[], T]) -> T:
+        """Returns, on every rank, what work on rank 0 returns. Collective. Between processes of one run only: it pickles.
+
+        The work may take longer than a collective may wait: it is done in a thread, and the others hear every few
+        seconds that it goes on.
+
+        Raises:
+            TrainingError: on the other ranks, if the work failed; rank 0 raises what it raised.
+        """
+        import torch
+
+        if self.world_size == 1:
+            return work()
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work) if self.is_rank_zero else None
+            goes_on = True
+            while goes_on:
+                is_mine_open = future is not None and bool(wait([future], timeout=_SIGN_OF_LIFE_S).not_done)
+                goes_on = bool(self.sum(torch.tensor(int(is_mine_open))).item())
+        failure = None if future is None else future.exception()
+        told = self.broadcast_object(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        if told is not None:
+            raise TrainingError(f"rank 0 failed in what it did for all: {told}")
+        result: T = self.broadcast_object(None if future is None else future.result())
+        return result
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Returns every rank's value, in rank order, on every rank. Collective; it pickles."""

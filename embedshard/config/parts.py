@@ -22,6 +22,7 @@ __all__ = [
     "DenseOptimizerConfig",
     "DrawsNegatives",
     "EarlyStoppingConfig",
+    "EaseBaseline",
     "EvaluateConfig",
     "Feature",
     "FileVocabulary",
@@ -30,12 +31,15 @@ __all__ = [
     "IdentityVocabulary",
     "InBatchSoftmaxConfig",
     "InitConfig",
+    "ItemKnnBaseline",
+    "MeanBaseline",
     "ModelConfig",
     "Name",
     "NegativeSamplingConfig",
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
+    "PopularityBaseline",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "ShardingConfig",
@@ -563,6 +567,55 @@ class TrainConfig(Strict):
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 
 
+class PopularityBaseline(Strict):
+    """Ranks the same items for everyone: by how often each is met in training."""
+
+    kind: Literal["popularity"]
+    """Which kind it is."""
+
+
+class EaseBaseline(Strict):
+    """EASE^R (Steck 2019): the linear item-to-item model that reconstructs users' items best, in closed form."""
+
+    kind: Literal["ease"]
+    """Which kind it is."""
+    l2: float = Field(500.0, gt=0)
+    """Added to the diagonal of the Gram matrix."""
+
+
+class ItemKnnBaseline(Strict):
+    """Ranks items by their cosine to the items that the user met, of which each speaks for its nearest neighbours."""
+
+    kind: Literal["item_knn"]
+    """Which kind it is."""
+    neighbours: int = Field(200, ge=1)
+    """Nearest neighbours of each item."""
+
+
+class MeanBaseline(Strict):
+    """Predicts the mean label of the training set for every row."""
+
+    kind: Literal["mean"]
+    """Which kind it is."""
+
+
+class BiasBaseline(Strict):
+    """Predicts a label from how far the user's and the item's labels are from the mean, both drawn towards it."""
+
+    kind: Literal["bias"]
+    """Which kind it is."""
+    damping: float = Field(10.0, gt=0)
+    """Rows with the mean label that each user and each item is given beside its own."""
+
+
+Baseline = Annotated[
+    Annotated[
+        PopularityBaseline | EaseBaseline | ItemKnnBaseline | MeanBaseline | BiasBaseline, Field(discriminator="kind")
+    ],
+    BeforeValidator(_as_kind),
+]
+
+
 class EvaluateConfig(Strict):
     """What is measured, on what and how often."""
 
@@ -581,6 +634,13 @@ class EvaluateConfig(Strict):
     always evaluated whole."""
     batch_size: int = Field(8192, ge=1)
     """Rows encoded at once."""
+    baselines: list[Baseline] | Literal["auto"] = "auto"
+    """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
+    the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""
+    baseline_bytes: int = Field(2 * 1024**3, ge=0)
+    """What a baseline may take; one that needs more is left out, and said."""
+    id_statistics_rows: int = Field(20_000_000, ge=0)
+    """Training rows whose ids are counted for result.json; of more, evenly spaced row groups are. 0 counts none."""
 
 
 class CheckpointConfig(Strict):

@@ -11,6 +11,8 @@ from pydantic import Field, model_validator
 
 from embedshard.config.parts import (
     BagFeature,
+    Baseline,
+    BiasBaseline,
     CheckpointConfig,
     CosineContrastiveConfig,
     CustomModelConfig,
@@ -20,11 +22,13 @@ from embedshard.config.parts import (
     EvaluateConfig,
     Feature,
     IdFeature,
+    MeanBaseline,
     ModelConfig,
     Name,
     ObjectiveConfig,
     OptimizerConfig,
     PointwiseConfig,
+    PopularityBaseline,
     ShardingConfig,
     Strict,
     TableConfig,
@@ -85,6 +89,7 @@ class Config(Strict):
                 raise ValueError(f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}")
         self._check_objective()
         self._check_metrics()
+        self._check_baselines()
         return self
 
     def _check_batch(self) -> None:
@@ -209,6 +214,28 @@ class Config(Strict):
             if not metrics:
                 raise ValueError("train.early_stopping looks at a metric: give evaluate.metrics")
 
+    def _check_baselines(self) -> None:
+        metrics, chosen = self.evaluate.metrics, self.evaluate.baselines
+        if chosen == "auto":
+            return
+        kinds = [baseline.kind for baseline in chosen]
+        for baseline in chosen:
+            name = f"evaluate.baselines: '{baseline.kind}'"
+            if kinds.count(baseline.kind) > 1:
+                raise ValueError(f"{name} is there twice. Keep one of them")
+            predicts = isinstance(baseline, MeanBaseline | BiasBaseline)
+            if not any((metric in _POINTWISE_METRICS) == predicts for metric in metrics):
+                does = "predicts labels" if predicts else "ranks items"
+                raise ValueError(
+                    f"{name} {does}, and no metric of evaluate.metrics looks at that. Leave it out, or add a metric "
+                    f"such as {'rmse' if predicts else 'recall@20'}"
+                )
+            if isinstance(baseline, BiasBaseline) and not self._knows_user_and_item():
+                raise ValueError(f"{name} needs to know the user and the item: give model.user_id and model.item_id")
+
+    def _knows_user_and_item(self) -> bool:
+        return self.identity("user_id") is not None and self.identity("item_id") is not None
+
     def _check_catalogue(self, who: str) -> None:
         described_by = self.item_features()
         if self.data.catalogue is None and described_by != [self.identity("item_id")]:
@@ -252,6 +279,18 @@ class Config(Strict):
             identity = self.identity("item_id")
             return list(self.model.item_features) or ([identity] if identity else [])
         return list(self.model.item.features)
+
+    def baselines(self) -> list[Baseline]:
+        """The baselines that the test set's metrics are seen beside: the chosen ones, or what `auto` means."""
+        if self.evaluate.baselines != "auto":
+            return list(self.evaluate.baselines)
+        pointwise = [name in _POINTWISE_METRICS for name in self.evaluate.metrics]
+        found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
+        if any(pointwise):
+            found.append(MeanBaseline(kind="mean"))
+            if self._knows_user_and_item():
+                found.append(BiasBaseline(kind="bias"))
+        return found
 
     def bags(self, table: str) -> list[BagFeature | WeightedBagFeature]:
         """The bag features over a table."""

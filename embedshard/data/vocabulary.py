@@ -45,6 +45,10 @@ class Vocabulary(Protocol):
         """Returns each string's row, -1 for an unknown one; there are no nulls among them."""
         ...
 
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns the id of each row; None where no one id has it."""
+        ...
+
     def describe(self) -> str:
         """Returns what is known, for messages."""
         ...
@@ -98,6 +102,9 @@ class _Identity:
             "Use a 'hash' or a 'file' vocabulary."
         )
 
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        return [row if row < self.rows else None for row in rows.tolist()]
+
     def describe(self) -> str:
         return f"ids from 0 to {self.rows - 1} (tables' rows={self.rows})"
 
@@ -113,6 +120,9 @@ class _Hash:
     def map_strings(self, ids: pa.Array) -> IntArray:
         return (hash_strings(ids, self._seed) % np.uint64(self.rows)).astype(np.int64)
 
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        return [None] * len(rows)
+
     def describe(self) -> str:
         return "any id"
 
@@ -120,7 +130,7 @@ class _Hash:
 class _File:
     def __init__(self, where: str, ids: pa.Array) -> None:
         self.rows = len(ids)
-        self._where = where
+        self._where, self._ids = where, ids
         is_integer = pa.types.is_integer(ids.type)
         self._strings = None if is_integer else ids.cast(pa.large_string())
         numbers = integers(ids) if is_integer else np.zeros(0, dtype=np.int64)
@@ -154,6 +164,9 @@ class _File:
             )
         found = pc.index_in(ids.cast(pa.large_string()), value_set=self._strings)
         return found.fill_null(-1).cast(pa.int64()).to_numpy(zero_copy_only=False)
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        return [self._ids[row].as_py() if row < self.rows else None for row in rows.tolist()]
 
     def describe(self) -> str:
         return f"the {self.rows} ids of {self._where}"

@@ -10,7 +10,7 @@ Shapes: B rows of a batch.
 
 from __future__ import annotations
 
-__all__ = ["PointwiseSums", "weighted_auc"]
+__all__ = ["Link", "PointwiseSums", "weighted_auc"]
 
 from collections.abc import Sequence
 from typing import Literal
@@ -21,6 +21,9 @@ import torch
 
 from embedshard.errors import ConfigError, DataError, TrainingError, nearest
 from embedshard.evaluate.ranking import POINTWISE_METRICS, FloatArray
+
+Link = Literal["identity", "sigmoid"]
+"""`identity` where logits are predictions (ratings), `sigmoid` where they are log odds."""
 
 ArrayLike = torch.Tensor | npt.NDArray[np.generic]
 
@@ -57,12 +60,12 @@ class PointwiseSums:
 
     Attributes:
         metrics: the names, in the order of the result.
-        link: 'identity' where logits are predictions (ratings), 'sigmoid' where they are log odds.
+        link: how a logit becomes a prediction.
         num_rows: rows of a weight above 0 so far.
         total_weight: the sum of their weights.
     """
 
-    def __init__(self, metrics: Sequence[str], link: Literal["identity", "sigmoid"] = "identity") -> None:
+    def __init__(self, metrics: Sequence[str], link: Link = "identity") -> None:
         for name in metrics:
             if name not in POINTWISE_METRICS:
                 raise ConfigError(f"there is no pointwise metric '{name}'. {nearest(name, POINTWISE_METRICS)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["evaluate_here", "evaluate_untrained", "summarise_config", "train_here"]
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from rich.console import Console
 from embedshard.config import Config, Loaded, load_config, table_specs
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
-from embedshard.evaluate.evaluator import Split
+from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.models.summary import Summary, summarise
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import Checkpoint, newest_intact, open_step
@@ -103,8 +103,19 @@ def _reporter(config: Config, run: RunDirectory, world: World, console: Console)
     return Reporters(reporters)
 
 
-def evaluate_here(run_dir: Path, checkpoint_step: int | None, device: str, environment: Mapping[str, str]) -> dict[str, Any]:
+def evaluate_here(
+    run_dir: Path,
+    checkpoint_step: int | None,
+    device: str,
+    environment: Mapping[str, str],
+    *,
+    with_baselines: bool = True,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> dict[str, Any]:
     """Returns a checkpoint's metrics: `step`, and a dict for each of `validation` and `test` that there is.
+
+    With baselines, also `baselines` (of the test set; of the validation set where there is no other) and its `slices`;
+    `say` is told which baselines were left out and why.
 
     Raises:
         EmbedshardError: what a user can act on.
@@ -120,10 +131,17 @@ def evaluate_here(run_dir: Path, checkpoint_step: int | None, device: str, envir
         parts = assemble(config, world, run.read_json("inventory.json"))
         restore_model(checkpoint, parts.model)
         found: dict[str, Any] = {"step": checkpoint.step}
-        for split in ("validation", "test"):
-            if parts.evaluator.has(split):
-                found[split] = parts.evaluator.evaluate(parts.model, split)
-    if len(found) == 1:
+        splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]
+        yardsticks = parts.yardsticks(compares=with_baselines and bool(splits), counts_ids=False)
+        for split in splits:
+            found[split] = parts.evaluator.evaluate(parts.model, split, yardsticks.slices)
+        if with_baselines and splits:
+            comparison = yardsticks.compare(splits[-1])
+            for sentence in comparison.said():
+                say(sentence)
+            found["baselines"] = comparison.metrics
+            found["slices"] = parts.evaluator.slices.get(splits[-1], {})
+    if not splits:
         raise ConfigError(f"{run.path / 'config.yaml'}: nothing to measure. It needs evaluate.metrics and data.test.")
     return found
 

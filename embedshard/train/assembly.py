@@ -16,6 +16,7 @@ from embedshard.data.dataset import Dataset, open_dataset
 from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
 from embedshard.evaluate.evaluator import Evaluator
+from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
 from embedshard.sharding.optimizers import Optimizers
@@ -50,6 +51,12 @@ class Assembly:
             sampler=self.dataset.sampler,
             rank=self.world.rank,
             world_size=self.world.world_size,
+        )
+
+    def yardsticks(self, *, compares: bool, counts_ids: bool) -> Yardsticks:
+        """Looks at the training set for all that the model's metrics are seen beside. Collective."""
+        return Yardsticks(
+            self.config, self.dataset, self.evaluator.sets, self.world, compares=compares, counts_ids=counts_ids
         )
 
 

@@ -19,6 +19,7 @@ from embedshard.config import Config
 from embedshard.data.order import Position
 from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
 from embedshard.evaluate.ranking import higher_is_better
+from embedshard.evaluate.yardsticks import Comparison
 from embedshard.report import write_report
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
@@ -245,11 +246,21 @@ def _conclude(
     if selected_step != state.step:
         restore_model(open_step(run.checkpoints, selected_step), parts.model)
     metrics: dict[str, float] = {}
-    if parts.evaluator.has("test"):
-        metrics = parts.evaluator.evaluate(parts.model, "test")
+    comparison = Comparison()
+    has_test = parts.evaluator.has("test")
+    yardsticks = parts.yardsticks(compares=has_test, counts_ids=True)
+    if has_test:
+        metrics = parts.evaluator.evaluate(parts.model, "test", yardsticks.slices)
         reporter.measured(selected_step, {f"test/{name}": value for name, value in metrics.items()})
+        comparison = yardsticks.compare("test")
+        for sentence in comparison.said():
+            reporter.said(sentence)
+        reporter.compared(metrics, comparison.metrics)
     result: dict[str, Any] = {
         "metrics": metrics,
+        "baselines": comparison.metrics,
+        "slices": parts.evaluator.slices.get("test", {}),
+        "ids": yardsticks.ids,
         "selected_step": selected_step,
         "best_validation": state.best_value,
         "steps": state.step,

@@ -9,6 +9,7 @@ __all__ = [
     "Reporters",
     "TensorBoardReporter",
     "json_text",
+    "metrics_table",
 ]
 
 import json
@@ -21,6 +22,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from embedshard.data.quarantine import BadRowCounts
 from embedshard.quantities import duration
@@ -29,6 +31,17 @@ from embedshard.quantities import duration
 def json_text(value: Any, indent: int | None = None) -> str:
     """Returns JSON, in which a number that is not finite is null: JSON has no word for it."""
     return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def metrics_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Returns a table of metrics: a row each, and a column for each of those that have them."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for metric in dict.fromkeys(metric for values in columns.values() for metric in values):
+        table.add_row(metric, *(f"{values[metric]:.4f}" if metric in values else "" for values in columns.values()))
+    return table
 
 
 def _without_nan(value: Any) -> Any:
@@ -53,6 +66,9 @@ class Reporter:
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Values were measured after a step, named as in `train/loss` or `validation/recall@20`."""
+
+    def compared(self, metrics: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]) -> None:
+        """The model's metrics on the test set, beside each baseline's."""
 
     def said(self, message: str) -> None:
         """Something a person should know."""
@@ -86,6 +102,11 @@ class Reporters(Reporter):
         """Tells all."""
         for reporter in self._reporters:
             reporter.measured(step, values)
+
+    def compared(self, metrics: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.compared(metrics, baselines)
 
     def said(self, message: str) -> None:
         """Tells all."""
@@ -161,6 +182,11 @@ class ConsoleReporter(Reporter):
         if shown:
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             self._console.print(f"step {step}  {text}", highlight=False)
+
+    def compared(self, metrics: Mapping[str, float], baselines: Mapping[str, Mapping[str, float]]) -> None:
+        """Prints a table, where there is something to compare with."""
+        if baselines:
+            self._console.print(metrics_table("Test set", {"model": metrics, **baselines}))
 
     def said(self, message: str) -> None:
         """Prints it."""

@@ -10,16 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedshard.errors import ConfigError, DataError, TrainingError
+from embedshard.evaluate.given import candidate_sums, rank_candidates
+from embedshard.evaluate.jagged import JaggedIds
+from embedshard.evaluate.lists import topk
 from embedshard.evaluate.ranking import UNRANKED
-from embedshard.evaluate.retrieval import (
-    JaggedIds,
-    candidate_sums,
-    catalogue_positions,
-    catalogue_sums,
-    rank_candidates,
-    rank_catalogue,
-    topk,
-)
+from embedshard.evaluate.retrieval import catalogue_positions, catalogue_sums, rank_catalogue
+from embedshard.evaluate.scores import DotProducts
 
 KS = (1, 3, 5, 20)
 METRICS = [f"{name}@{k}" for name in ("recall", "precision", "ndcg", "hit_rate", "map", "coverage") for k in KS]
@@ -103,8 +99,7 @@ def test_the_catalogue_agrees_with_brute_force(seed, num_queries, num_candidates
     seen = random_lists(rng, num_queries, num_candidates, num_candidates)
     mask = rng.random(num_candidates) < 0.6 if masked else None
     result = rank_catalogue(
-        torch.from_numpy(query).float(),
-        torch.from_numpy(candidate).float(),
+        DotProducts(torch.from_numpy(query).float(), torch.from_numpy(candidate).float()),
         jagged(relevant),
         jagged(seen),
         METRICS,
@@ -115,8 +110,7 @@ def test_the_catalogue_agrees_with_brute_force(seed, num_queries, num_candidates
     # Without coverage, another code path counts: nothing but coverage may go.
     plain = [name for name in METRICS if not name.startswith("coverage")]
     again = rank_catalogue(
-        torch.from_numpy(query).double(),
-        torch.from_numpy(candidate).double(),
+        DotProducts(torch.from_numpy(query).double(), torch.from_numpy(candidate).double()),
         jagged(relevant),
         jagged(seen),
         plain,
@@ -131,8 +125,7 @@ def test_float_vectors_agree_with_brute_force_in_every_block_size(block_bytes):
     query, candidate = rng.normal(size=(23, 8)), rng.normal(size=(700, 8))
     relevant, seen = random_lists(rng, 23, 700, 30), random_lists(rng, 23, 700, 200)
     result = rank_catalogue(
-        torch.from_numpy(query),
-        torch.from_numpy(candidate),
+        DotProducts(torch.from_numpy(query), torch.from_numpy(candidate)),
         jagged(relevant),
         jagged(seen),
         METRICS,
@@ -144,7 +137,9 @@ def test_float_vectors_agree_with_brute_force_in_every_block_size(block_bytes):
 @pytest.mark.parametrize("value", [0.0, 0.3])
 def test_a_model_that_says_the_same_of_everything_finds_nothing(value):
     query, candidate = torch.full((5, 13), value), torch.full((1001, 13), value)
-    result = rank_catalogue(query, candidate, jagged([[0, 7, 1000]] * 5), None, ["recall@500", "ndcg@20", "mrr"])
+    result = rank_catalogue(
+        DotProducts(query, candidate), jagged([[0, 7, 1000]] * 5), None, ["recall@500", "ndcg@20", "mrr"]
+    )
     assert result["recall@500"] == result["ndcg@20"] == 0.0
     assert result["mrr"] == pytest.approx(1 / 999)
 
@@ -164,29 +159,31 @@ def test_identical_vectors_tie_wherever_they_stand(num_queries, num_candidates, 
     query = distinct[which[0]].repeat(num_queries, 1)  # its best are the copies of candidate 0
     copies = torch.nonzero(which == which[0]).squeeze(1).tolist()
     for item in (copies[0], copies[-1]):
-        found = catalogue_positions(query, candidate, jagged([[item]] * num_queries), max_k=num_candidates)
+        found = catalogue_positions(DotProducts(query, candidate), jagged([[item]] * num_queries), max_k=num_candidates)
         assert (found.positions >= len(copies)).all()
         assert len(set(found.positions.tolist())) == 1
-    ids, scores = topk(query, candidate, len(copies))
+    ids, scores = topk(DotProducts(query, candidate), len(copies))
     assert (scores == scores[:, :1]).all()
     assert (ids == copies).all()
 
 
 def test_positions_are_exact_up_to_max_k_and_give_no_credit_beyond():
     candidate = torch.arange(10, dtype=torch.float32)[:, None]
-    found = catalogue_positions(torch.ones(1, 1), candidate, jagged([[9, 6, 2, 0]]), max_k=2)
+    found = catalogue_positions(DotProducts(torch.ones(1, 1), candidate), jagged([[9, 6, 2, 0]]), max_k=2)
     assert found.relevant.values.tolist() == [0, 2, 6, 9]
     assert found.positions.tolist() == [UNRANKED, UNRANKED, UNRANKED, 1]
-    found = catalogue_positions(torch.ones(1, 1), candidate, jagged([[2, 0]]), max_k=2, exact_best=True)
+    found = catalogue_positions(DotProducts(torch.ones(1, 1), candidate), jagged([[2, 0]]), max_k=2, exact_best=True)
     assert found.positions.tolist() == [UNRANKED, 8]
 
 
 def test_lists_may_be_longer_than_the_catalogue():
     query, candidate = torch.ones(2, 1), torch.tensor([[3.0], [1.0], [2.0]])
-    result = rank_catalogue(query, candidate, jagged([[1], [0]]), jagged([[0], []]), ["recall@50", "ndcg@50", "map@50"])
+    result = rank_catalogue(
+        DotProducts(query, candidate), jagged([[1], [0]]), jagged([[0], []]), ["recall@50", "ndcg@50", "map@50"]
+    )
     assert result["recall@50"] == 1.0
     assert result["map@50"] == pytest.approx((1 / 2 + 1) / 2)
-    ids, scores = topk(query, candidate, 5, jagged([[0], []]))
+    ids, scores = topk(DotProducts(query, candidate), 5, jagged([[0], []]))
     assert ids.tolist() == [[2, 1, -1, -1, -1], [0, 2, 1, -1, -1]]
     assert scores[0].tolist() == [2.0, 1.0, -np.inf, -np.inf, -np.inf]
 
@@ -194,23 +191,25 @@ def test_lists_may_be_longer_than_the_catalogue():
 def test_when_everything_was_seen_nothing_is_listed():
     query, candidate = torch.ones(2, 2), torch.randn(4, 2)
     seen = jagged([range(4)] * 2)
-    result = rank_catalogue(query, candidate, jagged([[1, 2], []]), seen, ["recall@2", "mrr", "coverage@2"])
+    result = rank_catalogue(DotProducts(query, candidate), jagged([[1, 2], []]), seen, ["recall@2", "mrr", "coverage@2"])
     assert math.isnan(result["recall@2"])
     assert math.isnan(result["mrr"])
     assert result["coverage@2"] == 0.0
     assert (result["queries"], result["queries_without_relevant"], result["relevant_also_seen"]) == (0, 2, 2)
-    assert (topk(query, candidate, 2, seen)[0] == -1).all()
+    assert (topk(DotProducts(query, candidate), 2, seen)[0] == -1).all()
 
 
 def test_a_relevant_item_that_may_not_be_recommended_is_a_miss():
     query, candidate = torch.ones(1, 1), torch.tensor([[3.0], [2.0], [1.0]])
     mask = np.array([False, True, True])
-    result = rank_catalogue(query, candidate, jagged([[0, 1]]), None, ["recall@3", "mrr", "coverage@3"], candidate_mask=mask)
+    result = rank_catalogue(
+        DotProducts(query, candidate), jagged([[0, 1]]), None, ["recall@3", "mrr", "coverage@3"], candidate_mask=mask
+    )
     assert result["recall@3"] == 0.5
     assert result["mrr"] == 1.0
     assert result["coverage@3"] == 1.0
     assert result["relevant_not_recommendable"] == 1
-    only = rank_catalogue(query, candidate, jagged([[0]]), None, ["recall@3", "mrr"], candidate_mask=mask)
+    only = rank_catalogue(DotProducts(query, candidate), jagged([[0]]), None, ["recall@3", "mrr"], candidate_mask=mask)
     assert only["recall@3"] == only["mrr"] == 0.0
 
 
@@ -219,11 +218,10 @@ def test_shares_of_the_queries_add_up():
     query, candidate = torch.from_numpy(rng.integers(-2, 3, (17, 3))).float(), torch.randn(30, 3).round()
     relevant, seen = random_lists(rng, 17, 30, 5), random_lists(rng, 17, 30, 9)
     mask = rng.random(30) < 0.8
-    whole = rank_catalogue(query, candidate, jagged(relevant), jagged(seen), METRICS, candidate_mask=mask)
+    whole = rank_catalogue(DotProducts(query, candidate), jagged(relevant), jagged(seen), METRICS, candidate_mask=mask)
     parts = [
         catalogue_sums(
-            query[share],
-            candidate,
+            DotProducts(query[share], candidate),
             jagged([relevant[i] for i in share]),
             jagged([seen[i] for i in share]),
             METRICS,
@@ -253,17 +251,17 @@ def test_a_nan_score_is_refused(spoilt, says, coverage):
     {"query": query, "candidate": candidate}[which][row, 1] = math.nan
     relevant, seen = jagged([[1], [1], [1]]), jagged([[10], [10], [10]])
     with pytest.raises(TrainingError, match=says):
-        rank_catalogue(query, candidate, relevant, seen, ["recall@5", *coverage])
+        rank_catalogue(DotProducts(query, candidate), relevant, seen, ["recall@5", *coverage])
     with pytest.raises(TrainingError, match="is nan"):
-        topk(query, candidate, 5, seen)
+        topk(DotProducts(query, candidate), 5, seen)
     with pytest.raises(TrainingError, match="is nan"):
-        rank_candidates(query, np.array([1, 2, 3]), jagged([[2, 10, 40]] * 3), candidate, ["recall@5"])
+        rank_candidates(DotProducts(query, candidate), np.array([1, 2, 3]), jagged([[2, 10, 40]] * 3), ["recall@5"])
 
 
 def test_a_nan_in_a_candidate_that_may_not_be_recommended_is_not_looked_at():
     candidate = torch.tensor([[1.0], [math.nan], [2.0]])
     mask = np.array([True, False, True])
-    result = rank_catalogue(torch.ones(1, 1), candidate, jagged([[0]]), None, ["mrr"], candidate_mask=mask)
+    result = rank_catalogue(DotProducts(torch.ones(1, 1), candidate), jagged([[0]]), None, ["mrr"], candidate_mask=mask)
     assert result["mrr"] == 0.5
 
 
@@ -273,23 +271,23 @@ def test_an_item_outside_of_the_catalogue_is_refused(item):
     bad, good = jagged([[item]]), jagged([[1]])
     says = rf"item numbers are outside of 0 .. 3, such as {item}"
     with pytest.raises(DataError, match=says):
-        rank_catalogue(query, candidate, bad, None, ["mrr"])
+        rank_catalogue(DotProducts(query, candidate), bad, None, ["mrr"])
     with pytest.raises(DataError, match=says):
-        rank_catalogue(query, candidate, good, bad, ["mrr"])
+        rank_catalogue(DotProducts(query, candidate), good, bad, ["mrr"])
     with pytest.raises(DataError, match=says):
-        topk(query, candidate, 2, bad)
+        topk(DotProducts(query, candidate), 2, bad)
     with pytest.raises(DataError, match=says):
-        rank_candidates(query, np.array([1]), bad, candidate, ["mrr"])
+        rank_candidates(DotProducts(query, candidate), np.array([1]), bad, ["mrr"])
     with pytest.raises(DataError, match=says):
-        rank_candidates(query, np.array([item]), good, candidate, ["mrr"])
+        rank_candidates(DotProducts(query, candidate), np.array([item]), good, ["mrr"])
 
 
 def test_metrics_that_do_not_fit_are_refused():
     query, candidate, one = torch.ones(1, 1), torch.ones(4, 1), jagged([[1]])
     with pytest.raises(ConfigError, match="'rmse' compares predictions with labels"):
-        rank_catalogue(query, candidate, one, None, ["recall@1", "rmse"])
+        rank_catalogue(DotProducts(query, candidate), one, None, ["recall@1", "rmse"])
     with pytest.raises(ConfigError, match="'coverage@3' looks at lists over the whole catalogue"):
-        rank_candidates(query, np.array([1]), one, candidate, ["coverage@3"])
+        rank_candidates(DotProducts(query, candidate), np.array([1]), one, ["coverage@3"])
 
 
 def test_from_pairs_sorts_and_drops_repetitions():
@@ -317,8 +315,7 @@ def test_topk_agrees_with_a_full_sort(seed, num_candidates, k, spread, block_row
     candidate = rng.integers(-spread, spread + 1, (num_candidates, 2))
     seen = random_lists(rng, 6, num_candidates, 10)
     ids, scores = topk(
-        torch.from_numpy(query).float(),
-        torch.from_numpy(candidate).float(),
+        DotProducts(torch.from_numpy(query).float(), torch.from_numpy(candidate).float()),
         k,
         jagged(seen),
         block_bytes=block_rows * num_candidates * 4,
@@ -345,10 +342,9 @@ def test_given_candidates_agree_with_brute_force(seed, num_queries, spread, bloc
     negatives = random_lists(rng, num_queries, 12, 30)
     plain = [name for name in METRICS if not name.startswith("coverage")]
     result = rank_candidates(
-        torch.from_numpy(query).float(),
+        DotProducts(torch.from_numpy(query).float(), torch.from_numpy(candidate).float()),
         positive,
         jagged(negatives),
-        torch.from_numpy(candidate).float(),
         plain,
         block_bytes=block_bytes,
     )
@@ -376,6 +372,8 @@ def test_given_candidates_with_identical_vectors_tie(dim, dtype):
     copies = np.arange(0, 1000, 5)
     positive = copies[:40]
     negatives = jagged([np.setdiff1d(copies, positive[i])[: 150 + i] for i in range(40)])
-    sums = candidate_sums(query, positive, negatives, candidate, ["recall@150", "mrr"], block_bytes=300 * dim * 8)
+    sums = candidate_sums(
+        DotProducts(query, candidate), positive, negatives, ["recall@150", "mrr"], block_bytes=300 * dim * 8
+    )
     assert sums.result()["recall@150"] == 0.0
     assert sums.result()["mrr"] == pytest.approx(np.mean(1 / (151 + np.arange(40))))
