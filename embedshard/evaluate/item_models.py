@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["Histories", "HistoryScores", "SameForAll", "ease_bytes", "ease_weights", "item_knn_bytes", "item_knn_weights"]
 
+import warnings
 from typing import Any, Final
 
 import numpy as np
@@ -102,7 +103,9 @@ def item_knn_weights(histories: Histories, neighbours: int) -> Any:
     from implicit.nearest_neighbours import CosineRecommender
 
     model = CosineRecommender(K=neighbours + 1, num_threads=torch.get_num_threads())  # each item is its own nearest
-    model.fit(histories.matrix_UN, show_progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it complains of the format that it makes itself
+        model.fit(histories.matrix_UN, show_progress=False)
     weights = model.similarity.tocsr().astype(np.float32)
     weights.setdiag(0.0)
     weights.eliminate_zeros()

@@ -194,7 +194,10 @@ def test_a_run_leaves_a_report_with_the_numbers_of_its_result(finished):
     assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["train"] in page.text
     # loss, two validation metrics, samples a second
     assert page.tags.count("svg") == 4
-    assert "no baseline was measured" in page.text
+    for metric, value in result["baselines"]["popularity"].items():
+        assert number(value) in page.row(metric)[0]
+    for name in ("head", "torso", "tail"):
+        assert str(result["slices"][name]["queries"]) in page.row(name)[0]
 
 
 def test_it_needs_nothing_from_elsewhere_and_runs_nothing(finished):
@@ -251,7 +254,7 @@ def test_smaller_is_better_where_it_is(finished):
 
 
 def test_a_folder_that_lacks_files_says_what_is_missing(finished):
-    change_result(finished, metrics={})
+    change_result(finished, metrics={}, baselines={}, slices={}, ids={}, bad_rows=None)
     for name in ("inventory.json", "attempts.jsonl", "metrics.jsonl"):
         (finished / name).unlink()
     shutil.rmtree(finished / "ledger")
@@ -361,6 +364,7 @@ def test_a_run_that_is_extended_and_dies_is_not_finished(finished):
 
 
 def test_quarantined_rows_of_a_run_without_totals_are_counted_by_reason(finished):
+    change_result(finished, bad_rows=None)
     (finished / "quarantine").mkdir()
     for part, count in enumerate((7, 8)):
         columns = {"file": "a.parquet", "row_group": 0, "row": 5, "column": "item_id", "value": "99", "reason": "unknown id"}
