@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import enum
 import json
 import os
 import sys
@@ -50,6 +51,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the config, in YAML. Can be repeated."),
 ]
+
+
+class Launcher(enum.StrEnum):
+    """What starts the workers."""
+
+    local = enum.auto()
+    ray = enum.auto()
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 
 _INTERRUPTED = 130
@@ -89,20 +99,48 @@ def train(
     ] = False,
     workers: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Processes that train together. Default: this one alone.", show_default=False),
+        typer.Option(
+            metavar="N",
+            help="Processes that train together; with Ray a range such as 2:8 goes on with what is left. Default: one.",
+            show_default=False,
+        ),
     ] = None,
+    launcher: Annotated[
+        Launcher, typer.Option(help="What starts the workers: this program, on this machine, or Ray, on a cluster.")
+    ] = Launcher.local,
+    use_ray: Annotated[bool, typer.Option("--ray", help="Short for --launcher ray.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="auto, or a cluster's address. Default: RAY_ADDRESS, else a cluster of its own.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(min=0.01, help="CPUs that a worker reserves on a Ray cluster.")] = 1.0,
+    max_failures: Annotated[int, typer.Option(min=-1, help="Deaths of Ray workers that are survived; -1: any number.")] = 3,
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
     request = TrainRequest(config, tuple(overrides or []), run_dir, resume, go_on, device).resolved()
-    if workers is not None:
-        least, most = parse_workers(workers)
-        if least != most:
-            raise ConfigError(f"--workers {workers}: a range of workers needs a cluster that can give and take them.")
-        raise typer.Exit(run_workers(request.arguments(), most, os.environ, Console(stderr=True, soft_wrap=True)))
-    from embedshard.launch.local import train_here
+    least, most = parse_workers(workers or "1")
+    console = Console(soft_wrap=True, highlight=False)
+    if use_ray or launcher is Launcher.ray:
+        from embedshard.launch.ray import RayRequest, train_on_ray
 
-    outcome = train_here(request, os.environ, Console(soft_wrap=True, highlight=False))
+        spread = RayRequest(least, most, ray_address, cpus_per_worker, max_failures)
+        outcome = train_on_ray(request, spread, os.environ, console)
+    elif ray_address is not None or least != most:
+        raise ConfigError(
+            f"{'--ray-address' if ray_address else f'--workers {workers}'} needs --launcher ray: a cluster that can give "
+            f"workers and take them away."
+        )
+    elif workers is not None:
+        raise typer.Exit(run_workers(request.arguments(), most, os.environ, Console(stderr=True, soft_wrap=True)))
+    else:
+        from embedshard.launch.local import train_here
+
+        outcome = train_here(request, os.environ, console)
     if outcome.stopped_by is not None:
         raise typer.Exit(_INTERRUPTED if outcome.stopped_by == "SIGINT" else _TERMINATED)
 

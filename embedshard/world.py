@@ -9,7 +9,7 @@ Beside the command line, this is the only module that reads the environment.
 
 from __future__ import annotations
 
-__all__ = ["RENDEZVOUS", "World", "launched_world_size", "open_world", "set_process_environment"]
+__all__ = ["RENDEZVOUS", "World", "launched_world_size", "open_world", "set_process_environment", "shrink_world"]
 
 import logging
 import os
@@ -73,6 +73,7 @@ class World:
         local_world_size: processes on this machine.
         device: where it computes.
         group: the process group of exactly these processes.
+        idle: workers that were started beyond those that can share the lanes.
     """
 
     rank: int
@@ -81,6 +82,7 @@ class World:
     local_world_size: int
     device: torch.device
     group: dist.ProcessGroup
+    idle: int = 0
 
     @property
     def is_rank_zero(self) -> bool:
@@ -207,11 +209,12 @@ def launched_world_size(environment: Mapping[str, str]) -> int | None:
 
 
 @contextmanager
-def open_world(device: str = "auto") -> Iterator[World]:
+def open_world(device: str = "auto", idle: int = 0) -> Iterator[World]:
     """Opens the world that this process belongs to, and closes what it opened.
 
     Args:
         device: `cpu`, `cuda`, or `auto` for the first of the two that is there.
+        idle: workers that were left out by `shrink_world`.
 
     Raises:
         ConfigError: if the device is not there.
@@ -236,7 +239,7 @@ def open_world(device: str = "auto") -> Iterator[World]:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     group = dist.group.WORLD
     assert group is not None, "the process group was just initialised"
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, chosen, group)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, chosen, group, idle)
     try:
         yield world
     except BaseException as error:
@@ -252,6 +255,33 @@ def open_world(device: str = "auto") -> Iterator[World]:
         if not adopted:
             world.barrier()
             dist.destroy_process_group()
+
+
+def shrink_world(size: int) -> bool:
+    """Makes the process group one of its first ranks alone; returns whether this process is one of them. Collective.
+
+    The whole group is replaced, since TorchRec makes groups of its own, which are collective over all of it.
+
+    Args:
+        size: ranks that stay.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    rank, backend = dist.get_rank(), dist.get_backend_config()
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname() + os.environ.get("NODE_RANK", ""))
+    store = _get_default_store()
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank >= size:
+        return False
+    counts = {hosts[:size].count(host) for host in hosts[:size]}
+    # TorchRec takes machines to have equally many workers; where they have not, each worker is a machine of its own.
+    os.environ["LOCAL_WORLD_SIZE"] = str(counts.pop() if len(counts) == 1 else 1)
+    store = dist.PrefixStore("embedshard-shrunk", store)
+    dist.init_process_group(str(backend), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return True
 
 
 def _says_that_a_peer_is_gone(error: BaseException) -> bool:

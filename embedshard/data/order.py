@@ -14,7 +14,7 @@ This module must not know files, columns, tensors or processes.
 
 from __future__ import annotations
 
-__all__ = ["EpochOrder", "Order", "Position", "row_digest", "worlds_that_fit"]
+__all__ = ["EpochOrder", "Order", "Position", "largest_world", "row_digest", "worlds_that_fit"]
 
 import math
 from dataclasses import dataclass
@@ -47,6 +47,11 @@ def _permutation(seed: int, stream: int, a: int, b: int, c: int, count: int) -> 
 def worlds_that_fit(lanes: int) -> list[int]:
     """Returns the world sizes that can train `lanes` lanes: its divisors, ascending."""
     return [size for size in range(1, lanes + 1) if lanes % size == 0]
+
+
+def largest_world(lanes: int, workers: int) -> int:
+    """Returns the largest world size of at most so many workers that can train `lanes` lanes."""
+    return max(size for size in worlds_that_fit(lanes) if size <= workers)
 
 
 @dataclass(frozen=True)

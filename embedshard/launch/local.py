@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["evaluate_here", "evaluate_untrained", "summarise_config", "train_here", "train_in"]
+__all__ = [
+    "evaluate_here",
+    "evaluate_untrained",
+    "load_run_config",
+    "open_run",
+    "summarise_config",
+    "train_here",
+    "train_in",
+]
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
-from embedshard.config import Config, load_config, table_specs
+from embedshard.config import Config, Loaded, load_config, table_specs
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
@@ -23,6 +31,7 @@ from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import TrainResult, train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
+from embedshard.train.stop import Notices
 from embedshard.train.tracking import ConsoleReporter, JsonLinesReporter, Reporter, Reporters, TensorBoardReporter
 from embedshard.world import World, open_world
 
@@ -34,41 +43,55 @@ def train_here(request: TrainRequest, environment: Mapping[str, str], console: C
         EmbedshardError: what a user can act on.
     """
     request = request.resolved()
-    load_config(_config_path(request), environment, request.overrides)  # a mistake is told before anything is set up
+    config = load_run_config(request, environment).config  # a mistake is told before anything is set up
     with open_world(request.device) as world:
-        return train_in(world, request, environment, console)
+        teller = ConsoleReporter(console, config.train.log_every_steps) if world.is_rank_zero else Reporter()
+        return train_in(world, request, environment, teller)
 
 
-def train_in(world: World, request: TrainRequest, environment: Mapping[str, str], console: Console) -> TrainResult:
-    """Trains in a world that is open. Collective; rank 0 alone prints.
+def train_in(
+    world: World, request: TrainRequest, environment: Mapping[str, str], teller: Reporter, notices: Notices | None = None
+) -> TrainResult:
+    """Trains in a world that is open, and tells where the result lies. Collective.
 
     Args:
         world: the processes that train together.
         request: a `resolved` one, the same on all ranks.
         environment: gives configs their `${VAR}`.
-        console: told by rank 0.
+        teller: what rank 0 tells a person by.
+        notices: what this rank is asked from outside; None listens for signals.
 
     Raises:
         EmbedshardError: what a user can act on.
     """
-    console = console if world.is_rank_zero else Console(quiet=True)
-    path, step = world.from_rank_zero(lambda: _open_run(request, environment, console))
+    path, step = world.from_rank_zero(lambda: open_run(request, environment, teller))
     run = RunDirectory.open(path)
     config = run.load_config(environment).config
-    reporter = _reporter(config, run, world, console)
+    reporter = _reporter(config, run, teller) if world.is_rank_zero else Reporter()
     resume_from = None if step is None else open_step(run.checkpoints, step)
     try:
-        result = train(config, world, run, reporter, resume_from)
+        result = train(config, world, run, reporter, resume_from, notices)
     finally:
         reporter.finished()
+    if not world.is_rank_zero:
+        return result
     if result.stopped_by is not None:
-        console.print(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
-        console.print(f"  embedshard train --resume {run.path}")
+        teller.said(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
+        teller.said(f"  embedshard train --resume {run.path}")
     else:
-        console.print(f"Result: {run.path / 'result.json'}")
+        teller.said(f"Result: {run.path / 'result.json'}")
     if (run.path / "report.html").exists():
-        console.print(f"Report: {run.path / 'report.html'}")
+        teller.said(f"Report: {run.path / 'report.html'}")
     return result
+
+
+def load_run_config(request: TrainRequest, environment: Mapping[str, str]) -> Loaded:
+    """Returns the config of a `resolved` request.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    return load_config(_config_path(request), environment, request.overrides)
 
 
 def _config_path(request: TrainRequest) -> Path:
@@ -78,21 +101,26 @@ def _config_path(request: TrainRequest) -> Path:
     return RunDirectory.open(request.resume).path / "config.yaml"
 
 
-def _open_run(request: TrainRequest, environment: Mapping[str, str], console: Console) -> tuple[Path, int | None]:
-    """Makes or opens the run's folder; returns it and the step to go on from."""
-    loaded = load_config(_config_path(request), environment, request.overrides)
+def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Reporter) -> tuple[Path, int | None]:
+    """Makes or opens the folder of a `resolved` request's run; returns it and the step to go on from.
+
+    Raises:
+        ConfigError: if the folder does not fit the request.
+    """
+    loaded = load_run_config(request, environment)
     if request.resume is None:
         path = request.run_dir or _default_run_dir(loaded.config, _config_path(request))
         RunDirectory.create(path, loaded)
-        console.print(f"Run: {path}")
+        teller.said(f"Run: {path}")
         return path, None
     run = RunDirectory.open(request.resume)
     run.check_same_run(loaded.config, environment)
     run.save_config(loaded)
-    console.print(f"Run: {run.path}")
-    found = newest_intact(run.checkpoints, on_damage=lambda damage: console.print(f"Passed over: {damage}"))
-    where = "at its beginning: it has no checkpoint yet" if found is None else f"after step {found.step}"
-    console.print(f"Resumes {where}.")
+    teller.said(f"Run: {run.path}")
+    found = newest_intact(run.checkpoints, on_damage=lambda damage: teller.said(f"Passed over: {damage}"))
+    if (run.path / "attempts.jsonl").exists():
+        where = "at its beginning: it has no checkpoint yet" if found is None else f"after step {found.step}"
+        teller.said(f"Resumes {where}.")
     return run.path, None if found is None else found.step
 
 
@@ -101,15 +129,10 @@ def _default_run_dir(config: Config, config_path: Path) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
-def _reporter(config: Config, run: RunDirectory, world: World, console: Console) -> Reporter:
-    if not world.is_rank_zero:
-        return Reporter()
+def _reporter(config: Config, run: RunDirectory, teller: Reporter) -> Reporter:
     attempts = run.path / "attempts.jsonl"
     attempt = len(attempts.read_text(encoding="utf-8").splitlines()) + 1 if attempts.exists() else 1
-    reporters: list[Reporter] = [
-        ConsoleReporter(console, config.train.log_every_steps),
-        JsonLinesReporter(run.path / "metrics.jsonl", attempt),
-    ]
+    reporters = [teller, JsonLinesReporter(run.path / "metrics.jsonl", attempt)]
     if config.tracking.tensorboard:
         reporters.append(TensorBoardReporter(run.path / "tensorboard"))
     return Reporters(reporters)
