@@ -16,10 +16,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
+from embedshard.launch.processes import leave_error, run_workers, stop_with_launcher
+from embedshard.launch.request import TrainRequest, parse_workers
 from embedshard.quantities import size
 from embedshard.world import set_process_environment
 
@@ -81,20 +84,25 @@ def train(
         Path | None,
         typer.Option(metavar="RUN_DIR", help="Continue a run from its newest checkpoint.", show_default=False),
     ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Continue the run in --run-dir if it has begun, else begin it.")
+    ] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Processes that train together. Default: this one alone.", show_default=False),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
+    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, go_on, device).resolved()
+    if workers is not None:
+        least, most = parse_workers(workers)
+        if least != most:
+            raise ConfigError(f"--workers {workers}: a range of workers needs a cluster that can give and take them.")
+        raise typer.Exit(run_workers(request.arguments(), most, os.environ, Console(stderr=True, soft_wrap=True)))
     from embedshard.launch.local import train_here
 
-    outcome = train_here(
-        config,
-        overrides or [],
-        run_dir,
-        resume,
-        device,
-        environment=os.environ,
-        console=Console(soft_wrap=True, highlight=False),
-    )
+    outcome = train_here(request, os.environ, Console(soft_wrap=True, highlight=False))
     if outcome.stopped_by is not None:
         raise typer.Exit(_INTERRUPTED if outcome.stopped_by == "SIGINT" else _TERMINATED)
 
@@ -221,18 +229,16 @@ def data_check(
 def main() -> None:
     """Runs the command line; a user's mistake is shown without a traceback."""
     set_process_environment()
+    stop_with_launcher(os.environ)
     try:
         app()
-    except EmbedshardError as error:
-        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error:[/] {_plain(name + str(error))}")
+    except Exception as error:
+        if leave_error(error, os.environ):
+            sys.exit(error.exit_code if isinstance(error, EmbedshardError) else 1)
+        if not isinstance(error, EmbedshardError):
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error:[/] {escape(error.shown)}")
         sys.exit(error.exit_code)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["evaluate_here", "evaluate_untrained", "summarise_config", "train_here"]
+__all__ = ["evaluate_here", "evaluate_untrained", "summarise_config", "train_here", "train_in"]
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +12,14 @@ from typing import Any
 
 from rich.console import Console
 
-from embedshard.config import Config, Loaded, load_config, table_specs
+from embedshard.config import Config, load_config, table_specs
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
+from embedshard.launch.request import TrainRequest
 from embedshard.models.summary import Summary, summarise
 from embedshard.train.assembly import assemble
-from embedshard.train.checkpoint import Checkpoint, newest_intact, open_step
+from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import TrainResult, train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
@@ -26,32 +27,40 @@ from embedshard.train.tracking import ConsoleReporter, JsonLinesReporter, Report
 from embedshard.world import World, open_world
 
 
-def train_here(
-    config_path: Path | None,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    resume: Path | None,
-    device: str,
-    environment: Mapping[str, str],
-    console: Console,
-) -> TrainResult:
-    """Trains a config, or continues a run, and tells a person where the result lies.
+def train_here(request: TrainRequest, environment: Mapping[str, str], console: Console) -> TrainResult:
+    """Trains a config, or continues a run, as the world that this process is part of, and tells where the result lies.
 
     Raises:
         EmbedshardError: what a user can act on.
     """
-    loaded, run, resume_from = _open_run(config_path, overrides, run_dir, resume, environment, console)
-    config = loaded.config
-    console.print(f"Run: {run.path}")
-    if resume is not None:
-        where = "at its beginning: it has no checkpoint yet" if resume_from is None else f"after step {resume_from.step}"
-        console.print(f"Resumes {where}.")
-    with open_world(device) as world:
-        reporter = _reporter(config, run, world, console)
-        try:
-            result = train(config, world, run, reporter, resume_from)
-        finally:
-            reporter.finished()
+    request = request.resolved()
+    load_config(_config_path(request), environment, request.overrides)  # a mistake is told before anything is set up
+    with open_world(request.device) as world:
+        return train_in(world, request, environment, console)
+
+
+def train_in(world: World, request: TrainRequest, environment: Mapping[str, str], console: Console) -> TrainResult:
+    """Trains in a world that is open. Collective; rank 0 alone prints.
+
+    Args:
+        world: the processes that train together.
+        request: a `resolved` one, the same on all ranks.
+        environment: gives configs their `${VAR}`.
+        console: told by rank 0.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    console = console if world.is_rank_zero else Console(quiet=True)
+    path, step = world.from_rank_zero(lambda: _open_run(request, environment, console))
+    run = RunDirectory.open(path)
+    config = run.load_config(environment).config
+    reporter = _reporter(config, run, world, console)
+    resume_from = None if step is None else open_step(run.checkpoints, step)
+    try:
+        result = train(config, world, run, reporter, resume_from)
+    finally:
+        reporter.finished()
     if result.stopped_by is not None:
         console.print(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
         console.print(f"  embedshard train --resume {run.path}")
@@ -62,26 +71,29 @@ def train_here(
     return result
 
 
-def _open_run(
-    config_path: Path | None,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    resume: Path | None,
-    environment: Mapping[str, str],
-    console: Console,
-) -> tuple[Loaded, RunDirectory, Checkpoint | None]:
-    if resume is None:
-        if config_path is None:
-            raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
-        loaded = load_config(config_path, environment, overrides)
-        return loaded, RunDirectory.create(run_dir or _default_run_dir(loaded.config, config_path), loaded), None
-    if run_dir is not None and run_dir.resolve() != resume.resolve():
-        raise ConfigError(f"--run-dir {run_dir} and --resume {resume} name two folders. A run continues in its own.")
-    run = RunDirectory.open(resume)
-    loaded = load_config(config_path or run.path / "config.yaml", environment, overrides)
+def _config_path(request: TrainRequest) -> Path:
+    if request.config is not None:
+        return request.config
+    assert request.resume is not None, "a resolved request has one or the other"
+    return RunDirectory.open(request.resume).path / "config.yaml"
+
+
+def _open_run(request: TrainRequest, environment: Mapping[str, str], console: Console) -> tuple[Path, int | None]:
+    """Makes or opens the run's folder; returns it and the step to go on from."""
+    loaded = load_config(_config_path(request), environment, request.overrides)
+    if request.resume is None:
+        path = request.run_dir or _default_run_dir(loaded.config, _config_path(request))
+        RunDirectory.create(path, loaded)
+        console.print(f"Run: {path}")
+        return path, None
+    run = RunDirectory.open(request.resume)
     run.check_same_run(loaded.config, environment)
     run.save_config(loaded)
-    return loaded, run, newest_intact(run.checkpoints, on_damage=lambda damage: console.print(f"Passed over: {damage}"))
+    console.print(f"Run: {run.path}")
+    found = newest_intact(run.checkpoints, on_damage=lambda damage: console.print(f"Passed over: {damage}"))
+    where = "at its beginning: it has no checkpoint yet" if found is None else f"after step {found.step}"
+    console.print(f"Resumes {where}.")
+    return run.path, None if found is None else found.step
 
 
 def _default_run_dir(config: Config, config_path: Path) -> Path:

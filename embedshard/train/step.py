@@ -117,10 +117,12 @@ class Stepper:
                 for value, row in zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
             ]
         count = f"{len(bad)} of {batch.size} rows are not finite" if bad else "the largest rows are"
+        told = "\n".join([f"On {self._world.describe()}, {count}:", *(f"  {line}" for line in worst)])
+        of_all = self._world.gather_objects((bool(bad), told))
+        shown = [told for is_bad, told in of_all if is_bad] or [told for _, told in of_all]
         return (
             f"{where}: the loss is not finite. It must be, or every row looked up would be spoilt; no table was changed. "
-            f"On {self._world.describe()}, {count}:\n"
-            + "\n".join(f"  {line}" for line in worst)
+            + "\n".join(shown)
             + "\nLook at these rows' labels, weights and dense features; else lower the learning rates, or warm up. "
             "The run resumes from its newest checkpoint."
         )
