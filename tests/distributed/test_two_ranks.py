@@ -252,7 +252,7 @@ def test_what_rank_zero_does_for_all_reaches_all(tmp_path):
     assert (first.pop("ran"), second.pop("ran")) == (["long", "failing"], []), "rank 0 alone works"
     assert first.pop("error") == ["DataError", "part-7.parquet is not there. Make it."]
     kind, message = second.pop("error")
-    assert kind == "TrainingError"
+    assert kind == "PeerError"
     assert message.endswith("rank 0 failed in what it did for all: part-7.parquet is not there. Make it.")
     expected = {"value": [1, 2.5, None, "x"], "last": 999, "signs": [1, 1, 1], "after": 40, "nothing": None}
     assert first == second == expected
@@ -281,7 +281,7 @@ def test_data_that_rank_zero_cannot_count_stop_all_ranks(make_config, interactio
     words = {"statistics": "'age' is to be standardised", "counts": "99"}[what]
     assert first.startswith("DataError: ")
     assert words in first
-    assert second == f"TrainingError: rank 0 failed in what it did for all: {first.removeprefix('DataError: ')}"
+    assert second == f"PeerError: rank 0 failed in what it did for all: {first.removeprefix('DataError: ')}"
 
 
 @pytest.mark.parametrize("kind", ["ranking", "pointwise"])
