@@ -240,7 +240,8 @@ def _open_items(dataset: Dataset, world: World) -> None:
     by_popularity = objective is not None and objective.distribution == "popularity"
     counts = None
     if hashed or by_popularity:
-        counts = world.from_rank_zero(lambda: sum(count_ids(source, item_id, num_rows) for source in dataset.train))
+        counted = world.from_rank_zero(lambda: sum(count_ids(source, item_id, num_rows) for source in dataset.train))
+        counts = np.asarray(counted)
     if config.data.catalogue is not None:
         described_by = column_specs(config, "catalogue")
         decoder = Decoder(described_by, dataset.vocabularies, dataset.statistics, config.data.on_bad_row)
