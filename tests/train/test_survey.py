@@ -184,8 +184,10 @@ def test_a_row_group_is_read_once_and_only_where_it_is_wanted(make_config, folde
     assert found.label_sum == found.label_weight == 0
 
 
-def test_rows_without_a_weight_weigh_one(make_config, folder):
-    found = take_survey(opened(make_config, folder, data={"weight": None}), Wanted(interactions=True, labels=True))
+@pytest.mark.parametrize("id_rows", [0, 10**9])
+def test_rows_without_a_weight_weigh_one_unless_they_are_set_aside(make_config, folder, id_rows):
+    wanted = Wanted(interactions=True, labels=True, id_rows=id_rows)
+    found = take_survey(opened(make_config, folder, data={"weight": None}), wanted)
     rows = [row for group in good_rows_of(folder, "oov") for row in group]
     assert (found.label_sum, found.label_weight) == (sum(row["clicked"] for row in rows), len(rows))
     assert set(found.interactions.weights.tolist()) == {1.0}
