@@ -176,8 +176,7 @@ def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | Non
     if resolved is not None:
         _check_resumable(resolved, train, vocabularies)
     if statistics is None:
-        computed = compute_statistics(train).to_json() if world.is_rank_zero else None
-        statistics = Statistics.from_json(world.broadcast_object(computed))
+        statistics = world.from_rank_zero(lambda: compute_statistics(train))
     train = [source.with_statistics(statistics) for source in train]
     fits = [source.decoded_bytes() <= config.data.cache_bytes for source in train]
     windows = resolved["window_steps"] if resolved is not None else [_window_steps(config, fit) for fit in fits]
@@ -241,8 +240,8 @@ def _open_items(dataset: Dataset, world: World) -> None:
     by_popularity = objective is not None and objective.distribution == "popularity"
     counts = None
     if hashed or by_popularity:
-        counted = sum(count_ids(source, item_id, num_rows) for source in dataset.train) if world.is_rank_zero else None
-        counts = np.asarray(world.broadcast_object(counted))
+        counted = world.from_rank_zero(lambda: sum(count_ids(source, item_id, num_rows) for source in dataset.train))
+        counts = np.asarray(counted)
     if config.data.catalogue is not None:
         described_by = column_specs(config, "catalogue")
         decoder = Decoder(described_by, dataset.vocabularies, dataset.statistics, config.data.on_bad_row)
