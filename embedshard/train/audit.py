@@ -171,7 +171,7 @@ class _Auditor:
                     unknown = f"attempts.jsonl cannot be read where it tells of attempt {attempt}"
                 self._fail(f"ledger/{files[attempt, rank].name} is there, and {unknown}", attempt=attempt, rank=rank)
             elif rank >= known.world_size:
-                what = f"ledger/{files[attempt, rank].name} is there, and attempt {attempt} had {known.world_size} ranks"
+                what = f"ledger/{files[attempt, rank].name} is there, and attempt {attempt} had {_ranks(known.world_size)}"
                 self._fail(what, attempt=attempt, rank=rank)
             until = self._lineage.counts_until(attempt)
             self._discarded[attempt] += [line for line in lines if isinstance(line, LedgerLine) and line.first_step >= until]
@@ -179,7 +179,10 @@ class _Auditor:
                 self._notes.append(f"ledger/{files[attempt, rank].name} has unreadable lines, of work that was rolled back.")
         for stretch in self._lineage.stretches:
             if self._order.lanes % stretch.attempt.world_size:
-                what = f"{stretch.attempt.world_size} ranks, as attempts.jsonl says, cannot share {self._order.lanes} lanes"
+                what = (
+                    f"cannot be judged: attempts.jsonl says {_ranks(stretch.attempt.world_size)}, which cannot share "
+                    f"data.lanes={self._order.lanes} lanes"
+                )
                 self._fail(what, steps=(stretch.first, stretch.last), attempt=stretch.attempt.attempt)
                 continue
             for rank in range(stretch.attempt.world_size):
@@ -190,8 +193,7 @@ class _Auditor:
         attempt = stretch.attempt.attempt
         name = f"ledger/{attempt:04d}-{rank:05d}.jsonl"
         if lines is None:
-            ranks = f"{stretch.attempt.world_size} ranks" if stretch.attempt.world_size > 1 else "1 rank"
-            what = f"{name} is not there, and attempt {attempt} had {ranks}"
+            what = f"cannot be judged: {name} is not there, and attempt {attempt} had {_ranks(stretch.attempt.world_size)}"
             self._fail(what, steps=(stretch.first, stretch.last), attempt=attempt, rank=rank)
             return
         done, damage = stretch.first, ""
@@ -229,7 +231,7 @@ class _Auditor:
         line = counted.line
         first, last = self._order.position(line.first_step), self._order.position(line.last_step)
         if {(first.epoch, first.partition), (last.epoch, last.partition)} != {(line.epoch, line.partition)}:
-            what = f"a line says that they are of epoch {line.epoch + 1}, partition {line.partition + 1}, which they are not"
+            what = f"stand in a line that says epoch {line.epoch + 1}, partition {line.partition + 1}, which they are not of"
             steps = (line.first_step, min(line.last_step + 1, self._lineage.steps))
             self._fail(what, steps=steps, attempt=counted.attempt.attempt, rank=counted.rank)
             return
@@ -326,6 +328,10 @@ def _passes(order: Order, last: int, first: int = 0) -> Iterable[PassReport]:
         span = StepRange(first + 1, first + steps[1] - steps[0])
         yield PassReport(at.epoch + 1, at.partition + 1, span, steps == (0, num_steps), num_rows, rows)
         first = span.last_step
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def _span(lines: Sequence[LedgerLine]) -> StepRange | None:

@@ -15,13 +15,15 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from embedshard.data.batch import Batch
 from embedshard.data.order import Digest, row_digest, sum_of_digests
+
+if TYPE_CHECKING:  # whoever only reads ledgers need not wait for torchrec
+    from embedshard.data.batch import Batch
 
 Count = Annotated[int, Field(ge=0)]
 
