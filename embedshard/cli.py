@@ -222,6 +222,20 @@ def report(
 
 
 @app.command()
+def audit(run_dir: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False) -> None:
+    """Prove from a run's ledger that each row was trained exactly once an epoch. Exit code 1 if it is not proved."""
+    from embedshard.launch.audit import audit_here, show
+
+    audited = audit_here(run_dir, os.environ, Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(audited.to_json(), indent=2))
+    else:
+        show(audited, Console())
+    if not audited.is_proved:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Look at this machine and name the fix for what is wrong."""
     from embedshard.launch.doctor import examine

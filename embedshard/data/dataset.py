@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["Dataset", "SetAside", "open_dataset"]
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from embedshard.data.decode import Decoder, column_specs
 from embedshard.data.negatives import CandidateSampler
 from embedshard.data.order import Order
 from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
-from embedshard.data.source import Inventory, Source, check_unchanged, open_source
+from embedshard.data.source import Inventory, Source, check_unchanged, fingerprint_of, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import DataError
@@ -86,7 +85,7 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Of all training files."""
-        return _fingerprint([source.inventory for source in self.train])
+        return fingerprint_of([source.inventory for source in self.train])
 
     def vocabulary_fingerprints(self) -> dict[str, str]:
         """Of each table's vocabulary."""
@@ -256,10 +255,3 @@ def _open_items(dataset: Dataset, world: World) -> None:
         dataset.catalogue = catalogue_from_rows(item_id, np.arange(num_rows, dtype=np.int64), num_rows + 1)
     if objective is not None:
         dataset.sampler = CandidateSampler(objective, config.seed, dataset.catalogue, counts)
-
-
-def _fingerprint(inventories: Sequence[Inventory]) -> str:
-    digest = hashlib.sha256()
-    for inventory in inventories:
-        digest.update(inventory.fingerprint.encode())
-    return digest.hexdigest()

@@ -24,7 +24,7 @@ from embedshard.report import write_report
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
 from embedshard.train.ledger import Ledger
-from embedshard.train.run_directory import RunDirectory
+from embedshard.train.run_directory import Origin, RunDirectory
 from embedshard.train.snapshot import pieces, restore, restore_model
 from embedshard.train.state import TrainState, due
 from embedshard.train.step import StepResult
@@ -79,7 +79,8 @@ def train(
         run.write_json("inventory.json", parts.dataset.resolved())
         Quarantine.forget_after(run.quarantine, state.step)
     _say_skipped(parts.dataset.skipped_files, reporter)
-    attempt = world.broadcast_object(run.begin_attempt(world.world_size) if world.is_rank_zero else None)
+    origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
+    attempt = world.broadcast_object(run.begin_attempt(world.world_size, origin) if world.is_rank_zero else None)
     with Checkpointer(
         root=run.checkpoints,
         rank=world.rank,
@@ -88,7 +89,7 @@ def train(
         mode=config.checkpoint.mode,
         memory_bytes=config.checkpoint.memory_bytes,
     ) as checkpointer:
-        ledger = Ledger(run.path / "ledger", attempt, world.rank)
+        ledger = Ledger(run.ledger, attempt, world.rank)
         quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
         training = _Training(parts, state, reporter, checkpointer, ledger, quarantine)
         try:
@@ -99,7 +100,7 @@ def train(
     if stopped_by is not None:
         result = TrainResult(stopped_by, state.step, {})
     else:
-        result = _conclude(parts, state, run, reporter, training, time.monotonic() - begin)
+        result = _conclude(parts, state, run, reporter, training, attempt, time.monotonic() - begin)
     if world.is_rank_zero:
         _leave_report(run, reporter)
     return result
@@ -247,7 +248,13 @@ def _bad_rows(parts: Assembly, state: TrainState) -> dict[str, Any]:
 
 
 def _conclude(
-    parts: Assembly, state: TrainState, run: RunDirectory, reporter: Reporter, training: _Training, seconds: float
+    parts: Assembly,
+    state: TrainState,
+    run: RunDirectory,
+    reporter: Reporter,
+    training: _Training,
+    attempt: int,
+    seconds: float,
 ) -> TrainResult:
     """Evaluates the selected checkpoint on the test set, once, and writes result.json."""
     selected_step = state.step if state.best_step is None else state.best_step
@@ -272,6 +279,7 @@ def _conclude(
         "selected_step": selected_step,
         "best_validation": state.best_value,
         "steps": state.step,
+        "attempt": attempt,
         "epochs": state.step / parts.dataset.order.epoch_steps,
         "samples_seen": state.samples_seen,
         "wall_seconds": seconds,

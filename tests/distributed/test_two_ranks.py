@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import embedshard
+from embedshard.train.audit import audit_run
+from embedshard.train.audit_report import StepRange
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.loop import train as train_run
 from embedshard.train.run_directory import RunDirectory
@@ -144,7 +148,8 @@ def launch(program, folder, world_size, *arguments):
     """Runs a program as every rank of a world, to its end."""
     path = folder / "program.py"
     path.write_text(textwrap.dedent(program))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    package = str(Path(embedshard.__file__).parents[1])  # that of this checkout, wherever the program lies
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": package}
     processes = [
         subprocess.Popen(
             [sys.executable, str(path), str(rank), str(world_size), str(folder), *map(str, arguments)],
@@ -305,3 +310,28 @@ def test_two_ranks_measure_the_baselines_that_one_does(make_config, tmp_path, ki
     assert two["slices"].keys() == one["slices"].keys()
     for name, values in one["slices"].items():
         assert two["slices"][name] == pytest.approx(values, abs=1e-3)
+
+
+@pytest.mark.parametrize("worlds", [[(2, 5), (1, 10), (2, 99)], [(1, 5), (2, 99)]], ids=["2, 1, 2", "1, 2"])
+def test_the_audit_follows_a_run_through_worlds_of_different_sizes(make_config, tmp_path, worlds):
+    changes = {"checkpoint": {"every_steps": 4, "mode": "blocking"}, "evaluate": {"metrics": []}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_config(changes, splits=("train",)).tree))
+    for world_size, last in worlds:
+        launch(RUN, tmp_path, world_size, last)
+    run = RunDirectory.open(tmp_path)
+    found = audit_run(run, {})
+    assert found.failures == []
+    assert [one.rows_trained for one in found.passes] == [203, 203]
+    assert [attempt.world_size for attempt in found.attempts] == [world_size for world_size, _ in worlds]
+    ends = [StepRange(1, 4), StepRange(5, 8), StepRange(9, 14)] if len(worlds) == 3 else [StepRange(1, 4), StepRange(5, 14)]
+    assert [attempt.counted for attempt in found.attempts] == ends
+    path = tmp_path / "ledger" / f"{len(worlds):04d}-00001.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[-1]["digest"] = lines[0]["digest"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (failure,) = audit_run(run, {}).failures
+    assert (failure.epoch, failure.attempt, failure.rank, failure.steps) == (2, len(worlds), 1, StepRange(13, 14))
+    path.unlink()
+    told = [failure for failure in audit_run(run, {}).failures if failure.epoch == 2]
+    assert {failure.rank for failure in told} == {1}
+    assert f"ledger/{len(worlds):04d}-00001.jsonl is not there" in told[0].what
