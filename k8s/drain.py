@@ -1,8 +1,8 @@
 """Tells Ray that this pod is about to go, so that training saves a checkpoint while it still can.
 
-The preStop hook of the Ray pods. Kubernetes runs it before it sends SIGTERM, at which a Ray node dies at once, and what was not saved
-is lost. Here the node is drained instead: Ray Train hears of it through `get_preemption_info()`, on all ranks. The hook returns when
-the node has left the cluster, which it does as soon as nothing runs on it, or at the deadline.
+The preStop hook of the Ray pods. Kubernetes runs it before it sends SIGTERM, at which a Ray node dies at once, and with it what was
+not saved. Here the node is drained first: Ray Train hears of it through `get_preemption_info()`, on all ranks. The hook returns
+when the node has left the cluster, which it does as soon as nothing runs on it, or at the deadline.
 
 python drain.py --deadline 240          # this node
 python drain.py --deadline 240 --all    # the whole cluster, which does not outlive its head
@@ -31,7 +31,9 @@ def main() -> int:
         parser.error("--address (or RAY_ADDRESS) is needed, and --node-ip (or POD_IP) where not all nodes are drained")
     until = time.time() + arguments.deadline
     client = GcsClient(address=arguments.address)
-    leaving = [node for node, (ip, is_head) in alive(client).items() if (not is_head if arguments.all else ip == arguments.node_ip)]
+    leaving = [
+        node for node, (ip, is_head) in alive(client).items() if (not is_head if arguments.all else ip == arguments.node_ip)
+    ]
     for node in leaving:
         accepted, refusal = client.drain_node(
             node, autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION, "Kubernetes stops this pod", int(until * 1000)

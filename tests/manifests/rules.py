@@ -15,7 +15,16 @@ PART_OF = {"app.kubernetes.io/part-of": "embedshard"}
 COMPONENT = "app.kubernetes.io/component"
 DASHBOARD, GCS, CLIENT = 8265, 6379, 10001
 METRICS = {8080, 44217, 44227}
-RESTRICTED_VOLUMES = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+RESTRICTED_VOLUMES = {
+    "configMap",
+    "csi",
+    "downwardAPI",
+    "emptyDir",
+    "ephemeral",
+    "persistentVolumeClaim",
+    "projected",
+    "secret",
+}
 WORLD = ip_address("203.0.113.7")
 Document = dict[str, Any]
 
@@ -119,7 +128,9 @@ def _container_security(pod: Pod, container: Document) -> Iterator[str]:
 
 
 def _autoscalers(documents: list[Document]) -> list[Document]:
-    return [cluster.get("autoscalerOptions", {}) for _, cluster in clusters(documents) if cluster.get("enableInTreeAutoscaling")]
+    return [
+        cluster.get("autoscalerOptions", {}) for _, cluster in clusters(documents) if cluster.get("enableInTreeAutoscaling")
+    ]
 
 
 def resources(documents: list[Document]) -> Iterator[str]:
@@ -198,7 +209,11 @@ def ray_job(documents: list[Document]) -> Iterator[str]:
         if "submitterPodTemplate" not in spec:
             yield "RayJob: no submitterPodTemplate: KubeRay's own has no securityContext, and Pod Security refuses it"
         words = spec["entrypoint"].split()
-        if words[:2] != ["embedshard", "train"] or "--continue" not in words or re.search(r"[|&;<>`$\n]", spec["entrypoint"]):
+        if (
+            words[:2] != ["embedshard", "train"]
+            or "--continue" not in words
+            or re.search(r"[|&;<>`$\n]", spec["entrypoint"])
+        ):
             yield f"RayJob: not an `embedshard train ... --continue` without a shell: {spec['entrypoint']}"
             continue
         low, _, high = words[words.index("--workers") + 1].partition(":")
@@ -209,7 +224,11 @@ def ray_job(documents: list[Document]) -> Iterator[str]:
         run_dir = words[words.index("--run-dir") + 1]
         for pod in pods([document]):
             paths = {mount["mountPath"] for container in pod.containers for mount in container.get("volumeMounts", [])}
-            if pod.role in ("head", "worker") and "://" not in run_dir and not any(run_dir.startswith(f"{path}/") for path in paths):
+            if (
+                pod.role in ("head", "worker")
+                and "://" not in run_dir
+                and not any(run_dir.startswith(f"{path}/") for path in paths)
+            ):
                 yield f"{pod.role}: {run_dir} is on no volume"
         if document["metadata"].get("labels", {}).get("kueue.x-k8s.io/queue-name"):
             if spec.get("suspend") is not True or spec["rayClusterSpec"].get("enableInTreeAutoscaling"):
@@ -220,7 +239,9 @@ def ray_job(documents: list[Document]) -> Iterator[str]:
 
 def references(documents: list[Document]) -> Iterator[str]:
     """Volumes name claims and ConfigMaps that are rendered too."""
-    there = {(document["kind"], document["metadata"]["name"]) for document in documents} | {("ConfigMap", "kube-root-ca.crt")}
+    there = {(document["kind"], document["metadata"]["name"]) for document in documents} | {
+        ("ConfigMap", "kube-root-ca.crt")
+    }
     for pod in pods(documents):
         needed = set()
         for _, node in walk(pod.spec.get("volumes", [])):
@@ -245,7 +266,9 @@ def namespace(documents: list[Document]) -> Iterator[str]:
             yield f"{document['kind']} {document['metadata']['name']}: in namespace {name}"
 
 
-def reaches(policies: list[Document], pod: dict[str, str], peer: dict[str, str] | None, place: dict[str, str] | None, port: int) -> bool:
+def reaches(
+    policies: list[Document], pod: dict[str, str], peer: dict[str, str] | None, place: dict[str, str] | None, port: int
+) -> bool:
     """Whether the policies let a peer reach a port of a pod, as a network plug-in decides it.
 
     Args:
@@ -255,19 +278,42 @@ def reaches(policies: list[Document], pod: dict[str, str], peer: dict[str, str] 
         place: the labels of the peer's namespace; none for the pod's own.
         port: of TCP.
     """
-    applying = [policy["spec"] for policy in policies if "Ingress" in policy["spec"]["policyTypes"] and _selects(policy["spec"]["podSelector"], pod)]
-    return not applying or any(_allows(rule, "from", peer, place, port) for spec in applying for rule in spec.get("ingress", []))
+    applying = [
+        policy["spec"]
+        for policy in policies
+        if "Ingress" in policy["spec"]["policyTypes"] and _selects(policy["spec"]["podSelector"], pod)
+    ]
+    return not applying or any(
+        _allows(rule, "from", peer, place, port) for spec in applying for rule in spec.get("ingress", [])
+    )
 
 
-def leaves(policies: list[Document], pod: dict[str, str], peer: dict[str, str] | None, place: dict[str, str] | None, port: int, protocol: str = "TCP") -> bool:
+def leaves(
+    policies: list[Document],
+    pod: dict[str, str],
+    peer: dict[str, str] | None,
+    place: dict[str, str] | None,
+    port: int,
+    protocol: str = "TCP",
+) -> bool:
     """Whether the policies let a pod reach a port of a peer; the arguments are those of `reaches`."""
-    applying = [policy["spec"] for policy in policies if "Egress" in policy["spec"]["policyTypes"] and _selects(policy["spec"]["podSelector"], pod)]
-    return not applying or any(_allows(rule, "to", peer, place, port, protocol) for spec in applying for rule in spec.get("egress", []))
+    applying = [
+        policy["spec"]
+        for policy in policies
+        if "Egress" in policy["spec"]["policyTypes"] and _selects(policy["spec"]["podSelector"], pod)
+    ]
+    return not applying or any(
+        _allows(rule, "to", peer, place, port, protocol) for spec in applying for rule in spec.get("egress", [])
+    )
 
 
-def _allows(rule: Document, side: str, peer: dict[str, str] | None, place: dict[str, str] | None, port: int, protocol: str = "TCP") -> bool:
+def _allows(
+    rule: Document, side: str, peer: dict[str, str] | None, place: dict[str, str] | None, port: int, protocol: str = "TCP"
+) -> bool:
     ports = rule.get("ports")
-    if ports is not None and not any(entry.get("protocol", "TCP") == protocol and entry.get("port", port) == port for entry in ports):
+    if ports is not None and not any(
+        entry.get("protocol", "TCP") == protocol and entry.get("port", port) == port for entry in ports
+    ):
         return False
     if not rule.get(side):
         return True
@@ -293,7 +339,11 @@ def _selects(selector: Document, labels: dict[str, str]) -> bool:
         value = labels.get(term["key"])
         if term["operator"] not in ("In", "NotIn", "Exists", "DoesNotExist"):
             raise ValueError(f"a selector's operator is {term['operator']}")
-        holds = {"In": value in term.get("values", []), "NotIn": value not in term.get("values", []), "Exists": value is not None}
+        holds = {
+            "In": value in term.get("values", []),
+            "NotIn": value not in term.get("values", []),
+            "Exists": value is not None,
+        }
         if not holds.get(term["operator"], value is None):
             return False
     return True
@@ -306,30 +356,46 @@ STRANGER = {"app": "stranger"}
 
 
 def network(documents: list[Document]) -> Iterator[str]:
-    """Who reaches which port of the Ray pods: asked of the policies for each pod that is rendered, not read from their text."""
+    """Who reaches which port of the Ray pods: asked of the policies for each rendered pod, not read from their text."""
     policies = [document for document in documents if document["kind"] == "NetworkPolicy"]
     there = pods(documents)
     if not there:
         return
-    if not any(policy["spec"]["podSelector"] == {} and set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"} for policy in policies):
+    if not any(
+        policy["spec"]["podSelector"] == {} and set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+        for policy in policies
+    ):
         yield "NetworkPolicy: none denies by default"
     ray = [pod for pod in there if pod.role in ("head", "worker")]
     elsewhere = {"kubernetes.io/metadata.name": "default"}
     for pod in ray:
         for port in (GCS, DASHBOARD, CLIENT, 52365, 8080, 31000):
-            strangers = [(STRANGER, None), (STRANGER, elsewhere), (None, elsewhere), (PROMETHEUS, elsewhere), (pod.labels, elsewhere)]
+            strangers = [
+                (STRANGER, None),
+                (STRANGER, elsewhere),
+                (None, elsewhere),
+                (PROMETHEUS, elsewhere),
+                (pod.labels, elsewhere),
+            ]
             if any(reaches(policies, pod.labels, peer, place, port) for peer, place in strangers):
                 yield f"{pod.role}: a stranger reaches port {port}"
             for other in ray:
-                if not reaches(policies, pod.labels, other.labels, None, port) or not leaves(policies, other.labels, pod.labels, None, port):
+                if not reaches(policies, pod.labels, other.labels, None, port) or not leaves(
+                    policies, other.labels, pod.labels, None, port
+                ):
                     yield f"{pod.role}: port {port} is closed to the cluster's {other.role}"
         if not reaches(policies, pod.labels, PROMETHEUS, MONITORING, 8080):
             yield f"{pod.role}: Prometheus does not reach its metrics"
         if any(reaches(policies, pod.labels, PROMETHEUS, MONITORING, port) for port in (GCS, DASHBOARD, CLIENT)):
             yield f"{pod.role}: Prometheus reaches more than metrics"
-        if pod.role == "head" and not reaches(policies, pod.labels, OPERATOR, {"kubernetes.io/metadata.name": "kuberay"}, DASHBOARD):
+        if pod.role == "head" and not reaches(
+            policies, pod.labels, OPERATOR, {"kubernetes.io/metadata.name": "kuberay"}, DASHBOARD
+        ):
             yield "head: the operator does not reach the dashboard"
-        if any(reaches(policies, pod.labels, OPERATOR, {"kubernetes.io/metadata.name": "kuberay"}, port) for port in (GCS, CLIENT)):
+        if any(
+            reaches(policies, pod.labels, OPERATOR, {"kubernetes.io/metadata.name": "kuberay"}, port)
+            for port in (GCS, CLIENT)
+        ):
             yield f"{pod.role}: the operator reaches more than the dashboard"
     for pod in there:
         if pod.role in ("head", "worker", "submitter") and not leaves(policies, pod.labels, DNS, SYSTEM, 53, "UDP"):
@@ -337,7 +403,9 @@ def network(documents: list[Document]) -> Iterator[str]:
         if pod.role == "submitter":
             for head in (other for other in ray if other.role == "head"):
                 for port, wanted in ((DASHBOARD, True), (GCS, False), (CLIENT, False)):
-                    both = reaches(policies, head.labels, pod.labels, None, port) and leaves(policies, pod.labels, head.labels, None, port)
+                    both = reaches(policies, head.labels, pod.labels, None, port) and leaves(
+                        policies, pod.labels, head.labels, None, port
+                    )
                     if both != wanted:
                         yield f"submitter: port {port} of the head is {'open' if both else 'closed'} to it"
             if leaves(policies, pod.labels, None, elsewhere, 443):

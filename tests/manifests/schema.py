@@ -1,4 +1,4 @@
-"""Validates manifests as an API server would before admission: KubeRay's kinds by its CRDs, the others by Kubernetes' own schemas."""
+"""Validates manifests as an API server would: KubeRay's kinds by its CRDs, the others by Kubernetes' own schemas."""
 
 import re
 from collections.abc import Iterator
@@ -31,18 +31,24 @@ def load_all(text: str) -> list[dict[str, Any]]:
 
 @cache
 def crd_validator(folder: Path, version: str, kind: str) -> jsonschema.Draft202012Validator | None:
-    """A strict validator for one of KubeRay's kinds: a field that its CRD does not name is an error. None for an unknown kind."""
+    """A strict validator of a KubeRay kind: a field that its CRD does not name is an error. None for an unknown kind."""
     path = folder / f"ray.io_{kind.lower()}s.yaml"
     if not path.is_file():
         return None
     crd = yaml.load(path.read_text(), yaml.CSafeLoader)  # 25,000 lines: too many for Python's own
-    schemas = {f"{crd['spec']['group']}/{entry['name']}": entry["schema"]["openAPIV3Schema"] for entry in crd["spec"]["versions"]}
+    schemas = {
+        f"{crd['spec']['group']}/{entry['name']}": entry["schema"]["openAPIV3Schema"] for entry in crd["spec"]["versions"]
+    }
     return jsonschema.Draft202012Validator(strict(schemas[version])) if version in schemas else None
 
 
 def strict(schema: dict[str, Any], is_root: bool = True) -> dict[str, Any]:
-    """Returns a JSON Schema for an OpenAPI schema of a CRD: unknown fields refused, quantities checked, null allowed where nullable."""
-    result = {key: value for key, value in schema.items() if not key.startswith("x-") and key not in ("description", "default", "format")}
+    """Returns a JSON Schema for a CRD's OpenAPI schema: unknown fields refused, null allowed where nullable."""
+    result = {
+        key: value
+        for key, value in schema.items()
+        if not key.startswith("x-") and key not in ("description", "default", "format")
+    }
     if "properties" in schema:
         result["properties"] = {name: strict(part, False) for name, part in schema["properties"].items()}
         if not schema.get("x-kubernetes-preserve-unknown-fields") and "additionalProperties" not in schema:

@@ -23,7 +23,9 @@ GONE = object()
 def change(documents, path, value):
     """Sets what a path leads to, from a document's kind (and its name, after a slash), or takes it away."""
     kind, _, name = path[0].partition("/")
-    [node] = [document for document in documents if document["kind"] == kind and (not name or document["metadata"]["name"] == name)]
+    [node] = [
+        document for document in documents if document["kind"] == kind and (not name or document["metadata"]["name"] == name)
+    ]
     for part in path[1:-1]:
         node = node[part]
     if value is GONE:
@@ -74,7 +76,9 @@ def test_the_core_schemas_find(render, fault):
     path, value, word = CORE_FAULTS[fault]
     documents = render("base")
     name = path[0].partition("/")[2] or "embedshard"
-    document = next(document for document in documents if document["metadata"]["name"] == name and document["kind"] != "RayJob")
+    document = next(
+        document for document in documents if document["metadata"]["name"] == name and document["kind"] != "RayJob"
+    )
     change(documents, path, value)
     errors = schema_errors(document, None)
     assert errors
@@ -86,20 +90,44 @@ RULE_FAULTS = {
     "no security context of a pod": ((*HEAD, "securityContext"), GONE, "head: may run as root"),
     "a root user": ((*WORKER, "securityContext", "runAsUser"), 0, "worker: may run as root"),
     "a root user in a container": ((*RAY, "securityContext", "runAsUser"), 0, "worker/ray-worker: may run as root"),
-    "a mutable root filesystem": ((*MAIN, "securityContext", "readOnlyRootFilesystem"), False, "head/ray-head: its root filesystem"),
+    "a mutable root filesystem": (
+        (*MAIN, "securityContext", "readOnlyRootFilesystem"),
+        False,
+        "head/ray-head: its root filesystem",
+    ),
     "privileges": ((*RAY, "securityContext", "allowPrivilegeEscalation"), GONE, "worker/ray-worker: may gain privileges"),
-    "a capability": ((*RAY, "securityContext", "capabilities"), {"drop": ["ALL"], "add": ["SYS_PTRACE"]}, "keeps capabilities"),
+    "a capability": (
+        (*RAY, "securityContext", "capabilities"),
+        {"drop": ["ALL"], "add": ["SYS_PTRACE"]},
+        "keeps capabilities",
+    ),
     "no seccomp profile": ((*SUBMITTER, "securityContext", "seccompProfile"), GONE, "submitter: no seccomp profile"),
     "the node's network": ((*WORKER, "hostNetwork"), True, "worker: hostNetwork"),
-    "a folder of the node": ((*WORKER, "volumes", 0), {"name": "tmp", "hostPath": {"path": "/tmp"}}, "not allowed: hostPath"),
+    "a folder of the node": (
+        (*WORKER, "volumes", 0),
+        {"name": "tmp", "hostPath": {"path": "/tmp"}},
+        "not allowed: hostPath",
+    ),
     "nowhere to write": ((*MAIN, "volumeMounts", 0), GONE, "head/ray-head: has nowhere to write"),
-    "no shared memory": ((*WORKER, "volumes", 1, "emptyDir"), {"sizeLimit": "1Gi"}, "worker/ray-worker: no memory at /dev/shm"),
+    "no shared memory": (
+        (*WORKER, "volumes", 1, "emptyDir"),
+        {"sizeLimit": "1Gi"},
+        "worker/ray-worker: no memory at /dev/shm",
+    ),
     "a mount of nothing": ((*WORKER, "volumes", 3), GONE, "mounts data, which is no volume"),
-    "a token mounted by default": ((*HEAD, "automountServiceAccountToken"), GONE, "head: a service-account token is mounted"),
+    "a token mounted by default": (
+        (*HEAD, "automountServiceAccountToken"),
+        GONE,
+        "head: a service-account token is mounted",
+    ),
     "a token mounted": ((*SUBMITTER, "automountServiceAccountToken"), True, "submitter: a service-account token is mounted"),
     "KubeRay's own submitter": (("RayJob", "spec", "submitterPodTemplate"), GONE, "RayJob: no submitterPodTemplate"),
     "no resources": ((*RAY, "resources"), GONE, "worker/ray-worker: no request or no limit of cpu"),
-    "no limit of memory": ((*MAIN, "resources", "limits", "memory"), GONE, "head/ray-head: no request or no limit of memory"),
+    "no limit of memory": (
+        (*MAIN, "resources", "limits", "memory"),
+        GONE,
+        "head/ray-head: no request or no limit of memory",
+    ),
     "more than the limit": ((*RAY, "resources", "requests", "memory"), "80Gi", "asks for more memory than its limit"),
     "a volume without a size": ((*WORKER, "volumes", 0, "emptyDir"), {}, "worker: volume tmp has no sizeLimit"),
     "no probe": ((*RAY, "livenessProbe"), GONE, "worker: no livenessProbe"),
@@ -142,7 +170,11 @@ RULE_FAULTS = {
         "runs",
         "needs PersistentVolumeClaim runs, which is not rendered",
     ),
-    "another namespace": (("ConfigMap", "metadata", "namespace"), "default", "ConfigMap embedshard-config: in namespace default"),
+    "another namespace": (
+        ("ConfigMap", "metadata", "namespace"),
+        "default",
+        "ConfigMap embedshard-config: in namespace default",
+    ),
     "Pod Security not enforced": (("Namespace", "metadata", "labels"), {}, "Pod Security restricted is not enforced"),
     "another Ray": ((*CLUSTER, "rayVersion"), "2.59.0", "RayJob: rayVersion 2.59.0"),
     "an image of another Ray": ((*RAY, "image"), "r/embedshard:0.1.0-py3.11-ray2.59.0-cpu", "worker/ray-worker: the image"),
@@ -163,7 +195,11 @@ RULE_FAULTS = {
         {},
         "submitter: port 8265 of the head is closed to it",
     ),
-    "a policy that lets everyone in": (("NetworkPolicy/ray-cluster", "spec", "ingress"), [{}], "a stranger reaches port 6379"),
+    "a policy that lets everyone in": (
+        ("NetworkPolicy/ray-cluster", "spec", "ingress"),
+        [{}],
+        "a stranger reaches port 6379",
+    ),
     "a dashboard open to the world": (
         ("NetworkPolicy/ray-dashboard", "spec", "ingress", 0, "from"),
         [{"ipBlock": {"cidr": "0.0.0.0/0"}}],
@@ -226,8 +262,16 @@ SPOT_FAULTS = {
         False,
         "head/autoscaler: its root filesystem can be written",
     ),
-    "an autoscaler without limits": ((*CLUSTER, "autoscalerOptions", "resources"), GONE, "head/autoscaler: no request or no limit"),
-    "a head that restarts": ((*HEAD, "restartPolicy"), "Always", "head: the autoscaler's version 2 needs restartPolicy Never"),
+    "an autoscaler without limits": (
+        (*CLUSTER, "autoscalerOptions", "resources"),
+        GONE,
+        "head/autoscaler: no request or no limit",
+    ),
+    "a head that restarts": (
+        (*HEAD, "restartPolicy"),
+        "Always",
+        "head: the autoscaler's version 2 needs restartPolicy Never",
+    ),
     "the token in the head": (
         (*MAIN, "volumeMounts", 0),
         {"name": "autoscaler-token", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"},
@@ -283,10 +327,16 @@ spec:
 
 
 def test_a_worker_group_replaced_by_a_merge_is_found(overlay, pins):
-    """Kustomize knows no merge keys of a RayJob's lists: a strategic merge that means to change one number loses everything else."""
+    """Kustomize knows no merge keys of a RayJob's lists: a merge that means to change one number loses all else."""
     documents = load_all(kustomize(overlay([{"patch": MERGE}])))
     found = problems(documents, pins)
-    for lost in ("its root filesystem can be written", "no request or no limit of memory", "does not drain", "is mounted", "/runs/train"):
+    for lost in (
+        "its root filesystem can be written",
+        "no request or no limit of memory",
+        "does not drain",
+        "is mounted",
+        "/runs/train",
+    ):
         assert any("worker" in problem and lost in problem for problem in found), (lost, found)
 
 

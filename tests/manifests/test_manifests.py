@@ -1,4 +1,4 @@
-"""Everything in k8s/, rendered by kubectl: valid against KubeRay's CRDs and Kubernetes' schemas, and as safe as its README says."""
+"""Everything in k8s/, rendered by kubectl: valid by KubeRay's CRDs and Kubernetes' schemas, as safe as the README says."""
 
 import re
 
@@ -21,16 +21,20 @@ def test_every_part_is_there():
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS)
 def test_schemas(render, crds, folder):
-    """KubeRay's kinds by its CRDs, core kinds by Kubernetes' schemas, both strictly; of other kinds there is no schema here."""
+    """KubeRay's kinds by its CRDs, core kinds by Kubernetes' schemas, both strictly; others have none here."""
     documents = [document for document in render(folder) if document["apiVersion"] not in THIRD_PARTY]
     assert documents or folder == "queues"
-    assert {document["metadata"]["name"]: errors for document in documents if (errors := schema_errors(document, crds))} == {}
+    assert {
+        document["metadata"]["name"]: errors for document in documents if (errors := schema_errors(document, crds))
+    } == {}
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS)
 def test_core_kinds_without_the_crds(render, folder):
     documents = [document for document in render(folder) if document["apiVersion"] not in THIRD_PARTY]
-    assert {document["metadata"]["name"]: errors for document in documents if (errors := schema_errors(document, None))} == {}
+    assert {
+        document["metadata"]["name"]: errors for document in documents if (errors := schema_errors(document, None))
+    } == {}
 
 
 @pytest.mark.parametrize("folder", [folder for folder in KUSTOMIZATIONS if folder != "queues"])
@@ -47,8 +51,16 @@ def test_an_overlay_keeps_the_rest(render, folder):
         [(_, cluster)] = clusters(documents)
         [group] = cluster["workerGroupSpecs"]
         [container] = group["template"]["spec"]["containers"]
-        named = [("env", container["env"]), ("mounts", container["volumeMounts"]), ("volumes", group["template"]["spec"]["volumes"])]
-        return {(kind, entry["name"]) for kind, entries in named for entry in entries} | set(container) | set(group["template"]["spec"])
+        named = [
+            ("env", container["env"]),
+            ("mounts", container["volumeMounts"]),
+            ("volumes", group["template"]["spec"]["volumes"]),
+        ]
+        return (
+            {(kind, entry["name"]) for kind, entries in named for entry in entries}
+            | set(container)
+            | set(group["template"]["spec"])
+        )
 
     dropped = shape(render("base")) - shape(render(folder))
     assert dropped == ({("mounts", "runs"), ("volumes", "runs")} if folder == "overlays/object-store" else set())
@@ -94,7 +106,9 @@ def test_spot(render):
     token = next(volume["name"] for volume in head.spec["volumes"] if "serviceAccountToken" in str(volume))
     assert token in {mount["name"] for mount in cluster["autoscalerOptions"]["volumeMounts"]}
     assert all(token != mount["name"] for container in head.containers for mount in container["volumeMounts"])
-    terms = worker_of(documents).spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
+    terms = worker_of(documents).spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
     [away] = head.spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     spot = {(term["key"], tuple(term["values"])) for entry in terms for term in entry["matchExpressions"]}
     assert spot == {(term["key"], tuple(term["values"])) for term in away["matchExpressions"] if term["operator"] == "NotIn"}
@@ -155,6 +169,8 @@ def test_the_readme_names_what_there_is():
     text = (ROOT / "k8s" / "README.md").read_text()
     for folder in KUSTOMIZATIONS:
         assert folder in text, folder
-    named = re.findall(r"kubectl (?:apply|delete|diff|kustomize) (?:-k )?(k8s/\S+)", text)
+    named = re.findall(r"kubectl (?:apply|delete|diff|kustomize) (?:-k )?(k8s/[\w/-]+)", text)
     assert len(named) >= 5
-    assert [folder for folder in named if not (ROOT / folder / "kustomization.yaml").is_file() and "mine" not in folder] == []
+    assert [
+        folder for folder in named if not (ROOT / folder / "kustomization.yaml").is_file() and "mine" not in folder
+    ] == []
