@@ -7,7 +7,7 @@ import yaml
 
 from embedshard.config import load_config
 from tests.manifests.conftest import KUSTOMIZATIONS, ROOT
-from tests.manifests.rules import clusters, pods, problems
+from tests.manifests.rules import clusters, leaves, pods, problems
 from tests.manifests.schema import load_all, quantity, schema_errors
 
 pytestmark = pytest.mark.timeout(120)
@@ -16,7 +16,7 @@ OVERLAYS = {"overlays/cpu", "overlays/gpu", "overlays/spot", "overlays/kueue", "
 
 
 def test_every_part_is_there():
-    assert {"base", "interactive", "data", "foundation", "monitoring", "queues"} | OVERLAYS == set(KUSTOMIZATIONS)
+    assert {"base", "interactive", "data", "foundation", "monitoring", "queues"} | OVERLAYS <= set(KUSTOMIZATIONS)
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS)
@@ -112,6 +112,18 @@ def test_spot(render):
     [away] = head.spec["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]["nodeSelectorTerms"]
     spot = {(term["key"], tuple(term["values"])) for entry in terms for term in entry["matchExpressions"]}
     assert spot == {(term["key"], tuple(term["values"])) for term in away["matchExpressions"] if term["operator"] == "NotIn"}
+
+
+@pytest.mark.parametrize(
+    ("folder", "roles"), [("base", set()), ("overlays/spot", {"head"}), ("overlays/object-store", {"head", "worker"})]
+)
+def test_who_reaches_the_world(render, folder, roles):
+    """No pod, but the head's autoscaler for the API server, and Ray's pods for a bucket; and HTTPS is all."""
+    documents = render(folder)
+    policies = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    for pod in pods(documents):
+        assert leaves(policies, pod.labels, None, None, 443) == (pod.role in roles), pod.role
+        assert not leaves(policies, pod.labels, None, None, 80)
 
 
 def test_kueue(render):
