@@ -1,8 +1,8 @@
 """Tells Ray that this pod is about to go, so that training saves a checkpoint while it still can.
 
-The preStop hook of the Ray pods. Kubernetes runs it before it sends SIGTERM, at which a Ray node dies at once, and with it what
-was not saved. Here the node is drained first: Ray Train hears of it through `get_preemption_info()`, on all ranks. The hook
-returns when the node has left the cluster, which it does as soon as nothing runs on it, or at the deadline.
+The preStop hook of the Ray pods. Kubernetes runs it before it sends SIGTERM, at which a Ray node dies at once, and with it
+what was not saved. Here the node is drained first: Ray Train hears of it through `get_preemption_info()`, on all ranks. The
+hook returns when the node has left the cluster, which it does as soon as nothing runs on it, or at the deadline.
 
 python drain.py --deadline 240          # this node
 python drain.py --deadline 240 --all    # the whole cluster, which does not outlive its head
