@@ -1,0 +1,181 @@
+"""What the tests of Ray share: an environment, a training as a process, and looking at the run that it leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+TIMEOUT_S = 600
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Of every process here. Ray leaves a token in the home folder, so this is another one."""
+    return {
+        **os.environ,
+        "HOME": str(tmp_path_factory.mktemp("home")),
+        "OMP_NUM_THREADS": "1",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_worker_niceness": "0",  # else workers starve beside whatever else this machine does
+    }
+
+
+class Training:
+    """`embedshard train` as a process, and its run's folder."""
+
+    def __init__(self, path, environment, arguments):
+        self.path = path
+        command = [sys.executable, "-m", "embedshard.cli", "train", *map(str, arguments)]
+        self._output = (path.parent / f"{path.name}-output.txt").open("w+")
+        self.process = subprocess.Popen(command, stdout=self._output, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    @property
+    def output(self):
+        return Path(self._output.name).read_text()
+
+    def wait(self):
+        """Waits for its end; returns what it printed."""
+        self.process.wait(timeout=TIMEOUT_S)
+        return self.output
+
+    def wait_for_step(self, step):
+        """Waits until the run has logged a step."""
+        log, deadline = self.path / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+        while time.monotonic() < deadline:
+            if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
+                return
+            assert self.process.poll() is None, self.output
+            time.sleep(0.02)
+        raise AssertionError(f"{self.path} never came to step {step}: {self.output}")
+
+    def attempts(self):
+        return [json.loads(line) for line in (self.path / "attempts.jsonl").read_text().splitlines()]
+
+    def result(self):
+        return json.loads((self.path / "result.json").read_text())
+
+    def descendants(self):
+        found, todo = [], [self.process.pid]
+        while todo:
+            for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+                mine = [int(number) for number in task.read_text().split()]
+                found += mine
+                todo += mine
+        return found
+
+    def ray_workers(self):
+        """The processes of its own cluster that train."""
+        return [pid for pid in self.descendants() if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+    def end(self):
+        """Ends it and what it started."""
+        if self.process.poll() is None:
+            for pid in [*self.descendants(), self.process.pid]:
+                os.kill(pid, signal.SIGKILL)
+            self.process.wait(timeout=60)
+        self._output.close()
+
+
+@pytest.fixture
+def train(environment, tmp_path):
+    """A function that starts a training; what is left of it is ended after the test."""
+    started = []
+
+    def train(name, *arguments, **more):
+        started.append(Training(tmp_path / name, {**environment, **more}, arguments))
+        return started[-1]
+
+    yield train
+    for training in started:
+        training.end()
+
+
+CHANGES = {
+    "train": {"epochs": 20, "log_every_steps": 1},
+    "checkpoint": {"every_steps": 10, "keep": 3},
+    "evaluate": {"every_steps": 140},
+}
+
+
+@pytest.fixture
+def config_file(make_config, tmp_path):
+    """A run of 140 steps that saves each tenth."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config(CHANGES).tree))
+    return path
+
+
+@pytest.fixture
+def own_code(tmp_path):
+    """A function from a module's source to environment variables under which every process imports it at its start."""
+
+    def own_code(source):
+        folder = tmp_path / "own_code"
+        folder.mkdir()
+        (folder / "sitecustomize.py").write_text(source)
+        return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+    return own_code
+
+
+WHEN_THE_MODEL_IS_IMPORTED = """
+import importlib.abc, importlib.machinery, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != "embedshard.models.two_tower":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def then(module):
+            execute(module)
+            change(module.TwoTower)
+        spec.loader.exec_module = then
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture
+def slow_model(own_code):
+    """Environment variables under which each step takes a tenth of a second more, so that slow events fall into a run."""
+    return own_code(
+        WHEN_THE_MODEL_IS_IMPORTED
+        + """
+def change(model):
+    import time
+    forward = model.forward
+    def slowly(self, *given):
+        time.sleep(0.1)
+        return forward(self, *given)
+    model.forward = slowly
+"""
+    )
+
+
+@pytest.fixture
+def faulty_model(own_code):
+    """Environment variables under which the model fails on one rank at its tenth step."""
+    return own_code(
+        WHEN_THE_MODEL_IS_IMPORTED
+        + """
+def change(model):
+    forward, calls = model.forward, []
+    def at_the_tenth(self, *given):
+        import torch.distributed as dist
+        calls.append(1)
+        if len(calls) == 10 and dist.get_rank() == 1:
+            raise KeyError("this worker alone met a fault")
+        return forward(self, *given)
+    model.forward = at_the_tenth
+"""
+    )
