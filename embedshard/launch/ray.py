@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _POLL_S: Final = 0.2
 _TELL_EVERY_S: Final = 0.3
+_STARTS: Final = 3
 _DEFAULTS: Final = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths of configs mean something else
@@ -136,13 +137,21 @@ def _cluster(ray: Any, spread: RayRequest, environment: Mapping[str, str]) -> It
         # The workers of a laptop may be more than its cores: they share them.
         options["num_cpus"] = max(os.cpu_count() or 1, int(spread.most * spread.cpus_per_worker + 0.999))
         options["include_dashboard"] = False
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level="WARNING", **options)
-    except ConnectionError as error:
-        raise ConfigError(
-            f"--ray-address {address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Start one with "
-            f"'ray start --head', give its address, or leave --ray-address out for a local cluster."
-        ) from error
+    for attempt in range(_STARTS):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="WARNING", **options)
+            break
+        except ConnectionError as error:
+            raise ConfigError(
+                f"--ray-address {address}: no Ray cluster answers there ({str(error).splitlines()[0]}). Start one with "
+                f"'ray start --head', give its address, or leave --ray-address out for a local cluster."
+            ) from error
+        except Exception as error:  # Ray raises plain ones, such as after the 30 s that it gives a busy machine
+            ray.shutdown()
+            if attempt + 1 == _STARTS:
+                raise TrainingError(
+                    f"Ray did not start here in {_STARTS} tries: {error} Its logs are in /tmp/ray/session_latest/logs."
+                ) from error
     try:
         yield
     finally:
