@@ -21,9 +21,11 @@ from embedshard.config.parts import (
     DrawsNegatives,
     InitConfig,
     TableOptimizerConfig,
+    TableShardingConfig,
     TwoTowerConfig,
     WeightedBagFeature,
 )
+from embedshard.config.placement import sharding_of_bias
 from embedshard.config.root import Config
 
 BIAS_DIM = 4
@@ -62,7 +64,7 @@ class TableSpec:
         weighted: whether it is looked up with weights.
         pooling: `sum` or `mean`; `sum` for a weighted table, whose weights do the rest.
         lookups: the keys over it, in the order of the config's features.
-        sharding_types: what the config allows; empty: any that keep the optimizer.
+        sharding: how it may be cut, or is.
     """
 
     name: str
@@ -75,7 +77,7 @@ class TableSpec:
     weighted: bool
     pooling: str
     lookups: tuple[Lookup, ...]
-    sharding_types: tuple[str, ...]
+    sharding: TableShardingConfig
 
     @property
     def num_embeddings(self) -> int:
@@ -154,7 +156,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 weighted=weighted,
                 pooling="sum" if weighted or not poolings else poolings.pop(),
                 lookups=tuple(lookups),
-                sharding_types=tuple(table.sharding.types),
+                sharding=table.sharding,
             )
         )
     return (*specs, *_bias_specs(config, {spec.name: spec for spec in specs}))
@@ -188,7 +190,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                     Lookup(key, feature_name),
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),
                 ),
-                sharding_types=specs[feature.table].sharding_types,
+                sharding=sharding_of_bias(specs[feature.table].sharding),
             )
         )
     return biases

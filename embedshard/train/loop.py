@@ -20,6 +20,7 @@ from embedshard.data.order import Position
 from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
+from embedshard.models.summary import sharding_exceptions
 from embedshard.report import write_report
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
@@ -73,6 +74,8 @@ def train(
         run.write_json("inventory.json", parts.dataset.resolved())
         Quarantine.forget_after(run.quarantine, state.step)
     _say_skipped(parts.dataset.skipped_files, reporter)
+    for exception in sharding_exceptions(config, parts.specs):
+        reporter.said(exception)
     attempt = world.broadcast_object(run.begin_attempt(world.world_size) if world.is_rank_zero else None)
     with Checkpointer(
         root=run.checkpoints,
