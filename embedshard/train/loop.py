@@ -116,7 +116,7 @@ class _Training:
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
         self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
-        self.num_steps = _num_steps(parts)
+        self.num_steps = parts.num_steps
         self.seconds = 0.0  # in steps, evaluations and saves left out
         self.samples = 0
 
@@ -218,11 +218,6 @@ class _Training:
         )
         if self.checkpointer.decision != decided:
             self.reporter.said(f"Checkpoints are written {self.checkpointer.decision}.")
-
-
-def _num_steps(parts: Assembly) -> int:
-    planned = parts.config.train.epochs * parts.dataset.order.epoch_steps
-    return planned if parts.config.train.max_steps is None else min(planned, parts.config.train.max_steps)
 
 
 def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:
