@@ -4,8 +4,9 @@ The data floor fills the keys, the model floor builds the tables; both read them
 feature's own key there are derived ones, with a colon in their names: `item_id:bias` (the 4-column table of a bias) and
 `item_id:negative0` (ids drawn beside the rows, in as many slots as they need).
 
-A table lives in one collection. Features of one table may pool differently: such a table is looked up with weights, 1
-for a sum and 1 / length for a mean, so that every sharding type stays open to it.
+A table lives in one collection, and all pooling is a sum. A table with a bag that is a mean is looked up with weights, 1 /
+length for a mean and 1 for the rest: TorchRec's own mean is wrong under GRID_SHARD (each piece divides by the ids that it
+holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose sums are divided too).
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ class TableSpec:
         init: how rows begin.
         optimizer: the fused optimizer, overrides applied.
         l2_lookup: penalty on looked-up vectors.
-        weighted: whether it is looked up with weights.
-        pooling: `sum` or `mean`; `sum` for a weighted table, whose weights do the rest.
+        weighted: whether it is looked up with weights; pooling is always a sum.
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
     """
@@ -75,7 +75,6 @@ class TableSpec:
     optimizer: TableOptimizerConfig
     l2_lookup: float
     weighted: bool
-    pooling: str
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
 
@@ -141,8 +140,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
             lookups.append(Lookup(feature_name, feature_name))
             if feature_name in drawn:
                 lookups += [Lookup(negative_key(feature_name, slot), feature_name, slot) for slot in slots]
-        poolings = {feature.pooling for feature in config.bags(name)}
-        weighted = len(poolings) > 1 or any(isinstance(bag, WeightedBagFeature) for bag in config.bags(name))
+        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling == "mean" for bag in config.bags(name))
         overrides = table.optimizer.model_dump(exclude_none=True)
         specs.append(
             TableSpec(
@@ -154,7 +152,6 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 optimizer=config.optimizer.tables.model_copy(update=overrides),
                 l2_lookup=table.l2_lookup,
                 weighted=weighted,
-                pooling="sum" if weighted or not poolings else poolings.pop(),
                 lookups=tuple(lookups),
                 sharding=table.sharding,
             )
@@ -185,7 +182,6 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                 optimizer=specs[feature.table].optimizer,
                 l2_lookup=0.0,
                 weighted=False,
-                pooling="sum",
                 lookups=(
                     Lookup(key, feature_name),
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),

@@ -18,7 +18,6 @@ def spec(name="item", rows=1000, dim=12, **init):
         optimizer=TableOptimizerConfig(),
         l2_lookup=0.0,
         weighted=False,
-        pooling="sum",
         lookups=(),
         sharding=TableShardingConfig(),
     )
