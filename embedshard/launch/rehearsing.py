@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["CaseError", "LocalGroup", "Outcome", "rehearse_for_parent"]
 
+import faulthandler
 import json
 import os
 import queue
@@ -25,7 +26,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from embedshard.config import Config
-from embedshard.errors import EmbedshardError
+from embedshard.errors import CheckpointError, ConfigError, DataError, EmbedshardError, PlanError
 from embedshard.world import open_local_group, set_process_environment
 
 if TYPE_CHECKING:
@@ -174,7 +175,7 @@ class LocalGroup:
                 failures.append((answer["kind"], answer["message"]))
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         if failures:
-            kind, message = min(failures, key=lambda failure: failure[0] in ("died", "TrainingError"))
+            kind, message = min(failures, key=lambda failure: _rank_of_cause(failure[0]))
             if waiting or kind == "died":
                 self._kill()
             raise CaseError(kind, message)
@@ -198,6 +199,7 @@ def rehearse_for_parent(rank: str, world_size: str, local_world_size: str, folde
     import torch
 
     torch.set_num_threads(1)
+    faulthandler.enable()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     known: dict[str, Dataset] = {}
@@ -222,6 +224,13 @@ def _answered(case: dict[str, Any], world: World, known: dict[str, Dataset]) -> 
         traceback.print_exc()
         return {"kind": type(error).__name__, "message": f"{world.describe()}: {type(error).__name__}: {error}"}
     return {"kind": "", "message": ""}
+
+
+def _rank_of_cause(kind: str) -> int:
+    """Returns how far a failure is from the cause, where several ranks failed: the others failed because one had."""
+    if kind in {error.__name__ for error in (CheckpointError, ConfigError, DataError, PlanError)}:
+        return 0
+    return 1 if kind == "died" else 2
 
 
 def _pass_on(rank: int, stream: IO[str], answers: queue.Queue[tuple[int, str]]) -> None:

@@ -1,11 +1,12 @@
 """Explicit plans: on which ranks each table's pieces lie, decided by pure functions of sizes and the world.
 
-What the config leaves open is chosen by size: the largest tables first, each where least lies so far.
+What the config leaves open is chosen by size: the largest tables first, each where least lies so far. A table with too few
+rows to give each rank some of them is not cut by rows: FBGEMM 1.8 on CPU reads beyond its memory where a piece is empty.
 """
 
 from __future__ import annotations
 
-__all__ = ["Placement", "place_tables"]
+__all__ = ["Placement", "leaves_empty_pieces", "place_tables"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -53,6 +54,11 @@ def place_tables(specs: Sequence[TableSpec], world_size: int, local_world_size: 
     return {spec.name: places[spec.name] for spec in specs}
 
 
+def leaves_empty_pieces(num_rows: int, num_pieces: int) -> bool:
+    """Returns whether cutting rows leaves a piece empty: TorchRec gives each the same number, rounded up, while there are any."""
+    return -(-num_rows // -(-num_rows // num_pieces)) < num_pieces
+
+
 class _Ground:
     """The ranks, the machines that they are on, and the bytes that lie there so far."""
 
@@ -64,6 +70,9 @@ class _Ground:
 
     def place(self, spec: TableSpec) -> Placement:
         placement = self._given(spec) if spec.sharding.ranks else self._chosen(spec)
+        cuts_rows = placement.sharding_type in ("row_wise", "table_row_wise", "grid_shard")
+        if cuts_rows and leaves_empty_pieces(spec.num_embeddings, len(placement.ranks) // placement.num_blocks):
+            placement = Placement("table_wise", self._emptiest(placement.ranks, 1))
         share = (spec.weight_bytes + spec.state_bytes) // len(placement.ranks)
         for rank in placement.ranks:
             self._bytes[rank] += share

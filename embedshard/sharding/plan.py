@@ -32,7 +32,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from embedshard.config import TableSpec
 from embedshard.config.placement import ALL_TYPES, DEFAULT_TYPES
 from embedshard.errors import PlanError
-from embedshard.sharding.explicit import Placement, place_tables
+from embedshard.sharding.explicit import Placement, leaves_empty_pieces, place_tables
 from embedshard.world import World
 
 
@@ -98,13 +98,21 @@ def _planned(
             compute_device=world.device.type,
         ),
         constraints={
-            spec.name: ParameterConstraints(sharding_types=list(spec.sharding.types or DEFAULT_TYPES)) for spec in specs
+            spec.name: ParameterConstraints(sharding_types=_possible(spec, world)) for spec in specs
         },
     )
     try:
         return planner.plan(model, sharders), None
     except PlannerError as error:
         return None, str(error)
+
+
+def _possible(spec: TableSpec, world: World) -> list[str]:
+    """Returns the types that the planner may choose: `table_wise` instead of those that would leave a piece empty."""
+    pieces = {"row_wise": world.world_size, "table_row_wise": world.local_world_size, "grid_shard": world.local_world_size}
+    allowed = spec.sharding.types or DEFAULT_TYPES
+    is_out = {kind: kind in pieces and leaves_empty_pieces(spec.num_embeddings, pieces[kind]) for kind in allowed}
+    return list(dict.fromkeys("table_wise" if is_out[kind] else kind for kind in allowed))
 
 
 def _parameter(weight: torch.Tensor, place: Placement, world: World) -> ParameterSharding:
