@@ -37,8 +37,10 @@ def shard_model(model: nn.Module, config: Config, specs: Sequence[TableSpec], wo
         device=world.device,
         plan=plan,
         sharders=[sharder],
-        # The output is a dataclass, into which a static graph's hooks do not look.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        # The output is a dataclass, into which a static graph's hooks do not look. Where it looks for unused parameters, DDP
+        # leaves its buckets as they are; else it orders them anew after its first step, and with them the sums over more
+        # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
     initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded

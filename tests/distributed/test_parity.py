@@ -139,7 +139,13 @@ def test_no_plan_and_no_world_changes_the_result(lab, world, optimizer, sharding
 
 
 SAVES = [(1, "table_wise"), *[(world, kind) for world in (2, 4) for kind in ("row_wise", "table_wise", "column_wise")]]
-OTHER = {"row_wise": "column_wise", "table_wise": "row_wise", "column_wise": "data_parallel"}
+SAVES.append((4, "data_parallel"))
+OTHER = {
+    "row_wise": "column_wise",
+    "table_wise": "row_wise",
+    "column_wise": "data_parallel",
+    "data_parallel": "table_row_wise",
+}
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
