@@ -208,6 +208,27 @@ def _cells(row: Row) -> list[str]:
 
 
 @app.command()
+def verify(
+    config: ConfigPath,
+    steps: Annotated[int, typer.Option(min=1, help="How many of the first steps are trained.")] = 20,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Train the first steps under every sharding type in worlds of 1, 2 and 4 and compare. Exit code 1 if any differs."""
+    from embedshard.config import load_config
+    from embedshard.launch.verify import show, verify_plans
+
+    loaded = load_config(config, os.environ, overrides or [])
+    found = verify_plans(loaded.config, steps=steps, console=Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        show(found, Console())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     run_dirs: Annotated[list[Path], typer.Argument(help="A run's folder, or several to compare.", show_default=False)],
     out: Annotated[

@@ -9,7 +9,15 @@ Beside the command line, this is the only module that reads the environment.
 
 from __future__ import annotations
 
-__all__ = ["RENDEZVOUS", "World", "launched_world_size", "open_world", "set_process_environment", "shrink_world"]
+__all__ = [
+    "RENDEZVOUS",
+    "World",
+    "launched_world_size",
+    "open_local_group",
+    "open_world",
+    "set_process_environment",
+    "shrink_world",
+]
 
 import logging
 import os
@@ -20,6 +28,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from embedshard.errors import ConfigError, PeerError
@@ -290,3 +299,25 @@ def _says_that_a_peer_is_gone(error: BaseException) -> bool:
     if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_IS_GONE)
+
+
+@contextmanager
+def open_local_group(rank: int, world_size: int, local_world_size: int, rendezvous: Path) -> Iterator[World]:
+    """Opens a world of processes on this machine's CPUs that meet in a file, and closes it.
+
+    Args:
+        rank: this process's.
+        world_size: how many there are.
+        local_world_size: how many are taken to be on one machine.
+        rendezvous: a file that is not there yet, the same for all.
+    """
+    import torch
+    import torch.distributed as dist
+
+    os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)  # TorchRec reads it
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None, "the process group was just initialised"
+    yield World(rank, world_size, rank % local_world_size, local_world_size, torch.device("cpu"), group)
+    dist.barrier()
+    dist.destroy_process_group()

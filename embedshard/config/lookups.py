@@ -4,8 +4,9 @@ The data floor fills the keys, the model floor builds the tables; both read them
 feature's own key there are derived ones, with a colon in their names: `item_id:bias` (the 4-column table of a bias) and
 `item_id:negative0` (ids drawn beside the rows, in as many slots as they need).
 
-A table lives in one collection. Features of one table may pool differently: such a table is looked up with weights, 1
-for a sum and 1 / length for a mean, so that every sharding type stays open to it.
+A table lives in one collection, and all pooling is a sum. A table with a bag that is a mean is looked up with weights, 1 /
+length for a mean and 1 for the rest: TorchRec's own mean is wrong under GRID_SHARD (each piece divides by the ids that it
+holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose sums are divided too).
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from embedshard.config.parts import (
     DrawsNegatives,
     InitConfig,
     TableOptimizerConfig,
+    TableShardingConfig,
     TwoTowerConfig,
     WeightedBagFeature,
 )
+from embedshard.config.placement import sharding_of_bias
 from embedshard.config.root import Config
 
 BIAS_DIM = 4
@@ -59,10 +62,9 @@ class TableSpec:
         init: how rows begin.
         optimizer: the fused optimizer, overrides applied.
         l2_lookup: penalty on looked-up vectors.
-        weighted: whether it is looked up with weights.
-        pooling: `sum` or `mean`; `sum` for a weighted table, whose weights do the rest.
+        weighted: whether it is looked up with weights; pooling is always a sum.
         lookups: the keys over it, in the order of the config's features.
-        sharding_types: what the config allows; empty: any that keep the optimizer.
+        sharding: how it may be cut, or is.
     """
 
     name: str
@@ -73,9 +75,8 @@ class TableSpec:
     optimizer: TableOptimizerConfig
     l2_lookup: float
     weighted: bool
-    pooling: str
     lookups: tuple[Lookup, ...]
-    sharding_types: tuple[str, ...]
+    sharding: TableShardingConfig
 
     @property
     def num_embeddings(self) -> int:
@@ -139,8 +140,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
             lookups.append(Lookup(feature_name, feature_name))
             if feature_name in drawn:
                 lookups += [Lookup(negative_key(feature_name, slot), feature_name, slot) for slot in slots]
-        poolings = {feature.pooling for feature in config.bags(name)}
-        weighted = len(poolings) > 1 or any(isinstance(bag, WeightedBagFeature) for bag in config.bags(name))
+        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling == "mean" for bag in config.bags(name))
         overrides = table.optimizer.model_dump(exclude_none=True)
         specs.append(
             TableSpec(
@@ -152,9 +152,8 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 optimizer=config.optimizer.tables.model_copy(update=overrides),
                 l2_lookup=table.l2_lookup,
                 weighted=weighted,
-                pooling="sum" if weighted or not poolings else poolings.pop(),
                 lookups=tuple(lookups),
-                sharding_types=tuple(table.sharding.types),
+                sharding=table.sharding,
             )
         )
     return (*specs, *_bias_specs(config, {spec.name: spec for spec in specs}))
@@ -183,12 +182,11 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                 optimizer=specs[feature.table].optimizer,
                 l2_lookup=0.0,
                 weighted=False,
-                pooling="sum",
                 lookups=(
                     Lookup(key, feature_name),
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),
                 ),
-                sharding_types=specs[feature.table].sharding_types,
+                sharding=sharding_of_bias(specs[feature.table].sharding),
             )
         )
     return biases

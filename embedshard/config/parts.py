@@ -43,6 +43,7 @@ __all__ = [
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "ShardingConfig",
+    "ShardingType",
     "Strict",
     "TableConfig",
     "TableOptimizerConfig",
@@ -287,21 +288,38 @@ class TableOptimizerOverride(Strict):
     """Adam's."""
 
 
-class TableShardingConfig(Strict):
-    """How one table may be cut."""
+ShardingType = Literal[
+    "table_wise",
+    "column_wise",
+    "table_column_wise",
+    "row_wise",
+    "table_row_wise",
+    "grid_shard",
+    "data_parallel",
+]
+"""TorchRec's ways to cut a table."""
 
-    types: list[
-        Literal[
-            "table_wise",
-            "column_wise",
-            "table_column_wise",
-            "row_wise",
-            "table_row_wise",
-            "grid_shard",
-            "data_parallel",
-        ]
-    ] = Field(default_factory=list)
-    """Sharding types the planner may choose for it; any that leave its optimizer as it is where empty."""
+
+class TableShardingConfig(Strict):
+    """How one table is cut, and where its pieces lie."""
+
+    types: list[ShardingType] = Field(default_factory=list)
+    """`sharding.planner: auto`: the types that the planner may choose; table-, row- and table-row-wise where empty."""
+    type: ShardingType | None = None
+    """`sharding.planner: explicit`: how it is cut."""
+    ranks: list[int] = Field(default_factory=list)
+    """`sharding.planner: explicit`: where its pieces lie. `table_wise`: one rank; `column_wise`: one for each block of
+    columns; `table_column_wise`: the same, all on one machine; `table_row_wise`: all ranks of one machine; `grid_shard`:
+    all ranks of each machine that has a block of columns. `row_wise` and `data_parallel` lie on all ranks. Chosen by
+    size where empty. In a world of one everything lies on rank 0."""
+    allow_changed_optimizer: bool = False
+    """Allows types that train the table by another optimizer than the config names: those that cut columns, with
+    row-wise Adagrad."""
+
+    @property
+    def asked(self) -> list[ShardingType]:
+        """The types that it names, in either way."""
+        return list(self.types) if self.type is None else [self.type]
 
 
 class TableConfig(Strict):
@@ -537,8 +555,11 @@ class OptimizerConfig(Strict):
 class ShardingConfig(Strict):
     """How tables are cut and placed."""
 
-    planner: Literal["auto"] = "auto"
-    """`auto`: TorchRec's planner, within what each table allows."""
+    planner: Literal["auto", "explicit"] = "auto"
+    """`auto`: TorchRec's planner, within what each table allows. `explicit`: what each table's `sharding.type` says."""
+    communication: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """In what embeddings and their gradients travel between workers. `bf16` needs CUDA. Anything but `fp32` makes the
+    result depend on the world."""
 
 
 class EarlyStoppingConfig(Strict):

@@ -38,6 +38,7 @@ from embedshard.config.parts import (
     TwoTowerConfig,
     WeightedBagFeature,
 )
+from embedshard.config.placement import check_table_sharding
 from embedshard.errors import nearest
 
 _POINTWISE_METRICS = frozenset({"rmse", "mae", "log_loss", "auc"})
@@ -78,6 +79,7 @@ class Config(Strict):
     def _parts_agree(self) -> Config:
         self._check_batch()
         self._check_tables()
+        self._check_sharding()
         if isinstance(self.model, TwoTowerConfig):
             self._check_tower("user", self.model.user, self.model.biases)
             self._check_tower("item", self.model.item, self.model.biases)
@@ -113,6 +115,11 @@ class Config(Strict):
         for name in self.tables:
             if name not in used:
                 raise ValueError(f"tables.{name}: no feature looks it up. Remove it, or give a feature 'table: {name}'")
+
+    def _check_sharding(self) -> None:
+        for name, table in self.tables.items():
+            optimizer = table.optimizer.kind or self.optimizer.tables.kind
+            check_table_sharding(name, table, optimizer, self.sharding.planner)
 
     def _check_tower(self, side: str, tower: TowerConfig, biases: Sequence[str]) -> None:
         for name in tower.features:

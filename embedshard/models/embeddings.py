@@ -18,7 +18,6 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from embedshard.config import TableSpec
 from embedshard.data.batch import Batch
 
-_POOLING = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}
 _DATA_TYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
@@ -47,7 +46,7 @@ class EmbeddingLookup(nn.Module):
                     num_embeddings=spec.num_embeddings,
                     embedding_dim=spec.dim,
                     data_type=_DATA_TYPE[spec.dtype],
-                    pooling=_POOLING[spec.pooling],
+                    pooling=PoolingType.SUM,
                     feature_names=[lookup.key for lookup in spec.lookups],
                 )
                 for spec in specs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Row", "Summary", "summarise"]
+__all__ = ["Row", "Summary", "sharding_exceptions", "summarise"]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import InBatchSoftmaxConfig
+from embedshard.config.placement import changed_optimizer
 from embedshard.models.registry import build_model
 
 _DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
-_COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,22 @@ def _exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]:
     objective = config.objective
     if isinstance(objective, InBatchSoftmaxConfig) and objective.negatives == "local":
         found.append("objective.negatives is 'local': each worker sees its own rows' items, so the world changes the loss.")
-    for spec in specs:
-        cut = [kind for kind in spec.sharding_types if kind in _COLUMN_TYPES]
-        if cut and spec.optimizer.kind == "rowwise_adagrad":
-            found.append(
-                f"tables.{spec.name}.sharding.types allows {cut[0]}: row-wise Adagrad then keeps one statistic per column "
-                f"block, which is another optimizer."
-            )
+    found += sharding_exceptions(config, specs)
     if not config.train.deterministic:
         found.append("On CUDA without train.deterministic, sums are added in any order. (On a CPU they are not.)")
+    return found
+
+
+def sharding_exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]:
+    """Returns in which ways the config allows sharding to change the result."""
+    found = []
+    for spec in specs:
+        for kind in spec.sharding.asked:
+            if why := changed_optimizer(kind, spec.optimizer.kind):
+                found.append(f"tables.{spec.name}.sharding allows another optimizer: {why}.")
+    if config.sharding.communication != "fp32":
+        found.append(
+            f"sharding.communication is '{config.sharding.communication}': embeddings and gradients are rounded on their "
+            f"way between workers, so the world and the plan change the result."
+        )
     return found

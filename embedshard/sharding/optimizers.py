@@ -1,7 +1,7 @@
-"""Optimizers: fused ones for tables, torch's for the rest, one schedule for both, and the proof of who trains what.
+"""Optimizers: fused ones for tables, torch's for the rest, one schedule for all.
 
-TorchRec decides by the plan whether a table keeps the optimizer that it was given, and does not say so. So after
-sharding, and before the first step, `check_ownership` compares each table's kernel with what the config names.
+TorchRec decides by the plan whether a table keeps the optimizer that it was given, and does not say so. A data-parallel
+table loses it: here it gets its own back, as a dense optimizer. Then `ownership.py` proves who trains what.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ __all__ = ["Optimizers", "attach_table_optimizers", "learning_rate_factor"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -24,21 +24,11 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
-from embedshard.errors import ConfigError, PlanError
+from embedshard.errors import ConfigError
+from embedshard.sharding.ownership import TABLE_CLASSES, check_ownership
+from embedshard.sharding.shards import Shard, replicated_tables
 from embedshard.world import World
 
-_TABLE_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adagrad": torch.optim.Adagrad,
-    "rowwise_adagrad": RowWiseAdagrad,
-    "adam": torch.optim.Adam,
-}
-_FUSED_TYPES = {
-    "sgd": EmbOptimType.EXACT_SGD,
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "adam": EmbOptimType.ADAM,
-}
 _ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
 _DENSE_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -88,7 +78,7 @@ def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec], device
                     f"Choose one of {', '.join(_ON_CPU)}, or train on CUDA."
                 )
             # A dict of its own: sharding writes into it.
-            _apply_optimizer_in_backward(_TABLE_CLASSES[optimizer.kind], [bag.weight], _arguments(optimizer))
+            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [bag.weight], _arguments(optimizer))
 
 
 class Optimizers:
@@ -109,11 +99,14 @@ class Optimizers:
         self._schedule = config.optimizer.schedule
         self._clip_norm = config.optimizer.dense.clip_norm
         self._fused = model.fused_optimizer
-        self._dense_parameters = dict(in_backward_optimizer_filter(model.named_parameters()))
-        check_ownership(model, specs, self._dense_parameters, world)
+        rest = dict(in_backward_optimizer_filter(model.named_parameters()))
+        self._replicated = _replicated_optimizers(model, rest, specs)
+        owned = {name for optimizer in self._replicated.values() for name in optimizer.params}
+        self._dense_parameters = {name: parameter for name, parameter in rest.items() if name not in owned}
+        check_ownership(model, specs, self._replicated, self._dense_parameters, world)
         self.dense = _dense_optimizer(config.optimizer.dense, self._dense_parameters)
         groups = [group for _, fused in self._fused.optimizers for group in fused.param_groups]
-        groups += self.dense.param_groups if self.dense is not None else []
+        groups += [group for optimizer in self._unfused for group in optimizer.param_groups]
         self._base_rates = [(group, float(group["lr"])) for group in groups]
         self._factor: float | None = None
 
@@ -149,18 +142,42 @@ class Optimizers:
             if isinstance(value, torch.Tensor)
         }
 
+    def replicated_state(self) -> Iterator[Shard]:
+        """Yields the state of data-parallel tables as live views, named and shaped as the fused optimizers' is."""
+        for table, optimizer in sorted(self._replicated.items()):
+            for values in optimizer.state_dict()["state"].values():
+                if "sum" in values:  # Adagrad's (rows, dim), or row-wise Adagrad's (rows, 1)
+                    state = values["sum"].squeeze(1) if isinstance(optimizer._optimizer, RowWiseAdagrad) else values["sum"]
+                    yield Shard(table, "momentum1", state, (0,) * state.dim(), tuple(state.shape), is_replicated=True)
+
     def zero_grad(self) -> None:
-        """Forgets the dense gradients."""
-        if self.dense is not None:
-            self.dense.zero_grad(set_to_none=False)
+        """Forgets the gradients of all that is not fused."""
+        for optimizer in self._unfused:
+            optimizer.zero_grad(set_to_none=False)
 
     def step(self) -> None:
-        """Takes the dense step; tables have taken theirs in the backward pass."""
-        if self.dense is None:
-            return
-        if self._clip_norm is not None:
+        """Takes the step of all that is not fused; other tables have taken theirs in the backward pass."""
+        if self.dense is not None and self._clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(self._dense_parameters.values(), self._clip_norm)
-        self.dense.step()
+        for optimizer in self._unfused:
+            optimizer.step()
+
+    @property
+    def _unfused(self) -> list[KeyedOptimizerWrapper]:
+        return [*self._replicated.values(), *([] if self.dense is None else [self.dense])]
+
+
+def _replicated_optimizers(
+    model: DistributedModelParallel, parameters: Mapping[str, nn.Parameter], specs: Sequence[TableSpec]
+) -> dict[str, KeyedOptimizerWrapper]:
+    """Returns the optimizer of each data-parallel table, by its name: the one that its config names."""
+    by_name = {spec.name: spec for spec in specs}
+    found = {}
+    for parameter, table in replicated_tables(model).items():
+        optimizer = by_name[table].optimizer
+        factory = partial(TABLE_CLASSES[optimizer.kind], **_arguments(optimizer))
+        found[table] = KeyedOptimizerWrapper({parameter: parameters[parameter]}, factory)
+    return found
 
 
 def _dense_optimizer(dense: DenseOptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> KeyedOptimizerWrapper | None:
@@ -175,55 +192,3 @@ def _dense_optimizer(dense: DenseOptimizerConfig, parameters: Mapping[str, nn.Pa
             f"optimizer.dense.options: torch.optim.{_DENSE_CLASSES[dense.kind].__name__} refuses "
             f"{dense.options}: {error}. See its arguments in torch's documentation."
         ) from error
-
-
-def check_ownership(
-    model: DistributedModelParallel,
-    specs: Sequence[TableSpec],
-    dense_parameters: Mapping[str, nn.Parameter],
-    world: World,
-) -> None:
-    """Checks that each table is trained by the fused optimizer that its config names, and nothing else by two. Collective.
-
-    Raises:
-        PlanError: naming the table, what trains it, what should, and what to do.
-    """
-    found = {name: kind for owned in world.gather_objects(dict(_fused_tables(model))) for name, kind in owned.items()}
-    for spec in specs:
-        kind, eps = found.get(spec.name, (None, None))
-        by_dense = [name for name in dense_parameters if f".embedding_bags.{spec.name}." in f".{name}."]
-        expected = _FUSED_TYPES[spec.optimizer.kind]
-        if kind is None or by_dense:
-            owner = "the dense optimizer" if by_dense else "no optimizer"
-            raise PlanError(
-                f"table '{spec.name}' is trained by {owner} under this plan, its config names "
-                f"'{spec.optimizer.kind}'. Allow it other sharding types (tables.{spec.name}.sharding.types)."
-            )
-        if kind != expected.value:
-            raise PlanError(
-                f"table '{spec.name}' is trained by FBGEMM's '{kind}', its config names '{spec.optimizer.kind}'. "
-                f"This is a bug of embedshard or a new release of TorchRec: please report it with 'embedshard doctor'."
-            )
-        if spec.optimizer.kind != "sgd" and eps is not None and not math.isclose(eps, spec.optimizer.eps):
-            raise PlanError(
-                f"table '{spec.name}' is trained with eps={eps}, its config names eps={spec.optimizer.eps}. "
-                f"This is a bug of embedshard or a new release of TorchRec: please report it with 'embedshard doctor'."
-            )
-
-
-def _fused_tables(model: nn.Module) -> Iterator[tuple[str, tuple[str, float]]]:
-    """Yields each table whose fused kernel is on this rank, with its optimizer's type and eps."""
-    for kernel in fused_kernels(model):
-        optimizer_type = kernel.emb_module.optimizer
-        eps = float(kernel.emb_module.optimizer_args.eps)
-        for table in kernel.config.embedding_tables:
-            yield table.name, (optimizer_type.value, eps)
-
-
-def fused_kernels(model: nn.Module) -> Iterator[Any]:
-    """Yields TorchRec's fused kernels on this rank. They hang on lookups, which `modules()` does not reach."""
-    for module in model.modules():
-        for lookup in getattr(module, "_lookups", ()):
-            for kernel in lookup.modules():
-                if hasattr(kernel, "fused_optimizer") and hasattr(kernel, "emb_module"):
-                    yield kernel

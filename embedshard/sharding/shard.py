@@ -7,10 +7,12 @@ __all__ = ["shard_model"]
 from collections.abc import Sequence
 
 from torch import nn
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.types import ShardingEnv
+from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
 
 from embedshard.config import Config, TableSpec
+from embedshard.errors import ConfigError
 from embedshard.sharding.initialise import initialise_tables
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, make_plan
@@ -23,20 +25,36 @@ def shard_model(model: nn.Module, config: Config, specs: Sequence[TableSpec], wo
 
     Raises:
         PlanError: if there is no plan within what the config allows.
-        ConfigError: if a table's optimizer is not to be had on this device.
+        ConfigError: if a table's optimizer, or the communication's precision, is not to be had on this device.
     """
     attach_table_optimizers(model, specs, world.device)
     # Rounding at random would make the result depend on more than (config, data, seed).
-    sharder = AnyTypeSharder(fused_params={"stochastic_rounding": False})
-    plan = make_plan(model, specs, sharder, world)
+    sharder = AnyTypeSharder(fused_params={"stochastic_rounding": False}, qcomm_codecs_registry=_codecs(config, world))
+    plan = make_plan(model, specs, sharder, config.sharding.planner, world)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(world.group),
         device=world.device,
         plan=plan,
         sharders=[sharder],
-        # The output is a dataclass, into which a static graph's hooks do not look.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False),
+        # The output is a dataclass, into which a static graph's hooks do not look. Where it looks for unused parameters, DDP
+        # leaves its buckets as they are; else it orders them anew after its first step, and with them the sums over more
+        # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
+        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
     initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
+
+
+def _codecs(config: Config, world: World) -> dict[str, QuantizedCommCodecs] | None:
+    """Returns what quantises embeddings and gradients on their way between workers; None if nothing does."""
+    wanted = config.sharding.communication
+    if wanted == "bf16" and world.device.type == "cpu":
+        raise ConfigError(
+            "sharding.communication is 'bf16', and gloo, which carries it between CPUs, has no bf16: TorchRec would take "
+            "fp16 instead. Choose fp16 or fp32, or train on CUDA."
+        )
+    precision = CommType(wanted)
+    return get_qcomm_codecs_registry(
+        QCommsConfig(forward_precision=precision, backward_precision=precision), device=world.device
+    )

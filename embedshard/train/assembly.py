@@ -41,6 +41,12 @@ class Assembly:
     collator: Collator
     tally: Tally
 
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run, if nothing ends it early."""
+        planned = self.config.train.epochs * self.dataset.order.epoch_steps
+        return planned if self.config.train.max_steps is None else min(planned, self.config.train.max_steps)
+
     def reader(self) -> BatchReader:
         """Returns this rank's reader of the training data."""
         return BatchReader(
@@ -60,7 +66,9 @@ class Assembly:
         )
 
 
-def assemble(config: Config, world: World, resolved: dict[str, Any] | None = None) -> Assembly:
+def assemble(
+    config: Config, world: World, resolved: dict[str, Any] | None = None, dataset: Dataset | None = None
+) -> Assembly:
     """Opens the data and builds everything else. Collective.
 
     Args:
@@ -68,13 +76,15 @@ def assemble(config: Config, world: World, resolved: dict[str, Any] | None = Non
         world: the processes that train together.
         resolved: what a run has kept of its data (inventory, window lengths, statistics): the data must not have changed
             since. None for a new run.
+        dataset: one that is open already, of the same data; it is opened where it is None.
 
     Raises:
         ConfigError, DataError, PlanError: as the parts do.
     """
     if config.train.deterministic and world.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
-    dataset = open_dataset(config, world, resolved)
+    if dataset is None:
+        dataset = open_dataset(config, world, resolved)
     specs = table_specs(config, dataset.table_rows)
     model = shard_model(build_model(config, specs), config, specs, world)
     objective = build_objective(config, specs, world).to(world.device)

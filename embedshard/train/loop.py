@@ -20,6 +20,7 @@ from embedshard.data.order import Position
 from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
+from embedshard.models.summary import sharding_exceptions
 from embedshard.report import write_report
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
@@ -79,6 +80,8 @@ def train(
         run.write_json("inventory.json", parts.dataset.resolved())
         Quarantine.forget_after(run.quarantine, state.step)
     _say_skipped(parts.dataset.skipped_files, reporter)
+    for exception in sharding_exceptions(config, parts.specs):
+        reporter.said(exception)
     origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
     attempt = world.broadcast_object(run.begin_attempt(world.world_size, origin) if world.is_rank_zero else None)
     with Checkpointer(
@@ -120,7 +123,7 @@ class _Training:
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
         self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
-        self.num_steps = _num_steps(parts)
+        self.num_steps = parts.num_steps
         self.seconds = 0.0  # in steps, evaluations and saves left out
         self.samples = 0
 
@@ -224,11 +227,6 @@ class _Training:
         )
         if self.checkpointer.decision != decided:
             self.reporter.said(f"Checkpoints are written {self.checkpointer.decision}.")
-
-
-def _num_steps(parts: Assembly) -> int:
-    planned = parts.config.train.epochs * parts.dataset.order.epoch_steps
-    return planned if parts.config.train.max_steps is None else min(planned, parts.config.train.max_steps)
 
 
 def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:

@@ -1,8 +1,8 @@
 """A run's state as named pieces: what a checkpoint holds, and how it comes back.
 
 Names belong to no world size: `tables/<table>/<weight or state>`, `dense/<parameter>`,
-`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; the rest is
-replicated, and rank 0 writes it.
+`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; of a table that
+is replicated each rank writes some rows. The rest is replicated, and rank 0 writes it.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ import torch
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
+from embedshard.errors import CheckpointError
 from embedshard.models.objectives.objective import Objective
 from embedshard.sharding.optimizers import Optimizers
-from embedshard.sharding.shards import optimizer_shards, weight_shards
+from embedshard.sharding.shards import Shard, optimizer_shards, replicated_tables, weight_shards
 from embedshard.train.checkpoint import Checkpoint, Piece
 from embedshard.world import World
 
 
 def pieces(model: DistributedModelParallel, optimizers: Optimizers, objective: Objective, world: World) -> Iterator[Piece]:
     """Yields what this rank writes. Not collective."""
-    yield from _tables(model)
+    for shard in _tables(model, optimizers):
+        yield _piece(shard.part(world.rank, world.world_size))
     if world.is_rank_zero:
         yield from _whole("dense", _dense_parameters(model))
         yield from _whole("dense_optimizer", optimizers.dense_state())
@@ -38,10 +40,13 @@ def restore(checkpoint: Checkpoint, model: DistributedModelParallel, optimizers:
         CheckpointError: if a piece is damaged, missing, or of another shape or type.
     """
     optimizers.make_dense_state()
+    tables = list(_tables(model, optimizers))
+    for shard in tables:
+        _check_state(checkpoint, shard)
     _fill(
         checkpoint,
         [
-            *_tables(model),
+            *map(_piece, tables),
             *_whole("dense", _dense_parameters(model)),
             *_whole("dense_optimizer", optimizers.dense_state()),
             *_whole("objective", dict(objective.named_buffers())),
@@ -51,8 +56,7 @@ def restore(checkpoint: Checkpoint, model: DistributedModelParallel, optimizers:
 
 def restore_model(checkpoint: Checkpoint, model: DistributedModelParallel) -> None:
     """Fills the weights alone, for evaluation. Not collective."""
-    tables = [piece for piece in _tables(model) if piece.name.endswith("/weight")]
-    _fill(checkpoint, [*tables, *_whole("dense", _dense_parameters(model))])
+    _fill(checkpoint, [*map(_piece, weight_shards(model)), *_whole("dense", _dense_parameters(model))])
 
 
 def _fill(checkpoint: Checkpoint, wanted: list[Piece]) -> None:
@@ -60,13 +64,36 @@ def _fill(checkpoint: Checkpoint, wanted: list[Piece]) -> None:
         checkpoint.read_into(wanted)
 
 
-def _tables(model: DistributedModelParallel) -> Iterator[Piece]:
-    for shard in (*weight_shards(model), *optimizer_shards(model)):
-        yield Piece(f"tables/{shard.table}/{shard.kind}", shard.tensor, shard.offset, shard.shape)
+def _check_state(checkpoint: Checkpoint, shard: Shard) -> None:
+    """Refuses a row-wise statistic that was kept for other blocks of columns: it says nothing of these."""
+    saved = checkpoint.tensors.get(f"tables/{shard.table}/{shard.kind}")
+    if shard.kind == "weight" or saved is None or saved.shape == shard.shape or saved.shape[0] != shard.shape[0]:
+        return
+    met, needed = ((f"{shape[1]} blocks" if len(shape) > 1 else "none") for shape in (saved.shape, shard.shape))
+    raise CheckpointError(
+        f"{checkpoint.folder.uri}: the optimizer of table '{shard.table}' kept its statistics per row and block of columns "
+        f"({met} there, {needed} in this plan), so they mean nothing here. Resume with the table cut as it was "
+        f"(tables.{shard.table}.sharding), in a world with the same blocks."
+    )
+
+
+def _tables(model: DistributedModelParallel, optimizers: Optimizers) -> Iterator[Shard]:
+    yield from weight_shards(model)
+    yield from optimizer_shards(model)
+    yield from optimizers.replicated_state()
+
+
+def _piece(shard: Shard) -> Piece:
+    return Piece(f"tables/{shard.table}/{shard.kind}", shard.tensor, shard.offset, shard.shape)
 
 
 def _dense_parameters(model: DistributedModelParallel) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in model.state_dict().items() if not isinstance(value, ShardedTensor)}
+    tables = replicated_tables(model)
+    return {
+        name: value
+        for name, value in model.state_dict().items()
+        if not isinstance(value, ShardedTensor) and name not in tables
+    }
 
 
 def _whole(prefix: str, tensors: dict[str, torch.Tensor]) -> Iterator[Piece]:

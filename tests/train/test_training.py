@@ -13,7 +13,9 @@ import torch
 from embedshard.config import table_specs
 from embedshard.config.parts import ScheduleConfig
 from embedshard.errors import ConfigError, DataError, PlanError, TrainingError
-from embedshard.sharding.optimizers import Optimizers, check_ownership, learning_rate_factor
+from embedshard.sharding.explicit import Placement
+from embedshard.sharding.optimizers import Optimizers, learning_rate_factor
+from embedshard.sharding.ownership import check_ownership
 from embedshard.sharding.shards import optimizer_shards, weight_shards
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
@@ -93,19 +95,22 @@ def test_the_ownership_check_refuses_another_optimizer(make_config):
         wanted = make_config({"tables": {"user": {"optimizer": {"kind": "rowwise_adagrad"}}}}).config
         specs = table_specs(wanted, parts.dataset.table_rows)
         with pytest.raises(PlanError, match=r"table 'user' is trained by FBGEMM's 'exact_adagrad'.*'rowwise_adagrad'"):
-            check_ownership(parts.model, specs, {}, world)
+            check_ownership(parts.model, specs, {}, {}, world)
         wanted = make_config({"tables": {"user": {"optimizer": {"eps": 0.5}}}}).config
         specs = table_specs(wanted, parts.dataset.table_rows)
         with pytest.raises(PlanError, match=r"table 'user' is trained with eps=1e-08, its config names eps=0\.5"):
-            check_ownership(parts.model, specs, {}, world)
+            check_ownership(parts.model, specs, {}, {}, world)
 
 
 def test_the_ownership_check_refuses_a_data_parallel_table_that_the_dense_side_would_train(make_config, monkeypatch):
-    from torchrec.distributed.sharding_plan import data_parallel
-
-    monkeypatch.setattr("embedshard.sharding.plan.table_wise", lambda rank, compute_kernel: data_parallel())
+    monkeypatch.setattr("embedshard.sharding.plan.place_tables", everywhere)
+    monkeypatch.setattr("embedshard.sharding.optimizers.replicated_tables", lambda model: {})
     with open_world("cpu") as world, pytest.raises(PlanError, match=r"table 'user' is trained by the dense optimizer"):
         assemble(make_config().config, world)
+
+
+def everywhere(specs, world_size, local_world_size):
+    return {spec.name: Placement("data_parallel", tuple(range(world_size))) for spec in specs}
 
 
 def test_adam_on_a_cpu_is_refused_by_name(make_config):

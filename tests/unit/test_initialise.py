@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from embedshard.config import TableSpec
-from embedshard.config.parts import InitConfig, TableOptimizerConfig
+from embedshard.config.parts import InitConfig, TableOptimizerConfig, TableShardingConfig
 from embedshard.sharding.initialise import initial_rows
 
 
@@ -18,9 +18,8 @@ def spec(name="item", rows=1000, dim=12, **init):
         optimizer=TableOptimizerConfig(),
         l2_lookup=0.0,
         weighted=False,
-        pooling="sum",
         lookups=(),
-        sharding_types=(),
+        sharding=TableShardingConfig(),
     )
 
 
