@@ -239,7 +239,7 @@ def _validation_chart(run: Run, metric: str, points: Points, restarts: Sequence[
 def labels(runs: Sequence[Run]) -> list[str]:
     """Returns a name for each run that no other has: its folder's, else its path."""
     folders = [run.folder for run in runs]
-    return [folder if folders.count(folder) == 1 else str(run.path) for run, folder in zip(runs, folders, strict=True)]
+    return [folder if folders.count(folder) == 1 else run.location.uri for run, folder in zip(runs, folders, strict=True)]
 
 
 def compare_metrics(runs: Sequence[Run], values: Sequence[Mapping[str, float]]) -> tuple[list[str], list[Row]]:

@@ -10,8 +10,9 @@ __all__ = ["TrainResult", "train"]
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from embedshard import __version__
@@ -78,33 +79,39 @@ def train(
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
-        Quarantine.forget_after(run.quarantine, state.step)
     _say_skipped(parts.dataset.skipped_files, reporter)
     for exception in sharding_exceptions(config, parts.specs):
         reporter.said(exception)
     origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
     attempt = world.broadcast_object(run.begin_attempt(world.world_size, origin) if world.is_rank_zero else None)
+    if world.is_rank_zero:
+        Quarantine.forget_after(run.quarantine, state.step)  # a former attempt that lives adds no more to it
     with Checkpointer(
         root=run.checkpoints,
         rank=world.rank,
         world_size=world.world_size,
-        attempt=f"{attempt:04d}",
+        attempt=f"{attempt.attempt:04d}",
         mode=config.checkpoint.mode,
         memory_bytes=config.checkpoint.memory_bytes,
     ) as checkpointer:
-        ledger = Ledger(run.ledger, attempt, world.rank)
+        ledger = Ledger(run.ledger, attempt.attempt, world.rank)
         quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
-        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine)
+        check = partial(run.check_not_replaced, attempt)
+        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine, check)
         try:
             stopped_by = training.run(notices or StopSignal())
         finally:
-            ledger.close()
-            quarantine.flush()
+            if not run.is_replaced(attempt):
+                ledger.close()
+                quarantine.flush()
+    run.check_not_replaced(attempt)
     if stopped_by is not None:
         result = TrainResult(stopped_by, state.step, {})
     else:
-        result = _conclude(parts, state, run, reporter, training, attempt, time.monotonic() - begin)
+        result = _conclude(parts, state, run, reporter, training, attempt.attempt, time.monotonic() - begin)
+    world.barrier()  # the ledgers of all are whole
     if world.is_rank_zero:
+        reporter.saving()
         _leave_report(run, reporter)
     return result
 
@@ -120,9 +127,11 @@ class _Training:
         checkpointer: Checkpointer,
         ledger: Ledger,
         quarantine: Quarantine,
+        check_not_replaced: Callable[[], None],
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
         self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
+        self.check_not_replaced = check_not_replaced
         self.num_steps = parts.num_steps
         self.seconds = 0.0  # in steps, evaluations and saves left out
         self.samples = 0
@@ -173,8 +182,8 @@ class _Training:
             folder = self.quarantine.folder
             hints = [
                 self.quarantine.example(),
-                f"All so far are in {folder}. Correct the rows or what the config says of them and start a new run, or "
-                f"allow more and go on: embedshard train --resume {folder.parent} --set data.max_bad_fraction=SHARE.",
+                f"All so far are in {folder.uri}. Correct the rows or what the config says of them and start a new run, or "
+                f"allow more and go on: embedshard train --resume {folder.parent.uri} --set data.max_bad_fraction=SHARE.",
             ]
             what = f"step {state.step}, epoch {position.epoch + 1} of the training data"
             raise too_many(what, state.epoch_quarantined, rows, data.max_bad_fraction, state.bad_rows, hints)
@@ -211,8 +220,10 @@ class _Training:
 
     def _save(self) -> None:
         parts, decided = self.parts, self.checkpointer.decision
+        self.check_not_replaced()
         self.ledger.flush()
         self.quarantine.flush()
+        self.reporter.saving()
         self.checkpointer.save(
             self.state.step,
             lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world),
@@ -299,9 +310,9 @@ def _conclude(
 def _leave_report(run: RunDirectory, reporter: Reporter) -> None:
     """Writes report.html. The run is done by now: a failure to tell of it is said and fails nothing."""
     try:
-        write_report([run.path], is_over=True)
+        write_report([run.folder], is_over=True)
     except Exception as error:
         reporter.said(
             f"The report could not be made ({type(error).__name__}: {error}). The run itself is whole. Try again with: "
-            f"embedshard report {run.path}"
+            f"embedshard report {run.folder.uri}"
         )
