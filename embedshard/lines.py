@@ -71,6 +71,8 @@ class LineFile:
 
     def _put(self) -> None:
         """Puts the whole file: what others have written, then what this process has."""
+        if not self._size:
+            self._location.parent.make_dirs()
         size = 0
         with suppress(FileNotFoundError):
             size = self._location.size()
