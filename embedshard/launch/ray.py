@@ -31,11 +31,12 @@ from embedshard.config import variables
 from embedshard.data.order import largest_world, worlds_that_fit
 from embedshard.errors import ConfigError, EmbedshardError, PeerError, StorageError, TrainingError
 from embedshard.launch.local import load_run_config, open_run, train_in
+from embedshard.launch.ray_metrics import RayMetricsReporter
 from embedshard.launch.request import TrainRequest
 from embedshard.train.loop import TrainResult
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.stop import Notices
-from embedshard.train.tracking import ConsoleReporter, Reporter
+from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
 from embedshard.world import TIMEOUT, open_world, shrink_world
 
 if TYPE_CHECKING:
@@ -330,7 +331,10 @@ def _train_as_worker(work: dict[str, Any]) -> None:
         return  # idle until the next start
     environment = {**os.environ, **work["environment"]}
     with open_world(work["device"], idle=workers - fitting) as world:
-        teller = _BoardReporter(work["board"]) if world.is_rank_zero else Reporter()
+        teller = Reporter()
+        if world.is_rank_zero:
+            restarts = RunDirectory(work["run"]).num_attempts
+            teller = Reporters([_BoardReporter(work["board"]), RayMetricsReporter(restarts)])
         request = TrainRequest(run_dir=work["run"], resume=work["run"], device=work["device"])
         result = train_in(world, request, environment, teller, _RayNotices(work["board"], world.is_rank_zero))
         if world.is_rank_zero:

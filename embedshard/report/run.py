@@ -211,6 +211,18 @@ class Run:
         return told if told is not None else points[-1][1] if points else None
 
     @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Where the last attempt's loop spent its time: seconds by stage; empty where the run has not ended."""
+        return numbers(self.result.get("seconds"))
+
+    @property
+    def bytes_read(self) -> int | None:
+        """Bytes of Parquet that the last attempt read, by all workers."""
+        points = self.curves.get("train/bytes_read")
+        told = integer(self.result.get("bytes_read"))
+        return told if told is not None else round(points[-1][1]) if points else None
+
+    @property
     def elapsed_seconds(self) -> float | None:
         """From the first start to the last sign of life, pauses between attempts included."""
         begin, end = self.attempts[0].time if self.attempts else None, self.state.last_sign

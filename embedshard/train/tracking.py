@@ -189,7 +189,7 @@ class ConsoleReporter(Reporter):
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Prints what the validation or test set says."""
-        shown = {name: value for name, value in values.items() if not name.startswith("train/")}
+        shown = {name: value for name, value in values.items() if not name.startswith(("train/", "checkpoint/"))}
         if shown:
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             self._console.print(f"step {step}  {text}", highlight=False)

@@ -37,7 +37,12 @@ def command(*arguments):
 
 def run(*arguments, **environment):
     return subprocess.run(
-        command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env={**os.environ, **environment}
+        command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+        env={**os.environ, **environment},
     )
 
 
@@ -88,7 +93,9 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(config_file, bucket, tmp_path, s
     assert_same_tensors(saved_tensors(uri), saved_tensors(disk))
     there, here = locate(uri), locate(disk)
     assert files_of(there) == files_of(here)
-    assert {"attempts.jsonl", "config.yaml", "inventory.json", "ledger/0001-00000.jsonl", "tensorboard/"} <= {*files_of(there)}
+    assert {"attempts.jsonl", "config.yaml", "inventory.json", "ledger/0001-00000.jsonl", "tensorboard/"} <= {
+        *files_of(there)
+    }
     assert untimed(lines_of(there)) == untimed(lines_of(here))
     assert there.join("ledger", "0001-00000.jsonl").read_bytes() == here.join("ledger", "0001-00000.jsonl").read_bytes()
     results = [json.loads(folder.join("result.json").read_text()) for folder in (there, here)]

@@ -23,7 +23,9 @@ def test_lines_are_appended_to_those_that_are_there(place):
         file.add(f"{number}, after it was kept")
         file.close()
         file.close()
-    assert place.read_text().splitlines() == [f"{number}{tail}" for number in range(3) for tail in ("", ", after it was kept")]
+    assert place.read_text().splitlines() == [
+        f"{number}{tail}" for number in range(3) for tail in ("", ", after it was kept")
+    ]
 
 
 def test_a_line_that_was_cut_off_stays_alone_on_its_line(place):
