@@ -215,3 +215,17 @@ def test_a_bucket_that_is_missing_and_a_server_that_does_not_answer_are_told(con
     done = run("audit", f"{bucket}/runs/a", AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_ray_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
+    uri = f"{bucket}/runs/a"
+    done = run("train", config_file, "--run-dir", uri, "--workers", 2, "--ray", HOME=str(tmp_path), RAY_worker_niceness="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"Result: {uri}/result.json" in done.stdout
+    undisturbed = run("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert_same_tensors(saved_tensors(uri), saved_tensors(tmp_path / "undisturbed"))
+    assert audit_run(RunDirectory.open(uri), {}).failures == []
+    assert json.loads(locate(uri).join("result.json").read_text())["workers"] == 2
