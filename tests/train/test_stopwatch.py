@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 import pyarrow.parquet as pq
 import pytest
 
-from embedshard.data.byte_count import ByteCount
 from embedshard.report.read import read_run
 from embedshard.train import stopwatch as module
 from embedshard.train.loop import train
@@ -91,10 +90,3 @@ def test_a_run_tells_where_its_time_went_and_what_it_read(make_config, interacti
     told = read_run(run.folder, datetime.now(UTC))
     assert told.bytes_read == result["bytes_read"]
     assert told.stage_seconds == result["seconds"]
-
-
-def test_bytes_are_counted_once():
-    count = ByteCount()
-    for number in range(5):
-        count.add(number)
-    assert count.total == 10
