@@ -11,6 +11,7 @@ __all__ = ["app", "main"]
 import enum
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -224,6 +225,7 @@ def verify(
     from embedshard.config import load_config
     from embedshard.launch.verify import show, verify_plans
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # as an exception, so that the workers are ended
     loaded = load_config(config, os.environ, overrides or [])
     found = verify_plans(loaded.config, steps=steps, console=Console(stderr=True))
     if as_json:

@@ -15,6 +15,7 @@ __all__ = [
     "launched_world_size",
     "open_local_group",
     "open_world",
+    "process_environment",
     "set_process_environment",
     "shrink_world",
 ]
@@ -208,6 +209,11 @@ def _device(asked: str, local_rank: int) -> torch.device:
             device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return device
+
+
+def process_environment() -> dict[str, str]:
+    """Returns this process's environment, for workers that no command line started."""
+    return dict(os.environ)
 
 
 def launched_world_size(environment: Mapping[str, str]) -> int | None:

@@ -37,7 +37,7 @@ from embedshard.train.loop import TrainResult
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.stop import Notices
 from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
-from embedshard.world import TIMEOUT, open_world, shrink_world
+from embedshard.world import TIMEOUT, open_world, process_environment, shrink_world
 
 if TYPE_CHECKING:
     from embedshard.data.quarantine import BadRowCounts
@@ -329,7 +329,7 @@ def _train_as_worker(work: dict[str, Any]) -> None:
     fitting = largest_world(work["lanes"], workers)
     if fitting < workers and not shrink_world(fitting):
         return  # idle until the next start
-    environment = {**os.environ, **work["environment"]}
+    environment = {**process_environment(), **work["environment"]}
     with open_world(work["device"], idle=workers - fitting) as world:
         teller = Reporter()
         if world.is_rank_zero:

@@ -1,17 +1,19 @@
 """Processes on this machine that rehearse together: a group of one world size, started once, given one case after another.
 
-Each process reads cases as lines of JSON from its standard input and answers each with a line on its standard output.
-Its input ends when the starter is gone, however that ended, and with it the process: none is left behind.
+One process imports what takes long, and is then copied for each rank. Each rank reads cases as lines of JSON from a pipe and
+answers each with a line on another. Its pipe ends when the starter is gone, however that ended, and with it the rank: no
+process is left behind.
 """
 
 from __future__ import annotations
 
-__all__ = ["CaseError", "LocalGroup", "Outcome", "rehearse_for_parent"]
+__all__ = ["CaseError", "LocalGroup", "Outcome", "rehearse_for_starter"]
 
 import faulthandler
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
 _PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[1])
-from embedshard.launch.rehearsing import rehearse_for_parent
-rehearse_for_parent(*sys.argv[2:])
+from embedshard.launch.rehearsing import rehearse_for_starter
+rehearse_for_starter(json.loads(sys.argv[2]), *sys.argv[3:])
 """
 _GRACE_S = 10.0
 """How long the other ranks may still take after one has failed, before all are ended."""
@@ -87,7 +90,8 @@ class LocalGroup:
     def __init__(self, world_size: int, local_world_size: int | None = None, timeout_s: float = 300.0) -> None:
         self.world_size = world_size
         self._local_world_size, self._timeout_s = local_world_size or world_size, timeout_s
-        self._processes: list[subprocess.Popen[str]] = []
+        self._process: subprocess.Popen[bytes] | None = None
+        self._cases: list[IO[str]] = []
         self._answers: queue.Queue[tuple[int, str]] = queue.Queue()
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._count = 0
@@ -105,7 +109,7 @@ class LocalGroup:
             CaseError: if a rank failed. The processes are started anew for the next case.
         """
         begin = time.monotonic()
-        if not self._processes:
+        if self._process is None:
             self._start()
         assert self._folder is not None, "it was started"
         self._count += 1
@@ -113,10 +117,8 @@ class LocalGroup:
         out.mkdir()
         line = json.dumps(_to_json(case, out))
         try:
-            for process in self._processes:
-                assert process.stdin is not None, "it is a pipe"
-                process.stdin.write(line + "\n")
-                process.stdin.flush()
+            for cases in self._cases:
+                print(line, file=cases, flush=True)
             self._wait_for_answers()
         except BaseException as error:
             self.close()
@@ -127,20 +129,17 @@ class LocalGroup:
 
     def close(self) -> None:
         """Ends the processes."""
-        for process in self._processes:
-            if process.stdin is not None and not process.stdin.closed:
-                try:
-                    process.stdin.close()
-                except OSError:  # it is gone already
-                    continue
-        deadline = time.monotonic() + _GRACE_S
-        for process in self._processes:
+        for cases in self._cases:
+            with suppress(OSError):  # who read it is gone already
+                cases.close()
+        self._cases = []
+        if self._process is not None:
             try:
-                process.wait(max(0.1, deadline - time.monotonic()))
+                self._process.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        self._processes = []
+                self._kill()
+            self._process.wait()
+            self._process = None
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
@@ -148,18 +147,25 @@ class LocalGroup:
     def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="embedshard-")
         self._answers = queue.Queue()
-        for rank in range(self.world_size):
-            numbers = [str(number) for number in (rank, self.world_size, self._local_world_size)]
-            with (Path(self._folder.name) / f"rank-{rank}.log").open("w") as log:
-                process = subprocess.Popen(
-                    [sys.executable, "-c", _PROGRAM, json.dumps(sys.path), *numbers, self._folder.name],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=log,
-                    text=True,
-                )
-            self._processes.append(process)
-            threading.Thread(target=_pass_on, args=(rank, process.stdout, self._answers), daemon=True).start()
+        pipes = [(os.pipe(), os.pipe()) for _ in range(self.world_size)]
+        theirs = [(cases[0], answers[1]) for cases, answers in pipes]
+        with (Path(self._folder.name) / "start.log").open("w") as log:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", _PROGRAM, json.dumps(sys.path), json.dumps(theirs)),
+                    *(str(self._local_world_size), self._folder.name),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[end for ends in theirs for end in ends],
+                start_new_session=True,  # so that it can be ended with the ranks
+            )
+        for rank, (cases, answers) in enumerate(pipes):
+            os.close(cases[0])
+            os.close(answers[1])
+            self._cases.append(os.fdopen(cases[1], "w"))
+            threading.Thread(target=_pass_on, args=(rank, answers[0], self._answers), daemon=True).start()
 
     def _wait_for_answers(self) -> None:
         deadline, waiting = time.monotonic() + self._timeout_s, set(range(self.world_size))
@@ -184,27 +190,68 @@ class LocalGroup:
             raise CaseError("timeout", f"ranks {sorted(waiting)} have not ended after {self._timeout_s:g} s")
 
     def _kill(self) -> None:
-        for process in self._processes:
-            process.kill()
+        if self._process is not None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def _last_words(self, rank: int) -> str:
         assert self._folder is not None, "it was started"
-        words = (Path(self._folder.name) / f"rank-{rank}.log").read_text(errors="replace").strip().splitlines()
-        return f"rank {rank} of {self.world_size} died. Its last words: " + " | ".join(words[-5:])
+        logs = (Path(self._folder.name) / name for name in (f"rank-{rank}.log", "start.log"))
+        words = [line for log in logs if log.exists() for line in log.read_text(errors="replace").splitlines()]
+        return f"rank {rank} of {self.world_size} died. Its last words: " + " | ".join(words[:3] + words[-3:])
 
 
-def rehearse_for_parent(rank: str, world_size: str, local_world_size: str, folder: str) -> None:
-    """Rehearses each case that standard input names, until it ends: the whole life of a process of a `LocalGroup`."""
+def rehearse_for_starter(pipes: list[tuple[int, int]], local_world_size: str, folder: str) -> None:
+    """Becomes the ranks of a `LocalGroup`: the whole life of the process that it starts.
+
+    Args:
+        pipes: for each rank, where it reads cases and where it writes answers.
+        local_world_size: how many ranks count as one machine.
+        folder: for the ranks' meeting and their logs.
+    """
     set_process_environment()
     import torch
 
+    import embedshard.train.rehearsal  # noqa: F401 (what takes long is imported once, before there are copies)
+
     torch.set_num_threads(1)
-    faulthandler.enable()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    children = []
+    for rank, own in enumerate(pipes):
+        child = os.fork()
+        if child == 0:
+            with Path(folder, f"rank-{rank}.log").open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            faulthandler.enable()
+            for other in pipes:
+                if other != own:  # else nobody would see when one ends
+                    os.close(other[0])
+                    os.close(other[1])
+            status = 1
+            try:
+                _serve(rank, len(pipes), int(local_world_size), Path(folder), own)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    for ends in pipes:
+        os.close(ends[0])
+        os.close(ends[1])
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def _serve(rank: int, world_size: int, local_world_size: int, folder: Path, pipe: tuple[int, int]) -> None:
     known: dict[str, Dataset] = {}
-    with open_local_group(int(rank), int(world_size), int(local_world_size), Path(folder) / "rendezvous") as world:
-        for line in sys.stdin:
+    with (
+        os.fdopen(pipe[0]) as cases,
+        os.fdopen(pipe[1], "w") as answers,
+        open_local_group(rank, world_size, local_world_size, folder / "rendezvous") as world,
+    ):
+        for line in cases:
             print(json.dumps(_answered(json.loads(line), world, known)), file=answers, flush=True)
 
 
@@ -233,9 +280,10 @@ def _rank_of_cause(kind: str) -> int:
     return 1 if kind == "died" else 2
 
 
-def _pass_on(rank: int, stream: IO[str], answers: queue.Queue[tuple[int, str]]) -> None:
-    for line in stream:
-        answers.put((rank, line))
+def _pass_on(rank: int, pipe: int, answers: queue.Queue[tuple[int, str]]) -> None:
+    with os.fdopen(pipe) as stream:
+        for line in stream:
+            answers.put((rank, line))
     answers.put((rank, ""))
 
 

@@ -66,17 +66,18 @@ def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec], device
     Raises:
         ConfigError: if FBGEMM does not have the optimizer on this device.
     """
+    for spec in specs:
+        if device.type == "cpu" and spec.optimizer.kind not in _ON_CPU:
+            raise ConfigError(
+                f"table '{spec.name}': FBGEMM has no fused '{spec.optimizer.kind}' on CPU. "
+                f"Choose one of {', '.join(_ON_CPU)}, or train on CUDA."
+            )
     by_name = {spec.name: spec for spec in specs}
     for module in model.modules():
         if not isinstance(module, EmbeddingBagCollection):
             continue
         for name, bag in module.embedding_bags.items():
             optimizer = by_name[name].optimizer
-            if device.type == "cpu" and optimizer.kind not in _ON_CPU:
-                raise ConfigError(
-                    f"table '{name}': FBGEMM has no fused '{optimizer.kind}' on CPU. "
-                    f"Choose one of {', '.join(_ON_CPU)}, or train on CUDA."
-                )
             # A dict of its own: sharding writes into it.
             _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [bag.weight], _arguments(optimizer))
 

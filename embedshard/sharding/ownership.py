@@ -111,7 +111,7 @@ def _check_columns(spec: TableSpec, num_blocks: int) -> None:
         raise PlanError(
             f"table '{spec.name}' is cut into {num_blocks} blocks of columns: '{spec.optimizer.kind}' would keep "
             f"{num_blocks} statistics per row instead of 1, which trains other weights. Choose a type that cuts no columns, "
-            f"the optimizer 'adagrad' or 'sgd', or ask for it with tables.{spec.name}.sharding.allow_changed_optimizer: true."
+            f"the optimizer 'adagrad' or 'sgd', or ask for it: tables.{spec.name}.sharding.allow_changed_optimizer: true."
         )
 
 
