@@ -47,7 +47,8 @@ data_app = typer.Typer(help="About the data that a config names.", no_args_is_he
 app.add_typer(data_app, name="data")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", show_default=False)]
-RunPath = Annotated[Path, typer.Argument(help="A run's folder.", show_default=False)]
+RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder: a path or a URI.", show_default=False)]
+# Never a Path: it makes s3:/bucket of s3://bucket.
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the config, in YAML. Can be repeated."),
@@ -89,10 +90,15 @@ def train(
     ] = None,
     overrides: Overrides = None,
     run_dir: Annotated[
-        Path | None, typer.Option(help="Folder for the run. Default: runs/NAME-TIME.", show_default=False)
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for the run: a path, or a URI such as s3://. Default: runs/NAME-TIME.",
+            show_default=False,
+        ),
     ] = None,
     resume: Annotated[
-        Path | None,
+        str | None,
         typer.Option(metavar="RUN_DIR", help="Continue a run from its newest checkpoint.", show_default=False),
     ] = None,
     go_on: Annotated[
@@ -232,16 +238,21 @@ def verify(
 
 @app.command()
 def report(
-    run_dirs: Annotated[list[Path], typer.Argument(help="A run's folder, or several to compare.", show_default=False)],
+    run_dirs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN_DIR...", help="A run's folder, or several to compare.", show_default=False),
+    ],
     out: Annotated[
-        Path | None,
-        typer.Option(help="Default: RUN_DIR/report.html; comparison.html here for several.", show_default=False),
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Default: RUN_DIR/report.html; comparison.html here for several.", show_default=False
+        ),
     ] = None,
 ) -> None:
     """Write what a run's folder tells as one HTML page; of several runs, a comparison."""
     from embedshard.report import write_report
 
-    typer.echo(f"{'Report' if len(run_dirs) == 1 else 'Comparison'}: {write_report(run_dirs, out)}")
+    typer.echo(f"{'Report' if len(run_dirs) == 1 else 'Comparison'}: {write_report(run_dirs, out).uri}")
 
 
 @app.command()

@@ -13,6 +13,7 @@ __all__ = [
     "EmbedshardError",
     "PeerError",
     "PlanError",
+    "StorageError",
     "TrainingError",
     "nearest",
 ]
@@ -51,6 +52,10 @@ class PlanError(EmbedshardError):
 
 class CheckpointError(EmbedshardError):
     """A checkpoint is missing, unfinished, damaged, or belongs to another run."""
+
+
+class StorageError(EmbedshardError):
+    """A disk or an object store cannot be reached, or does not do what it is asked for. It may be back later."""
 
 
 class TrainingError(EmbedshardError):

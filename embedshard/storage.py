@@ -6,14 +6,14 @@ and is flushed to the device; on an object store it appears by one PUT. This mod
 
 from __future__ import annotations
 
-__all__ = ["Expansion", "Location", "expand", "locate"]
+__all__ = ["Expansion", "Location", "PathOrUri", "expand", "locate", "reaching"]
 
 import errno
 import os
 import re
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +21,10 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from embedshard.errors import ConfigError, DataError
+from embedshard.errors import ConfigError, DataError, StorageError
+
+PathOrUri = str | os.PathLike[str]
+"""As a person writes it: a local path, or a URI, which is never a `Path`: that would make `s3:/` of `s3://`."""
 
 _SCHEMES = ("file", "s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 _OBJECT_STORES = ("s3", "gcs", "abfs")
@@ -61,6 +64,11 @@ class Location:
         """Whether it is on this machine's filesystem."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
+    @property
+    def address(self) -> str:
+        """What names it from any working folder: the absolute path, links resolved, of a local one, else the URI."""
+        return os.path.realpath(self.path) if self.is_local else self.uri.rstrip("/")
+
     def join(self, *parts: str) -> Location:
         """Returns a location below this one."""
         tail = "/".join(parts)
@@ -90,6 +98,10 @@ class Location:
         with self.open_input() as file:
             content: bytes = file.read()
         return content
+
+    def read_text(self) -> str:
+        """Returns the content of a file in UTF-8; bytes that are none become replacement characters."""
+        return self.read_bytes().decode("utf-8", errors="replace")
 
     def write_bytes_atomically(self, data: bytes) -> None:
         """Writes a file so that a reader sees the former or the new one, never a part, and it outlives a power cut.
@@ -150,16 +162,21 @@ class Location:
         return self.filesystem.get_file_info(self.path).type
 
 
-def locate(path_or_uri: str, filesystem: fs.FileSystem | None = None) -> Location:
+def locate(place: PathOrUri | Location, filesystem: fs.FileSystem | None = None) -> Location:
     """Returns the location of a local path (relative ones and `~` too) or of a URI (`s3://`, `gs://`, `file://`, ...).
 
+    Credentials, region and endpoint of an object store are taken from the environment by pyarrow, or from the URI.
+
     Args:
-        path_or_uri: as a person writes it.
+        place: as a person writes it; a location is returned as it is.
         filesystem: if given, what the path is in; it is then no URI.
 
     Raises:
         ConfigError: if pyarrow has no filesystem for the URI, or cannot open it.
     """
+    if isinstance(place, Location):
+        return place
+    path_or_uri = os.fspath(place)
     if filesystem is not None:
         return Location(filesystem, path_or_uri.rstrip("/"), path_or_uri)
     scheme = _SCHEME.match(path_or_uri)
@@ -182,6 +199,27 @@ def locate(path_or_uri: str, filesystem: fs.FileSystem | None = None) -> Locatio
     if isinstance(filesystem, fs.LocalFileSystem):
         path = os.path.abspath(path)
     return Location(filesystem, path.rstrip("/") or "/", path_or_uri)
+
+
+@contextmanager
+def reaching(location: Location) -> Iterator[None]:
+    """Tells of a failure to read or write there as an error that a user can act on.
+
+    Raises:
+        StorageError: for what the filesystem raises.
+    """
+    try:
+        yield
+    except OSError as error:
+        detail = " ".join(str(error).split()).rstrip(".")
+        advice = "See that the disk is there, has space and may be written."
+        if not location.is_local:
+            advice = (
+                "See that the bucket exists, that its server can be reached, and that it lets you in: the endpoint, region "
+                "and credentials are taken from the environment (for S3: AWS_ENDPOINT_URL, AWS_DEFAULT_REGION, "
+                "AWS_ACCESS_KEY_ID, ...)."
+            )
+        raise StorageError(f"{location.uri} cannot be read or written: {detail}. {advice}") from error
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,15 @@
 """Configs: what a run is, as data."""
 
-from embedshard.config.load import Loaded, build_config, differences, dump_tree, load_config, schema_json, variables
+from embedshard.config.load import (
+    Loaded,
+    build_config,
+    differences,
+    dump_tree,
+    load_config,
+    parse_config,
+    schema_json,
+    variables,
+)
 from embedshard.config.lookups import Lookup, TableSpec, bias_key, negative_key, num_negative_slots, table_specs
 from embedshard.config.root import Config
 
@@ -16,6 +25,7 @@ __all__ = [
     "load_config",
     "negative_key",
     "num_negative_slots",
+    "parse_config",
     "schema_json",
     "table_specs",
     "variables",

@@ -6,7 +6,7 @@ carries both the tree as written and the config that it means.
 
 from __future__ import annotations
 
-__all__ = ["Loaded", "build_config", "differences", "dump_tree", "load_config", "schema_json", "variables"]
+__all__ = ["Loaded", "build_config", "differences", "dump_tree", "load_config", "parse_config", "schema_json", "variables"]
 
 import json
 import re
@@ -61,6 +61,21 @@ def load_config(path: str | Path, environment: Mapping[str, str], overrides: Seq
         raise ConfigError(f"{source}: there is no such file. {hint}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{source} cannot be read: {error}. It must be a YAML file in UTF-8.") from error
+    return parse_config(text, source, environment, overrides)
+
+
+def parse_config(text: str, source: str, environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Loaded:
+    """Overrides, expands and checks the text of a config file.
+
+    Args:
+        text: YAML.
+        source: where it was read, for messages.
+        environment: where `${VAR}` is looked up.
+        overrides: `a.b=value` each, the value in YAML.
+
+    Raises:
+        ConfigError: naming the place, the value and what is allowed.
+    """
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

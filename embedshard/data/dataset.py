@@ -67,6 +67,7 @@ class Dataset:
         sampler: draws candidates, where the objective asks for them.
         skipped_files: what lies among the data of all sets and is not read, since it is not Parquet.
         set_aside: what was wrong with the sets that were read whole so far: `validation`, `test` and `catalogue`.
+        catalogue_bytes: that were read for the catalogue.
     """
 
     config: Config
@@ -81,6 +82,12 @@ class Dataset:
     sampler: CandidateSampler | None
     skipped_files: list[str]
     set_aside: dict[str, SetAside] = field(default_factory=dict)
+    catalogue_bytes: int = 0
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of Parquet, as compressed, that this process has read so far; footers are not counted."""
+        return sum(source.byte_count.total for source in (*self.train, *self.held_out.values())) + self.catalogue_bytes
 
     @property
     def fingerprint(self) -> str:
@@ -247,6 +254,7 @@ def _open_items(dataset: Dataset, world: World) -> None:
         source = open_source(config.data.catalogue, decoder)
         dataset.skipped_files += [location.uri for location in source.skipped]
         columns = dataset.read_whole("catalogue", source)
+        dataset.catalogue_bytes = source.byte_count.total
         dataset.catalogue = catalogue_from_columns(item_id, columns, num_rows + 1, ", ".join(config.data.catalogue))
     elif hashed:
         assert counts is not None

@@ -15,7 +15,6 @@ __all__ = ["BadRowCounts", "Quarantine", "Tally", "example_of", "most_allowed", 
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,7 +24,7 @@ import pyarrow.parquet as pq
 
 from embedshard.data.columns import Columns, Flat
 from embedshard.errors import DataError
-from embedshard.storage import locate
+from embedshard.storage import Location, PathOrUri, locate, reaching
 
 if TYPE_CHECKING:
     from embedshard.data.batch import Batch
@@ -205,7 +204,11 @@ def record(source: Source, rows: IntArray, codes: IntArray) -> pa.Table:
 
 
 def write_record(
-    folder: Path, name: str, rows: pa.Table, steps: Sequence[int] | None = None, epochs: Sequence[int] | None = None
+    folder: PathOrUri | Location,
+    name: str,
+    rows: pa.Table,
+    steps: Sequence[int] | None = None,
+    epochs: Sequence[int] | None = None,
 ) -> None:
     """Writes a part of a run's record, whole or not at all; no file where there are no rows.
 
@@ -215,18 +218,23 @@ def write_record(
         rows: as `record` returns them.
         steps: that trained them; None for sets that are not trained.
         epochs: in which that was.
+
+    Raises:
+        StorageError: if it cannot be written.
     """
+    place = locate(folder)
     if not rows.num_rows:
-        (folder / name).unlink(missing_ok=True)
+        with reaching(place):
+            place.join(name).delete_file()
         return
     nothing = [None] * rows.num_rows
     table = rows.append_column("step", pa.array(nothing if steps is None else steps, pa.int64()))
     table = table.append_column("epoch", pa.array(nothing if epochs is None else epochs, pa.int64()))
     stream = pa.BufferOutputStream()
     pq.write_table(table.cast(_SCHEMA), stream)
-    location = locate(str(folder))
-    location.make_dirs()
-    location.join(name).write_bytes_atomically(stream.getvalue().to_pybytes())
+    with reaching(place):
+        place.make_dirs()
+        place.join(name).write_bytes_atomically(stream.getvalue().to_pybytes())
 
 
 def example_of(rows: pa.Table) -> str:
@@ -250,20 +258,22 @@ class Quarantine:
         sources: one for each partition.
     """
 
-    def __init__(self, folder: Path, rank: int, sources: Sequence[Source]) -> None:
-        self.folder = folder
+    def __init__(self, folder: PathOrUri | Location, rank: int, sources: Sequence[Source]) -> None:
+        self.folder = locate(folder)
         self._rank, self._sources = rank, sources
         self._pending: list[tuple[int, int, IntArray, IntArray]] = []  # step, partition, rows, codes
 
     @staticmethod
-    def forget_after(folder: Path, step: int) -> None:
+    def forget_after(folder: PathOrUri | Location, step: int) -> None:
         """Takes away what was recorded after a step: a run that goes on from there records it again.
 
         Parts end at checkpoints, so none holds rows from before and after one.
         """
-        for part in folder.glob("train-*.parquet"):
-            if int(part.name.split("-")[1]) > step:
-                part.unlink()
+        place = locate(folder)
+        with reaching(place):
+            for name in _parts(place):
+                if int(name.split("-")[1]) > step:
+                    place.join(name).delete_file()
 
     def add(self, batch: Batch) -> None:
         """Notes the rows of a batch that were set aside, once its step was done; in the first epoch, which has them all."""
@@ -297,5 +307,14 @@ class Quarantine:
 
     def example(self) -> str:
         """Returns a sentence on one of the rows in the record."""
-        part = min(self.folder.glob("train-*.parquet"), default=None)
-        return "" if part is None else example_of(pq.read_table(part))
+        with reaching(self.folder):
+            part = min(_parts(self.folder), default=None)
+            if part is None:
+                return ""
+            with self.folder.join(part).open_input() as file:
+                return example_of(pq.read_table(file))
+
+
+def _parts(folder: Location) -> list[str]:
+    """Returns the names of the files of a record of training rows."""
+    return [name for name in folder.list_names() if name.startswith("train-") and name.endswith(".parquet")]

@@ -33,6 +33,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedshard.data.byte_count import ByteCount
 from embedshard.data.columns import Columns
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
@@ -172,6 +173,7 @@ class Source:
         metadata: the footers themselves.
         decoder: turns columns into arrays.
         skipped: what lies among the files and is not read, since it is not Parquet.
+        byte_count: counts the compressed bytes of the column chunks that are read; shared with what is derived from this.
     """
 
     def __init__(
@@ -181,7 +183,9 @@ class Source:
         metadata: Sequence[pq.FileMetaData],
         decoder: Decoder,
         skipped: Sequence[Location] = (),
+        byte_count: ByteCount | None = None,
     ) -> None:
+        self.byte_count = byte_count or ByteCount()
         self._locations, self._metadata = tuple(locations), tuple(metadata)
         self.inventory, self.decoder, self.skipped = inventory, decoder, tuple(skipped)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
@@ -196,7 +200,7 @@ class Source:
         return self._decoded_by(self.decoder.with_statistics(statistics))
 
     def _decoded_by(self, decoder: Decoder) -> Source:
-        return Source(self._locations, self.inventory, self._metadata, decoder, self.skipped)
+        return Source(self._locations, self.inventory, self._metadata, decoder, self.skipped, self.byte_count)
 
     def describe_row(self, row: int) -> str:
         """Returns the file, row group and row of a row's number in the data set."""
@@ -238,6 +242,7 @@ class Source:
         """
         group = self.inventory.row_groups[number]
         try:
+            self._count_bytes(group, self.decoder.columns)
             table = self._file(group.file).read_row_group(group.index, columns=self.decoder.columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
@@ -262,6 +267,7 @@ class Source:
         try:
             # A handle of its own: another thread may read.
             with self._parquet_file(group.file) as file:
+                self._count_bytes(group, decoder.columns)
                 table = file.read_row_group(group.index, columns=decoder.columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
@@ -295,6 +301,7 @@ class Source:
                 if batches is None:
                     # A handle of its own: a lane keeps it while others read the same file.
                     file = self._parquet_file(group.file)
+                    self._count_bytes(group, self.decoder.columns)
                     batches = file.iter_batches(
                         batch_size=batch_rows, row_groups=[group.index], columns=self.decoder.columns, use_threads=False
                     )
@@ -325,6 +332,13 @@ class Source:
         return pq.ParquetFile(
             self._locations[number].open_input(), metadata=self._metadata[number], page_checksum_verification=True
         )
+
+    def _count_bytes(self, group: RowGroup, columns: Sequence[str]) -> None:
+        """Counts a row group's chunks of some columns: pyarrow reads each whole."""
+        metadata = self._metadata[group.file]
+        chunks = metadata.row_group(group.index)
+        places = [place for column in columns if (place := _place_of(metadata, column)) is not None]
+        self.byte_count.add(sum(chunks.column(place).total_compressed_size for place in places))
 
     def _check_rows(self, group: RowGroup, rows: int) -> None:
         if rows != group.num_rows:

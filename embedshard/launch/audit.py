@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["audit_here", "show"]
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from rich import box
 from rich.console import Console
@@ -13,6 +12,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from embedshard.storage import PathOrUri
 from embedshard.train.audit import audit_run
 from embedshard.train.audit_report import AttemptReport, Audit, Failure, PassReport
 from embedshard.train.run_directory import RunDirectory
@@ -21,7 +21,7 @@ _SHOWN_FAILURES = 20
 """Failures that are printed; the JSON has all."""
 
 
-def audit_here(run_dir: Path, environment: Mapping[str, str], console: Console) -> Audit:
+def audit_here(run_dir: PathOrUri, environment: Mapping[str, str], console: Console) -> Audit:
     """Audits a run, with a bar of progress.
 
     Raises:

@@ -26,6 +26,7 @@ from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.launch.request import TrainRequest
 from embedshard.models.summary import Summary, summarise
+from embedshard.storage import PathOrUri, reaching
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import TrainResult, train
@@ -64,8 +65,8 @@ def train_in(
     Raises:
         EmbedshardError: what a user can act on.
     """
-    path, step = world.from_rank_zero(lambda: open_run(request, environment, teller))
-    run = RunDirectory.open(path)
+    place, step = world.from_rank_zero(lambda: open_run(request, environment, teller))
+    run = RunDirectory.open(place)
     config = run.load_config(environment).config
     reporter = _reporter(config, run, teller) if world.is_rank_zero else Reporter()
     resume_from = None if step is None else open_step(run.checkpoints, step)
@@ -77,11 +78,13 @@ def train_in(
         return result
     if result.stopped_by is not None:
         teller.said(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
-        teller.said(f"  embedshard train --resume {run.path}")
+        teller.said(f"  embedshard train --resume {run.folder.uri}")
     else:
-        teller.said(f"Result: {run.path / 'result.json'}")
-    if (run.path / "report.html").exists():
-        teller.said(f"Report: {run.path / 'report.html'}")
+        teller.said(f"Result: {run.folder.join('result.json').uri}")
+    report = run.folder.join("report.html")
+    with reaching(report):
+        if report.exists():
+            teller.said(f"Report: {report.uri}")
     return result
 
 
@@ -91,55 +94,50 @@ def load_run_config(request: TrainRequest, environment: Mapping[str, str]) -> Lo
     Raises:
         ConfigError: if it cannot be read.
     """
-    return load_config(_config_path(request), environment, request.overrides)
-
-
-def _config_path(request: TrainRequest) -> Path:
     if request.config is not None:
-        return request.config
+        return load_config(request.config, environment, request.overrides)
     assert request.resume is not None, "a resolved request has one or the other"
-    return RunDirectory.open(request.resume).path / "config.yaml"
+    return RunDirectory.open(request.resume).load_config(environment, request.overrides)
 
 
-def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Reporter) -> tuple[Path, int | None]:
-    """Makes or opens the folder of a `resolved` request's run; returns it and the step to go on from.
+def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Reporter) -> tuple[str, int | None]:
+    """Makes or opens the folder of a `resolved` request's run; returns it, as given, and the step to go on from.
 
     Raises:
         ConfigError: if the folder does not fit the request.
+        StorageError: if it cannot be reached.
     """
     loaded = load_run_config(request, environment)
     if request.resume is None:
-        path = request.run_dir or _default_run_dir(loaded.config, _config_path(request))
-        RunDirectory.create(path, loaded)
-        teller.said(f"Run: {path}")
-        return path, None
+        uri = RunDirectory.create(request.run_dir or _default_run_dir(loaded), loaded).folder.uri
+        teller.said(f"Run: {uri}")
+        return uri, None
     run = RunDirectory.open(request.resume)
     run.check_same_run(loaded.config, environment)
     run.save_config(loaded)
-    teller.said(f"Run: {run.path}")
-    found = newest_intact(run.checkpoints, on_damage=lambda damage: teller.said(f"Passed over: {damage}"))
-    if (run.path / "attempts.jsonl").exists():
+    teller.said(f"Run: {run.folder.uri}")
+    with reaching(run.checkpoints):
+        found = newest_intact(run.checkpoints, on_damage=lambda damage: teller.said(f"Passed over: {damage}"))
+    if run.has_begun:
         where = "at its beginning: it has no checkpoint yet" if found is None else f"after step {found.step}"
         teller.said(f"Resumes {where}.")
-    return run.path, None if found is None else found.step
+    return run.folder.uri, None if found is None else found.step
 
 
-def _default_run_dir(config: Config, config_path: Path) -> Path:
-    name = config.name or config_path.stem
+def _default_run_dir(loaded: Loaded) -> Path:
+    name = loaded.config.name or Path(loaded.source).stem
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 def _reporter(config: Config, run: RunDirectory, teller: Reporter) -> Reporter:
-    attempts = run.path / "attempts.jsonl"
-    attempt = len(attempts.read_text(encoding="utf-8").splitlines()) + 1 if attempts.exists() else 1
-    reporters = [teller, JsonLinesReporter(run.path / "metrics.jsonl", attempt)]
+    reporters = [teller, JsonLinesReporter(run.folder.join("metrics.jsonl"), run.num_attempts + 1)]
     if config.tracking.tensorboard:
-        reporters.append(TensorBoardReporter(run.path / "tensorboard"))
+        reporters.append(TensorBoardReporter(run.folder.join("tensorboard")))
     return Reporters(reporters)
 
 
 def evaluate_here(
-    run_dir: Path,
+    run_dir: PathOrUri,
     checkpoint_step: int | None,
     device: str,
     environment: Mapping[str, str],
@@ -159,7 +157,9 @@ def evaluate_here(
     config = run.load_config(environment).config
     if checkpoint_step is None:
         checkpoint_step = (run.read_json("result.json") or {}).get("selected_step")
-    checkpoint = newest_intact(run.checkpoints) if checkpoint_step is None else open_step(run.checkpoints, checkpoint_step)
+    root, step = run.checkpoints, checkpoint_step
+    with reaching(root):
+        checkpoint = newest_intact(root) if step is None else open_step(root, step)
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
     with open_world(device) as world:
@@ -177,11 +177,11 @@ def evaluate_here(
             found["baselines"] = comparison.metrics
             found["slices"] = parts.evaluator.slices.get(splits[-1], {})
     if not splits:
-        raise ConfigError(f"{run.path / 'config.yaml'}: nothing to measure. It needs evaluate.metrics and data.test.")
+        raise ConfigError(f"{run.config_file.uri}: nothing to measure. It needs evaluate.metrics and data.test.")
     return found
 
 
-def evaluate_untrained(run_dir: Path, split: Split, device: str, environment: Mapping[str, str]) -> dict[str, float]:
+def evaluate_untrained(run_dir: PathOrUri, split: Split, device: str, environment: Mapping[str, str]) -> dict[str, float]:
     """Returns the metrics of a run's model as it was before its first step: every score is to be seen beside these.
 
     Raises:

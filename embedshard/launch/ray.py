@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
@@ -30,13 +29,14 @@ from rich.console import Console
 
 from embedshard.config import variables
 from embedshard.data.order import largest_world, worlds_that_fit
-from embedshard.errors import ConfigError, EmbedshardError, PeerError, TrainingError
+from embedshard.errors import ConfigError, EmbedshardError, PeerError, StorageError, TrainingError
 from embedshard.launch.local import load_run_config, open_run, train_in
+from embedshard.launch.ray_metrics import RayMetricsReporter
 from embedshard.launch.request import TrainRequest
 from embedshard.train.loop import TrainResult
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.stop import Notices
-from embedshard.train.tracking import ConsoleReporter, Reporter
+from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
 from embedshard.world import TIMEOUT, open_world, process_environment, shrink_world
 
 if TYPE_CHECKING:
@@ -100,13 +100,13 @@ def train_on_ray(
             f"such as 1:{spread.most}, or other lanes (96 fits 1, 2, 3, 4, 6, 8, ...)."
         )
     teller = ConsoleReporter(console, loaded.config.train.log_every_steps)
-    path = open_run(request, environment, Reporter())[0].resolve()
+    run = RunDirectory(open_run(request, environment, Reporter())[0]).folder.address
     needed = {name: environment[name] for name in variables(loaded.tree) if name in environment}
     with _cluster(ray, spread, environment):
         teller.said(_what_starts(spread, ray.cluster_resources()))
         board = _start_board(ray)
-        work = {"run": str(path), "device": request.device, "environment": needed, "board": board, "lanes": lanes}
-        trainer = _trainer(spread, request.device, path, work, ray.cluster_resources())
+        work = {"run": run, "device": request.device, "environment": needed, "board": board, "lanes": lanes}
+        trainer = _trainer(spread, request.device, run, work, ray.cluster_resources())
         return _follow(ray, trainer, board, teller)
 
 
@@ -158,7 +158,7 @@ def _cluster(ray: Any, spread: RayRequest, environment: Mapping[str, str]) -> It
         ray.shutdown()
 
 
-def _trainer(spread: RayRequest, device: str, path: Path, work: dict[str, Any], resources: Mapping[str, float]) -> Any:
+def _trainer(spread: RayRequest, device: str, run: str, work: dict[str, Any], resources: Mapping[str, float]) -> Any:
     train: Any = importlib.import_module("ray.train")
     torch: Any = importlib.import_module("ray.train.torch")
     use_gpu = device.startswith("cuda") or (device == "auto" and resources.get("GPU", 0) > 0)
@@ -177,7 +177,7 @@ def _trainer(spread: RayRequest, device: str, path: Path, work: dict[str, Any], 
         ),
         run_config=train.RunConfig(
             name=f"start-{time.time_ns()}",  # a name that was used would make Ray continue that start
-            storage_path=str(path / "ray"),
+            storage_path=f"{run}/ray",
             failure_config=train.FailureConfig(max_failures=spread.max_failures),
             worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}},
         ),
@@ -301,7 +301,7 @@ def _work(work: dict[str, Any]) -> None:
         if ray.get(board.failure.remote()) is None:
             raise
     except Exception as error:
-        if isinstance(error, OSError):  # a file system or a network that may be back at the next start
+        if isinstance(error, OSError | StorageError):  # a file system or a network that may be back at the next start
             raise
         known = isinstance(error, EmbedshardError)
         text = error.shown if isinstance(error, EmbedshardError) else "".join(traceback.format_exception(error))
@@ -330,10 +330,12 @@ def _train_as_worker(work: dict[str, Any]) -> None:
     if fitting < workers and not shrink_world(fitting):
         return  # idle until the next start
     environment = {**process_environment(), **work["environment"]}
-    run = RunDirectory.open(Path(work["run"]))
     with open_world(work["device"], idle=workers - fitting) as world:
-        teller = _BoardReporter(work["board"]) if world.is_rank_zero else Reporter()
-        request = TrainRequest(run_dir=run.path, resume=run.path, device=work["device"])
+        teller = Reporter()
+        if world.is_rank_zero:
+            restarts = RunDirectory(work["run"]).num_attempts
+            teller = Reporters([_BoardReporter(work["board"]), RayMetricsReporter(restarts)])
+        request = TrainRequest(run_dir=work["run"], resume=work["run"], device=work["device"])
         result = train_in(world, request, environment, teller, _RayNotices(work["board"], world.is_rank_zero))
         if world.is_rank_zero:
             value = {"stopped_by": result.stopped_by, "step": result.step, "metrics": result.metrics}

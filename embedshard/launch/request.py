@@ -6,8 +6,12 @@ __all__ = ["TrainRequest", "parse_workers"]
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from embedshard.errors import ConfigError
+
+if TYPE_CHECKING:  # pyarrow takes a moment, and --help needs none
+    from embedshard.storage import PathOrUri
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class TrainRequest:
     Attributes:
         config: a YAML config; None: that of the run which is continued.
         overrides: `a.b=value`, as of `--set`.
-        run_dir: the run's folder; None: a new one below `runs/`.
+        run_dir: the run's folder, a path or a URI; None: a new one below `runs/`.
         resume: the folder of the run to continue.
         goes_on: whether the run in `run_dir` is continued if it has begun.
         device: `cpu`, `cuda` or `auto`.
@@ -25,8 +29,8 @@ class TrainRequest:
 
     config: Path | None = None
     overrides: tuple[str, ...] = ()
-    run_dir: Path | None = None
-    resume: Path | None = None
+    run_dir: PathOrUri | None = None
+    resume: PathOrUri | None = None
     goes_on: bool = False
     device: str = "auto"
 
@@ -48,20 +52,24 @@ class TrainRequest:
 
         Raises:
             ConfigError: if what was asked for contradicts itself.
+            StorageError: if the folder cannot be reached.
         """
-        if self.resume is not None and self.run_dir is not None and self.run_dir.resolve() != self.resume.resolve():
+        from embedshard.train.run_directory import RunDirectory
+
+        run_dir, resume = (None if place is None else RunDirectory(place) for place in (self.run_dir, self.resume))
+        if resume is not None and run_dir is not None and run_dir.folder.address != resume.folder.address:
             raise ConfigError(
                 f"--run-dir {self.run_dir} and --resume {self.resume} name two folders. A run continues in its own."
             )
-        resume = self.resume
+        continued = self.resume
         if self.goes_on and resume is None:
-            if self.run_dir is None:
+            if run_dir is None:
                 raise ConfigError("--continue needs --run-dir: the folder of the run that is begun or continued.")
-            if (self.run_dir / "attempts.jsonl").exists():
-                resume = self.run_dir
-        if resume is None and self.config is None:
+            if run_dir.has_begun:
+                continued = self.run_dir
+        if continued is None and self.config is None:
             raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
-        return TrainRequest(self.config, self.overrides, self.run_dir, resume, False, self.device)
+        return TrainRequest(self.config, self.overrides, self.run_dir, continued, False, self.device)
 
 
 def parse_workers(text: str) -> tuple[int, int]:

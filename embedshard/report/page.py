@@ -18,12 +18,12 @@ from embedshard.quantities import MISSING, duration, number, share, size
 from embedshard.report import views
 from embedshard.report.read import read_run
 from embedshard.report.run import Run, mapping, numbers
-from embedshard.storage import locate
+from embedshard.storage import Location, PathOrUri, locate, reaching
 
 _MINUS = "\N{MINUS SIGN}"
 
 
-def write_report(folders: Sequence[Path], out: Path | None = None, is_over: bool = False) -> Path:
+def write_report(folders: Sequence[PathOrUri | Location], out: PathOrUri | None = None, is_over: bool = False) -> Location:
     """Writes the report of a run, or the comparison of several; returns where it is.
 
     Args:
@@ -33,18 +33,26 @@ def write_report(folders: Sequence[Path], out: Path | None = None, is_over: bool
 
     Raises:
         ConfigError: if a folder holds no run, or the page cannot be written.
+        StorageError: if a folder cannot be reached.
     """
     now = datetime.now(UTC)
-    runs = [read_run(folder, now, is_over) for folder in folders]
+    runs = []
+    for folder in map(locate, folders):
+        with reaching(folder):
+            runs.append(read_run(folder, now, is_over))
     page = report_page(runs[0], now) if len(runs) == 1 else comparison_page(runs, now)
-    path = out or (folders[0] / "report.html" if len(runs) == 1 else Path("comparison.html"))
+    if out is not None:
+        written = locate(out)
+    else:
+        written = runs[0].location.join("report.html") if len(runs) == 1 else locate("comparison.html")
     try:
-        locate(str(path)).write_text_atomically(page)
+        written.write_text_atomically(page)
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}. Give another place with --out, in a folder that exists."
+            f"{written.uri} cannot be written: {error.strerror or error}. Give another place with --out, in a folder that "
+            f"exists."
         ) from error
-    return path
+    return written
 
 
 def report_page(run: Run, now: datetime) -> str:

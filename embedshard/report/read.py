@@ -11,8 +11,8 @@ __all__ = ["read_run"]
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from fnmatch import fnmatchcase
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from embedshard.config import Config
@@ -26,41 +26,43 @@ from embedshard.report.files import (
     read_tree,
 )
 from embedshard.report.run import Attempt, Points, Run, State, integer, is_number, mapping
+from embedshard.storage import Location, PathOrUri, locate
 
 _SILENCE = timedelta(minutes=10)
 """How long an unfinished run may say nothing before it counts as stopped."""
 
 
-def read_run(path: Path, now: datetime, is_over: bool = False) -> Run:
+def read_run(place: PathOrUri | Location, now: datetime, is_over: bool = False) -> Run:
     """Reads a run's folder.
 
     Args:
-        path: the folder.
+        place: the folder.
         now: the time, to tell a run that goes on from one that was stopped.
         is_over: whether it is known that no process trains the run any more.
 
     Raises:
         ConfigError: if the folder holds no run, or a config that is no YAML.
     """
-    if not (path / "config.yaml").is_file():
-        found = "is not there" if not path.exists() else "has no config.yaml, so it holds no run"
-        raise ConfigError(f"{path} {found}. Give the folder that 'embedshard train' printed when it began.")
+    folder = locate(place)
+    if not folder.join("config.yaml").is_file():
+        found = "has no config.yaml, so it holds no run" if folder.exists() else "is not there"
+        raise ConfigError(f"{folder.uri} {found}. Give the folder that 'embedshard train' printed when it began.")
     problems: list[str] = []
-    tree = read_tree(path / "config.yaml")
-    config = read_config(tree, path / "config.yaml", problems)
-    inventory = mapping(read_json(path / "inventory.json", problems))
-    result = mapping(read_json(path / "result.json", problems))
-    starts = read_json_lines(path / "attempts.jsonl", problems)
+    tree = read_tree(folder.join("config.yaml"))
+    config = read_config(tree, folder.join("config.yaml"), problems)
+    inventory = mapping(read_json(folder.join("inventory.json"), problems))
+    result = mapping(read_json(folder.join("result.json"), problems))
+    starts = read_json_lines(folder.join("attempts.jsonl"), problems)
     lines = [
         line
-        for line in read_json_lines(path / "metrics.jsonl", problems)
+        for line in read_json_lines(folder.join("metrics.jsonl"), problems)
         if integer(line.get("step")) is not None and integer(line.get("attempt")) is not None
     ]
-    attempts = _attempts(starts, lines, _ledger_spans(path / "ledger", problems))
+    attempts = _attempts(starts, lines, _ledger_spans(folder.join("ledger"), problems))
     lines = _surviving(lines, attempts)
-    rows, reasons = read_quarantine(path / "quarantine", problems)
+    rows, reasons = read_quarantine(folder.join("quarantine"), problems)
     return Run(
-        path=path,
+        location=folder,
         tree=tree,
         config=config,
         attempts=attempts,
@@ -70,17 +72,19 @@ def read_run(path: Path, now: datetime, is_over: bool = False) -> Run:
         quarantined=rows,
         quarantine_reasons=reasons,
         state=_state(_planned_steps(config, inventory), result, attempts, lines, now, is_over),
-        checkpoints=committed_steps(path / "checkpoints"),
+        checkpoints=committed_steps(folder.join("checkpoints")),
         problems=tuple(problems),
     )
 
 
-def _ledger_spans(folder: Path, problems: list[str]) -> dict[int, tuple[int, int]]:
+def _ledger_spans(folder: Location, problems: list[str]) -> dict[int, tuple[int, int]]:
     """Returns, by attempt, (the step after which it went on, the last step that it wrote down)."""
     steps: defaultdict[int, list[int]] = defaultdict(list)
-    for path in sorted(folder.glob("*-*.jsonl")):
-        number = path.name.partition("-")[0]
-        for line in read_json_lines(path, problems):
+    for name in folder.list_names():
+        if not fnmatchcase(name, "*-*.jsonl"):
+            continue
+        number = name.partition("-")[0]
+        for line in read_json_lines(folder.join(name), problems):
             first, last = integer(line.get("first_step")), integer(line.get("last_step"))
             if number.isdigit() and first is not None and last is not None:
                 steps[int(number)] += [first, last + 1]

@@ -21,10 +21,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 from embedshard.config import Config, TableSpec, table_specs
+from embedshard.storage import Location
 
 Points = Sequence[tuple[int, float]]
 """A curve: (step, value), the steps ascending."""
@@ -140,7 +140,7 @@ class Run:
     """A run's folder, read.
 
     Attributes:
-        path: the folder.
+        location: the folder.
         tree: the config as written, variables unexpanded.
         config: what it means, where it fits this version; a variable without a default stands for itself.
         attempts: each start.
@@ -154,7 +154,7 @@ class Run:
         problems: what could not be read, for a person.
     """
 
-    path: Path
+    location: Location
     tree: dict[str, Any]
     config: Config | None
     attempts: tuple[Attempt, ...]
@@ -170,7 +170,12 @@ class Run:
     @property
     def folder(self) -> str:
         """The folder's own name."""
-        return self.path.resolve().name
+        return self.location.address.rpartition("/")[2]
+
+    @property
+    def address(self) -> str:
+        """How the folder is named to `embedshard`: a folder may have been copied, what is in a store may not."""
+        return self.folder if self.location.is_local else self.location.address
 
     @property
     def name(self) -> str:
@@ -204,6 +209,18 @@ class Run:
         told = numbers(self.result).get("samples_per_second")
         points = self.curves.get("train/samples_per_second")
         return told if told is not None else points[-1][1] if points else None
+
+    @property
+    def stage_seconds(self) -> dict[str, float]:
+        """Where the last attempt's loop spent its time: seconds by stage; empty where the run has not ended."""
+        return numbers(self.result.get("seconds"))
+
+    @property
+    def bytes_read(self) -> int | None:
+        """Bytes of Parquet that the last attempt read, by all workers."""
+        points = self.curves.get("train/bytes_read")
+        told = integer(self.result.get("bytes_read"))
+        return told if told is not None else round(points[-1][1]) if points else None
 
     @property
     def elapsed_seconds(self) -> float | None:

@@ -203,13 +203,14 @@ def curve_charts(run: Run) -> list[Chart]:
     groups: dict[str, list[str]] = {}
     for name in run.curves:
         split, _, rest = name.partition("/")
-        if split == "train" and rest not in ("loss", "epoch", "samples_per_second"):
+        if split == "train" and rest not in ("loss", "epoch", "samples_per_second", "bytes_read"):
             groups.setdefault(rest.partition("/")[0], []).append(name)
     for title, names in groups.items():
         lines = [Line(name.rpartition("/")[2], run.curves[name], colour) for colour, name in enumerate(sorted(names))]
         legend = [(line.label, line.colour) for line in lines] if len(lines) > 1 else []
         latest = number(lines[0].points[-1][1]) if len(lines) == 1 else ""
-        charts.append(Chart(title.replace("_", " "), line_chart(title, lines, restarts, from_zero=True), latest, legend))
+        shown = "seconds a step, by stage" if title == "seconds" else title.replace("_", " ")
+        charts.append(Chart(shown, line_chart(title, lines, restarts, from_zero=True), latest, legend))
     return charts
 
 
@@ -239,7 +240,7 @@ def _validation_chart(run: Run, metric: str, points: Points, restarts: Sequence[
 def labels(runs: Sequence[Run]) -> list[str]:
     """Returns a name for each run that no other has: its folder's, else its path."""
     folders = [run.folder for run in runs]
-    return [folder if folders.count(folder) == 1 else str(run.path) for run, folder in zip(runs, folders, strict=True)]
+    return [folder if folders.count(folder) == 1 else run.location.uri for run, folder in zip(runs, folders, strict=True)]
 
 
 def compare_metrics(runs: Sequence[Run], values: Sequence[Mapping[str, float]]) -> tuple[list[str], list[Row]]:

@@ -16,11 +16,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from embedshard.config import Config, load_config
+from embedshard.config import Config
 from embedshard.data.expected import ExpectedRows
 from embedshard.data.order import Order, Position, sum_of_digests
 from embedshard.data.source import Inventory, fingerprint_of
 from embedshard.errors import ConfigError, DataError
+from embedshard.storage import reaching
 from embedshard.train.audit_report import AttemptReport, Audit, Failure, PassReport, StepRange
 from embedshard.train.ledger import LedgerLine, Unreadable, ledger_files, read_ledger
 from embedshard.train.lineage import Lineage, Stretch, follow
@@ -47,20 +48,20 @@ def audit_run(
         DataError: if its inventory cannot be used.
         CheckpointError: if none of its steps counts yet.
     """
-    if not run.attempts_file.exists():
+    if not run.has_begun:
         raise ConfigError(
-            f"{run.path} has no attempts.jsonl, so no training has begun there. Give the folder of a run that has."
+            f"{run.folder.uri} has no attempts.jsonl, so no training has begun there. Give the folder of a run that has."
         )
-    text = (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
-    names = _VARIABLE_WITHOUT_DEFAULT.findall(text)
-    config = load_config(run.path / "config.yaml", {name: f"${{{name}}}" for name in names} | dict(environment)).config
-    inventories, order = _read_inventory(run, config)
-    # The line of checkpoints is read first: what it counts is in the ledger by then.
-    return _Auditor(run, config, inventories, order, follow(run), progress).audit()
+    with reaching(run.folder):
+        names = _VARIABLE_WITHOUT_DEFAULT.findall(run.config_file.read_text())
+        config = run.load_config({name: f"${{{name}}}" for name in names} | dict(environment)).config
+        inventories, order = _read_inventory(run, config)
+        # The line of checkpoints is read first: what it counts is in the ledger by then.
+        return _Auditor(run, config, inventories, order, follow(run), progress).audit()
 
 
 def _read_inventory(run: RunDirectory, config: Config) -> tuple[list[Inventory], Order]:
-    where = run.path / "inventory.json"
+    where = run.folder.join("inventory.json")
     try:
         saved = run.read_json("inventory.json")
         inventories = [Inventory.from_json(partition) for partition in saved["partitions"]]
@@ -78,7 +79,7 @@ def _read_inventory(run: RunDirectory, config: Config) -> tuple[list[Inventory],
     except (OSError, ValueError, TypeError, KeyError) as error:
         met = "is not there" if not where.exists() else f"cannot be used ({type(error).__name__}: {error})"
         raise DataError(
-            f"{where} {met}. What should have been trained follows from it: put back the file that the run wrote."
+            f"{where.uri} {met}. What should have been trained follows from it: put back the file that the run wrote."
         ) from error
     return inventories, order
 
@@ -126,7 +127,7 @@ class _Auditor:
         if self._config.train.max_steps is not None:
             planned = min(planned, self._config.train.max_steps)
         return Audit(
-            run=str(self._run.path),
+            run=self._run.folder.uri,
             steps=self._lineage.steps,
             planned_steps=planned,
             is_finished=self._is_finished(planned),

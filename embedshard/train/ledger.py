@@ -11,16 +11,16 @@ from __future__ import annotations
 __all__ = ["Ledger", "LedgerLine", "Unreadable", "ledger_files", "read_ledger"]
 
 import json
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from embedshard.data.order import Digest, row_digest, sum_of_digests
+from embedshard.lines import LineFile
+from embedshard.storage import Location, PathOrUri, locate
 
 if TYPE_CHECKING:  # whoever only reads ledgers need not wait for torchrec
     from embedshard.data.batch import Batch
@@ -91,9 +91,8 @@ class Ledger:
         rank: this process's.
     """
 
-    def __init__(self, folder: Path, attempt: int, rank: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"{attempt:04d}-{rank:05d}.jsonl").open("a", encoding="utf-8")
+    def __init__(self, folder: PathOrUri | Location, attempt: int, rank: int) -> None:
+        self._file = LineFile(locate(folder).join(f"{attempt:04d}-{rank:05d}.jsonl"))
         self._key: tuple[int, int] | None = None
         self._clear()
 
@@ -107,7 +106,7 @@ class Ledger:
         position = batch.training_position
         key = (position.epoch, position.partition)
         if key != self._key or position.step != self._last_step + 1:
-            self.flush()
+            self._end_line()
             self._key = key
         if self._first_step < 0:
             self._first_step = position.step
@@ -119,7 +118,15 @@ class Ledger:
         self._weightless_rows += int(np.count_nonzero(valid & (batch.weights.cpu().numpy() == 0)))
 
     def flush(self) -> None:
-        """Writes what was counted since the last line, to the disk."""
+        """Writes what was counted since the last line, to the disk or the object store.
+
+        Raises:
+            StorageError: if it cannot be written.
+        """
+        self._end_line()
+        self._file.keep()
+
+    def _end_line(self) -> None:
         if self._key is None or self._first_step < 0:
             return
         line = LedgerLine(
@@ -131,9 +138,7 @@ class Ledger:
             weightless_rows=self._weightless_rows,
             digest="".join(f"{word:016x}" for word in self._digest),
         )
-        self._file.write(json.dumps(line.model_dump()) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        self._file.add(json.dumps(line.model_dump()))
         self._clear()
 
     def close(self) -> None:
@@ -142,22 +147,25 @@ class Ledger:
         self._file.close()
 
 
-def ledger_files(folder: Path) -> tuple[dict[tuple[int, int], Path], list[Path]]:
+def ledger_files(folder: PathOrUri | Location) -> tuple[dict[tuple[int, int], Location], list[Location]]:
     """Returns the ledgers of a folder by (attempt, rank), and the files that are named like none."""
     found, others = {}, []
-    for path in sorted(folder.glob("*.jsonl")):
-        match = _NAME.fullmatch(path.name)
+    place = locate(folder)
+    for name in place.list_names():
+        if not name.endswith(".jsonl"):
+            continue
+        match = _NAME.fullmatch(name)
         if match is None:
-            others.append(path)
+            others.append(place.join(name))
         else:
-            found[int(match[1]), int(match[2])] = path
+            found[int(match[1]), int(match[2])] = place.join(name)
     return found, others
 
 
-def read_ledger(path: Path) -> list[LedgerLine | Unreadable]:
+def read_ledger(place: PathOrUri | Location) -> list[LedgerLine | Unreadable]:
     """Returns the lines of a ledger, as they follow each other."""
     found: list[LedgerLine | Unreadable] = []
-    lines = path.read_bytes().split(b"\n")
+    lines = locate(place).read_bytes().split(b"\n")
     for number, text in enumerate(lines, start=1):
         is_last = number == len(lines)  # nothing, where the line before it is whole
         if is_last and not text:

@@ -74,8 +74,8 @@ def follow(run: RunDirectory) -> Lineage:
     number, steps = _end(result, num_attempts, attempts, checkpoints)
     if not steps:
         raise CheckpointError(
-            f"{run.path} has no checkpoint yet, so none of its steps counts and there is nothing to audit. "
-            f"Train on: embedshard train --resume {run.path}."
+            f"{run.folder.uri} has no checkpoint yet, so none of its steps counts and there is nothing to audit. "
+            f"Train on: embedshard train --resume {run.folder.uri}."
         )
     stretches = []
     end = steps

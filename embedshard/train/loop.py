@@ -10,8 +10,9 @@ __all__ = ["TrainResult", "train"]
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from embedshard import __version__
@@ -30,6 +31,7 @@ from embedshard.train.snapshot import pieces, restore, restore_model
 from embedshard.train.state import TrainState, due
 from embedshard.train.step import StepResult
 from embedshard.train.stop import Notices, StopSignal
+from embedshard.train.stopwatch import Stopwatch
 from embedshard.train.tracking import Reporter
 from embedshard.world import World
 
@@ -78,33 +80,39 @@ def train(
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
-        Quarantine.forget_after(run.quarantine, state.step)
     _say_skipped(parts.dataset.skipped_files, reporter)
     for exception in sharding_exceptions(config, parts.specs):
         reporter.said(exception)
     origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
     attempt = world.broadcast_object(run.begin_attempt(world.world_size, origin) if world.is_rank_zero else None)
+    if world.is_rank_zero:
+        Quarantine.forget_after(run.quarantine, state.step)  # a former attempt that lives adds no more to it
     with Checkpointer(
         root=run.checkpoints,
         rank=world.rank,
         world_size=world.world_size,
-        attempt=f"{attempt:04d}",
+        attempt=f"{attempt.attempt:04d}",
         mode=config.checkpoint.mode,
         memory_bytes=config.checkpoint.memory_bytes,
     ) as checkpointer:
-        ledger = Ledger(run.ledger, attempt, world.rank)
+        ledger = Ledger(run.ledger, attempt.attempt, world.rank)
         quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
-        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine)
+        check = partial(run.check_not_replaced, attempt)
+        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine, check)
         try:
             stopped_by = training.run(notices or StopSignal())
         finally:
-            ledger.close()
-            quarantine.flush()
+            if not run.is_replaced(attempt):
+                ledger.close()
+                quarantine.flush()
+    run.check_not_replaced(attempt)
     if stopped_by is not None:
         result = TrainResult(stopped_by, state.step, {})
     else:
-        result = _conclude(parts, state, run, reporter, training, attempt, time.monotonic() - begin)
+        result = _conclude(parts, state, run, reporter, training, attempt.attempt, time.monotonic() - begin)
+    world.barrier()  # the ledgers of all are whole
     if world.is_rank_zero:
+        reporter.saving()
         _leave_report(run, reporter)
     return result
 
@@ -120,12 +128,14 @@ class _Training:
         checkpointer: Checkpointer,
         ledger: Ledger,
         quarantine: Quarantine,
+        check_not_replaced: Callable[[], None],
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
         self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
+        self.check_not_replaced = check_not_replaced
         self.num_steps = parts.num_steps
-        self.seconds = 0.0  # in steps, evaluations and saves left out
-        self.samples = 0
+        self.stopwatch = Stopwatch()
+        self.samples = self.steps = 0  # of this attempt
 
     def run(self, notices: Notices) -> str | None:
         """Takes the steps that are left; returns the signal that ended it early, if one did."""
@@ -133,25 +143,31 @@ class _Training:
         self.reporter.started(state.step, steps)
         with self.parts.reader().batches(state.step, steps) as batches, notices:
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
-                begin = time.monotonic()
+                self.stopwatch.restart()
                 batch = next(batches)
+                self.stopwatch.lap("data")
                 self.parts.optimizers.set_learning_rates(state.step, steps)
-                result = self.parts.stepper.take(batch, stop_asked=notices.stop is not None, save_asked=notices.save)
+                result = self.parts.stepper.take(
+                    batch, notices.stop is not None, notices.save, self.parts.dataset.bytes_read
+                )
                 self.ledger.add(batch)
                 self.quarantine.add(batch)
                 state.step += 1
                 state.samples_seen += result.rows
-                self.samples += result.rows
+                self.samples, self.steps = self.samples + result.rows, self.steps + 1
                 self._count_bad_rows(batch.training_position, result)
-                self.seconds += time.monotonic() - begin
-                self._tell(batch.training_position, result.loss)
+                self.stopwatch.lap("step")
+                self._tell(batch.training_position, result)
                 is_end = state.step == steps
+                self.stopwatch.restart()
                 is_best = self._evaluate(batch.training_position, is_end)
+                self.stopwatch.lap("evaluate")
                 ends = is_end or result.stop_asked or state.has_stopped_early(config.train.early_stopping)
                 is_due = due(state.step, config.checkpoint.every_steps, batch.training_position.is_epoch_end)
                 if ends or is_best or is_due or result.save_asked:
                     self._save()
                     notices.save = False
+                    self.reporter.measured(state.step, {"checkpoint/seconds": self.stopwatch.lap("checkpoint")})
                 if result.stop_asked and not is_end:
                     return notices.stop or "another rank"
         return None
@@ -159,7 +175,7 @@ class _Training:
     @property
     def samples_per_second(self) -> float:
         """Rows trained a second of this attempt, evaluations and saves left out."""
-        return self.samples / self.seconds if self.seconds else 0.0
+        return self.samples / self.stopwatch.training_seconds if self.samples else 0.0
 
     def _count_bad_rows(self, position: Position, result: StepResult) -> None:
         """Counts what was wrong with a step's rows, and stops the run where too many of the epoch's are set aside."""
@@ -173,24 +189,26 @@ class _Training:
             folder = self.quarantine.folder
             hints = [
                 self.quarantine.example(),
-                f"All so far are in {folder}. Correct the rows or what the config says of them and start a new run, or "
-                f"allow more and go on: embedshard train --resume {folder.parent} --set data.max_bad_fraction=SHARE.",
+                f"All so far are in {folder.uri}. Correct the rows or what the config says of them and start a new run, or "
+                f"allow more and go on: embedshard train --resume {folder.parent.uri} --set data.max_bad_fraction=SHARE.",
             ]
             what = f"step {state.step}, epoch {position.epoch + 1} of the training data"
             raise too_many(what, state.epoch_quarantined, rows, data.max_bad_fraction, state.bad_rows, hints)
 
-    def _tell(self, position: Position, loss: float) -> None:
+    def _tell(self, position: Position, result: StepResult) -> None:
         step, bad_rows = self.state.step, self.state.bad_rows
         if bad_rows.quarantined or bad_rows.oov_share:
             self.reporter.counted(self.state.samples_seen, bad_rows)
-        self.reporter.stepped(step, position.epoch, loss, self.samples_per_second)
+        self.reporter.stepped(step, position.epoch, result.loss, self.samples_per_second)
         if due(step, self.parts.config.train.log_every_steps, False) or step == self.num_steps:
             self.reporter.measured(
                 step,
                 {
-                    "train/loss": loss,
+                    "train/loss": result.loss,
                     "train/epoch": position.epoch,
                     "train/samples_per_second": self.samples_per_second,
+                    **{f"train/seconds/{stage}": mean for stage, mean in self.stopwatch.means(self.steps).items()},
+                    "train/bytes_read": result.bytes_read,
                     **({"train/quarantined": bad_rows.quarantined} if bad_rows.quarantined else {}),
                     **{f"train/oov/{name}": count / bad_rows.ids[name] for name, count in bad_rows.oov.items() if count},
                 },
@@ -211,8 +229,10 @@ class _Training:
 
     def _save(self) -> None:
         parts, decided = self.parts, self.checkpointer.decision
+        self.check_not_replaced()
         self.ledger.flush()
         self.quarantine.flush()
+        self.reporter.saving()
         self.checkpointer.save(
             self.state.step,
             lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world),
@@ -263,7 +283,9 @@ def _conclude(
     has_test = parts.evaluator.has("test")
     yardsticks = parts.yardsticks(compares=has_test, counts_ids=True)
     if has_test:
+        training.stopwatch.restart()
         metrics = parts.evaluator.evaluate(parts.model, "test", yardsticks.slices)
+        training.stopwatch.lap("evaluate")
         reporter.measured(selected_step, {f"test/{name}": value for name, value in metrics.items()})
         comparison = yardsticks.compare("test")
         for sentence in comparison.said():
@@ -282,6 +304,7 @@ def _conclude(
         "samples_seen": state.samples_seen,
         "wall_seconds": seconds,
         "samples_per_second": training.samples_per_second,
+        "seconds": training.stopwatch.seconds,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "workers": parts.world.world_size,
         "idle_workers": parts.world.idle,
@@ -289,6 +312,7 @@ def _conclude(
         "bad_rows": _bad_rows(parts, state),
         "skipped_files": parts.dataset.skipped_files,
     }
+    result["bytes_read"] = sum(parts.world.gather_objects(parts.dataset.bytes_read))
     if parts.world.is_rank_zero:
         for name, aside in parts.dataset.set_aside.items():
             write_record(run.quarantine, f"{name}.parquet", aside.rows)
@@ -299,9 +323,9 @@ def _conclude(
 def _leave_report(run: RunDirectory, reporter: Reporter) -> None:
     """Writes report.html. The run is done by now: a failure to tell of it is said and fails nothing."""
     try:
-        write_report([run.path], is_over=True)
+        write_report([run.folder], is_over=True)
     except Exception as error:
         reporter.said(
             f"The report could not be made ({type(error).__name__}: {error}). The run itself is whole. Try again with: "
-            f"embedshard report {run.path}"
+            f"embedshard report {run.folder.uri}"
         )

@@ -1,33 +1,30 @@
-"""The folder that a run leaves behind: config, inventory, checkpoints, ledger, metrics, result."""
+"""The folder that a run leaves behind: config, inventory, checkpoints, ledger, metrics, result.
+
+It lies on a disk or in an object store. Whoever starts the run adds a line to attempts.jsonl: the last line there is that
+of the attempt whose run it is now, and a former one that still lives must not write any more.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Attempt", "Origin", "RunDirectory", "write_atomically"]
+__all__ = ["Attempt", "Origin", "RunDirectory"]
 
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from embedshard.config import Config, Loaded, build_config, differences, dump_tree
-from embedshard.errors import ConfigError
-from embedshard.storage import Location, locate
+from embedshard.config import Config, Loaded, differences, dump_tree, parse_config
+from embedshard.errors import CheckpointError, ConfigError
+from embedshard.storage import Location, PathOrUri, locate, reaching
 from embedshard.train.tracking import json_text
 
 _FREE_TO_CHANGE = (
     "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "train.epochs", "train.max_steps"
 )  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader sees the former or the new one, never a part."""
-    locate(str(path)).write_bytes_atomically(text.encode("utf-8"))
 
 
 class Origin(BaseModel):
@@ -68,42 +65,53 @@ class RunDirectory:
     """A run's folder.
 
     Args:
-        path: the folder; it holds a config.yaml.
+        place: the folder; it holds a config.yaml.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: PathOrUri | Location) -> None:
+        self.folder = locate(place)
 
     @classmethod
-    def create(cls, path: Path, loaded: Loaded) -> RunDirectory:
+    def create(cls, place: PathOrUri | Location, loaded: Loaded) -> RunDirectory:
         """Makes the folder of a new run. One in which nothing has begun yet, since its data were missing say, is taken over.
 
         Raises:
             ConfigError: if there is a run already.
+            StorageError: if it cannot be made.
         """
-        if (path / "config.yaml").exists() and cls(path).attempts_file.exists():
-            raise ConfigError(f"{path} holds a run already. Continue it with --resume {path}, or choose another --run-dir.")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.yaml", dump_tree(loaded.tree))
-        return cls(path)
+        run = cls(place)
+        with reaching(run.folder):
+            if run.config_file.exists() and run.has_begun:
+                uri = run.folder.uri
+                raise ConfigError(
+                    f"{uri} holds a run already. Continue it with --resume {uri}, or choose another --run-dir."
+                )
+            run.folder.make_dirs()
+        run.save_config(loaded)
+        return run
 
     @classmethod
-    def open(cls, path: Path) -> RunDirectory:
+    def open(cls, place: PathOrUri | Location) -> RunDirectory:
         """Opens the folder of a run.
 
         Raises:
             ConfigError: if it holds none.
+            StorageError: if it cannot be reached.
         """
-        if not (path / "config.yaml").is_file():
-            found = "is not there" if not path.exists() else "has no config.yaml, so it holds no run"
-            raise ConfigError(f"{path} {found}. Give the folder that 'embedshard train' printed when it began.")
-        return cls(path)
+        run = cls(place)
+        with reaching(run.folder):
+            if not run.config_file.is_file():
+                found = "has no config.yaml, so it holds no run" if run.folder.exists() else "is not there"
+                raise ConfigError(
+                    f"{run.folder.uri} {found}. Give the folder that 'embedshard train' printed when it began."
+                )
+        return run
 
-    def load_config(self, environment: Mapping[str, str]) -> Loaded:
+    def load_config(self, environment: Mapping[str, str], overrides: Sequence[str] = ()) -> Loaded:
         """Reads the config that the run was started with."""
-        source = self.path / "config.yaml"
-        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-        return Loaded(build_config(tree, environment, str(source)), tree, str(source))
+        with reaching(self.config_file):
+            text = self.config_file.read_text()
+        return parse_config(text, self.config_file.uri, environment, overrides)
 
     def check_same_run(self, ours: Config, environment: Mapping[str, str]) -> None:
         """Checks that a config continues this run rather than beginning another.
@@ -119,32 +127,63 @@ class RunDirectory:
         ]
         if changed:
             raise ConfigError(
-                f"{self.path} was started with another config, so it cannot be resumed with this one:\n"
+                f"{self.folder.uri} was started with another config, so it cannot be resumed with this one:\n"
                 + "\n".join(changed)
                 + "\nUse the run's own config.yaml (leave CONFIG out), or start a new run."
             )
 
     def save_config(self, loaded: Loaded) -> None:
         """Keeps the config that the run goes on with."""
-        write_atomically(self.path / "config.yaml", dump_tree(loaded.tree))
+        with reaching(self.config_file):
+            self.config_file.write_text_atomically(dump_tree(loaded.tree))
 
-    def begin_attempt(self, world_size: int, resumed_from: Origin | None) -> int:
-        """Counts a start of the run; returns its number, from 1."""
-        former = self.attempts_file.read_text(encoding="utf-8").splitlines() if self.attempts_file.exists() else []
-        attempt = Attempt(
-            attempt=len(former) + 1,
-            time=datetime.now(UTC).isoformat(timespec="seconds"),
-            host=socket.gethostname(),
-            world_size=world_size,
-            resumed_from=resumed_from,
-        )
-        lines = [*former, json.dumps(attempt.model_dump())]
-        write_atomically(self.attempts_file, "".join(f"{line}\n" for line in lines))
-        return attempt.attempt
+    def begin_attempt(self, world_size: int, resumed_from: Origin | None) -> Attempt:
+        """Counts a start of the run. Former ones are replaced by it."""
+        with reaching(self.attempts_file):
+            former = self._attempt_lines()
+            attempt = Attempt(
+                attempt=len(former) + 1,
+                time=datetime.now(UTC).isoformat(timespec="milliseconds"),
+                host=socket.gethostname(),
+                world_size=world_size,
+                resumed_from=resumed_from,
+            )
+            lines = [*former, _line_of(attempt)]
+            self.attempts_file.write_text_atomically("".join(f"{line}\n" for line in lines))
+        return attempt
+
+    @property
+    def num_attempts(self) -> int:
+        """How many starts of the run there were."""
+        with reaching(self.attempts_file):
+            return len(self._attempt_lines())
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether training was ever started."""
+        with reaching(self.attempts_file):
+            return self.attempts_file.exists()
+
+    def is_replaced(self, attempt: Attempt) -> bool:
+        """Returns whether a later start, or another one of the same moment, has taken the run over."""
+        with reaching(self.attempts_file):
+            return self._attempt_lines()[-1:] != [_line_of(attempt)]
+
+    def check_not_replaced(self, attempt: Attempt) -> None:
+        """Checks that this attempt may still write.
+
+        Raises:
+            CheckpointError: if another one has taken the run over.
+        """
+        if self.is_replaced(attempt):
+            raise CheckpointError(
+                f"{self.folder.uri} was taken over by another start of this run, which its attempts.jsonl tells of; this is "
+                f"attempt {attempt.attempt}. End this process: the other one trains on."
+            )
 
     def attempts(self) -> tuple[int, dict[int, Attempt], list[str]]:
         """Returns how many starts of the run there were, those by number that can be read, and what is wrong with others."""
-        texts = self.attempts_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = self.attempts_file.read_text().splitlines()
         found: dict[int, Attempt] = {}
         problems = []
         for number, text in enumerate(texts, start=1):
@@ -161,31 +200,46 @@ class RunDirectory:
             found[number] = attempt
         return len(texts), found, problems
 
-    @property
-    def attempts_file(self) -> Path:
-        """A line for each start of the run."""
-        return self.path / "attempts.jsonl"
+    def _attempt_lines(self) -> list[str]:
+        return self.attempts_file.read_text().splitlines() if self.attempts_file.exists() else []
 
     @property
-    def ledger(self) -> Path:
+    def config_file(self) -> Location:
+        """The config."""
+        return self.folder.join("config.yaml")
+
+    @property
+    def attempts_file(self) -> Location:
+        """A line for each start of the run."""
+        return self.folder.join("attempts.jsonl")
+
+    @property
+    def ledger(self) -> Location:
         """The folder of the record of the rows that were trained."""
-        return self.path / "ledger"
+        return self.folder.join("ledger")
 
     @property
     def checkpoints(self) -> Location:
         """The folder of checkpoints."""
-        return locate(str(self.path / "checkpoints"))
+        return self.folder.join("checkpoints")
 
     @property
-    def quarantine(self) -> Path:
+    def quarantine(self) -> Location:
         """The folder of the rows that were set aside."""
-        return self.path / "quarantine"
+        return self.folder.join("quarantine")
 
     def read_json(self, name: str) -> Any:
         """Returns a JSON file of the folder; None if it is not there."""
-        path = self.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        location = self.folder.join(name)
+        with reaching(location):
+            return json.loads(location.read_text()) if location.exists() else None
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file into the folder."""
-        write_atomically(self.path / name, json_text(value, indent=2) + "\n")
+        location = self.folder.join(name)
+        with reaching(location):
+            location.write_text_atomically(json_text(value, indent=2) + "\n")
+
+
+def _line_of(attempt: Attempt) -> str:
+    return json.dumps(attempt.model_dump())

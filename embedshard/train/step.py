@@ -29,6 +29,7 @@ class StepResult:
         stop_asked: whether any rank was asked to stop.
         save_asked: whether any rank was asked to save.
         tally: sum of the batches' tallies.
+        bytes_read: sum of the ranks' bytes read so far.
     """
 
     loss: float
@@ -36,6 +37,7 @@ class StepResult:
     stop_asked: bool
     save_asked: bool = False
     tally: tuple[float, ...] = ()
+    bytes_read: int = 0
 
 
 class Stepper:
@@ -67,7 +69,7 @@ class Stepper:
             lookup.key: spec.l2_lookup for spec in specs if spec.l2_lookup for lookup in spec.lookups if lookup.slot is None
         }
 
-    def take(self, batch: Batch, stop_asked: bool, save_asked: bool = False) -> StepResult:
+    def take(self, batch: Batch, stop_asked: bool, save_asked: bool = False, bytes_read: int = 0) -> StepResult:
         """Takes one step. Collective.
 
         The gradient is that of the mean loss over the global batch's weights: each rank's sum is scaled by
@@ -77,6 +79,7 @@ class Stepper:
             batch: this rank's rows.
             stop_asked: whether this rank was asked to stop; any rank's wish is all ranks'.
             save_asked: whether this rank was asked to save; likewise.
+            bytes_read: by this rank so far, to be summed.
 
         Raises:
             TrainingError: if the loss is not finite on any rank; no table has changed then.
@@ -93,18 +96,18 @@ class Stepper:
         weighted_B = torch.where(batch.weights > 0, losses_B * batch.weights, 0.0)
         loss_sum, weight_sum = weighted_B.sum(), batch.weights.sum()
         local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
-        asked = weight_sum.new_tensor([float(stop_asked), float(save_asked)]).double()
-        numbers = torch.cat([torch.stack([value.double() for value in local]), asked])
+        told = torch.tensor([stop_asked, save_asked, bytes_read], dtype=torch.float64, device=weight_sum.device)
+        numbers = torch.cat([torch.stack([value.double() for value in local]), told])
         if batch.tally is not None and len(batch.tally):
             numbers = torch.cat([numbers, batch.tally.to(numbers)])
-        total_loss, total_weight, rows, stops, saves, *tally = self._world.sum(numbers).tolist()
+        total_loss, total_weight, rows, stops, saves, read, *tally = self._world.sum(numbers).tolist()
         if not math.isfinite(total_loss):
             raise TrainingError(self._not_finite(batch, weighted_B.detach()))
         if total_weight > 0:
             (loss_sum * (self._world.world_size / total_weight)).backward()
             self._optimizers.step()
         mean_loss = total_loss / total_weight if total_weight else 0.0
-        return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally))
+        return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally), round(read))
 
     def _not_finite(self, batch: Batch, weighted_B: torch.Tensor) -> str:
         position = batch.training_position

@@ -14,6 +14,7 @@ __all__ = [
 
 import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -25,7 +26,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 from rich.table import Table
 
 from embedshard.data.quarantine import BadRowCounts
+from embedshard.lines import LineFile
 from embedshard.quantities import duration
+from embedshard.storage import Location, PathOrUri, locate, reaching
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -73,6 +76,9 @@ class Reporter:
     def said(self, message: str) -> None:
         """Something a person should know."""
 
+    def saving(self) -> None:
+        """A checkpoint is about to be saved: what was written so far must outlive this process."""
+
     def finished(self) -> None:
         """Training is over, or was broken off."""
 
@@ -112,6 +118,11 @@ class Reporters(Reporter):
         """Tells all."""
         for reporter in self._reporters:
             reporter.said(message)
+
+    def saving(self) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.saving()
 
     def finished(self) -> None:
         """Tells all."""
@@ -178,7 +189,7 @@ class ConsoleReporter(Reporter):
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Prints what the validation or test set says."""
-        shown = {name: value for name, value in values.items() if not name.startswith("train/")}
+        shown = {name: value for name, value in values.items() if not name.startswith(("train/", "checkpoint/"))}
         if shown:
             text = "  ".join(f"{name} {value:.4f}" for name, value in shown.items())
             self._console.print(f"step {step}  {text}", highlight=False)
@@ -212,22 +223,23 @@ class JsonLinesReporter(Reporter):
     later attempt counts. A line that was cut off by a kill stays alone on its line.
 
     Args:
-        path: the file.
+        place: the file.
         attempt: which start of the run this is.
     """
 
-    def __init__(self, path: Path, attempt: int) -> None:
+    def __init__(self, place: PathOrUri | Location, attempt: int) -> None:
         self._attempt = attempt
-        cut_off = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-        self._file = path.open("a", encoding="utf-8", buffering=1)
-        if cut_off:
-            self._file.write("\n")
+        self._file = LineFile(place)
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Appends a line."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line: dict[str, Any] = {"step": step, "attempt": self._attempt, "time": now, **values}
-        self._file.write(json_text(line) + "\n")
+        self._file.add(json_text(line))
+
+    def saving(self) -> None:
+        """Keeps the lines."""
+        self._file.keep()
 
     def finished(self) -> None:
         """Closes the file."""
@@ -235,21 +247,24 @@ class JsonLinesReporter(Reporter):
 
 
 class TensorBoardReporter(Reporter):
-    """Writes curves for TensorBoard.
+    """Writes curves for TensorBoard. It writes to disks alone: to an object store its files are put when a run is saved.
 
     Args:
         folder: `tensorboard/` of the run directory.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: PathOrUri | Location) -> None:
+        self._folder = locate(folder)
+        self._scratch = None if self._folder.is_local else tempfile.TemporaryDirectory(prefix="embedshard-")
+        self._written = Path(self._folder.path if self._scratch is None else self._scratch.name)
+        self._sizes: dict[str, int] = {}
         self._writer: Any = None
 
     def started(self, first_step: int, num_steps: int) -> None:
         """Opens the writer; curves of steps that were rolled back are hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=first_step + 1 if first_step else None)
+        self._writer = SummaryWriter(str(self._written), purge_step=first_step + 1 if first_step else None)
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
         """Adds a point to each curve."""
@@ -257,7 +272,26 @@ class TensorBoardReporter(Reporter):
             for name, value in values.items():
                 self._writer.add_scalar(name, value, step)
 
+    def saving(self) -> None:
+        """Puts what was written to the object store, if the run is in one."""
+        if self._writer is not None and self._scratch is not None:
+            self._writer.flush()
+            self._put()
+
     def finished(self) -> None:
         """Closes the writer."""
         if self._writer is not None:
             self._writer.close()
+        if self._scratch is not None:
+            self._put()
+            self._scratch.cleanup()
+
+    def _put(self) -> None:
+        """Puts the files that have grown."""
+        for path in sorted(self._written.iterdir()):
+            content = path.read_bytes()
+            if len(content) != self._sizes.get(path.name):
+                with reaching(self._folder):
+                    self._folder.make_dirs()
+                    self._folder.join(path.name).write_bytes_atomically(content)
+                self._sizes[path.name] = len(content)

@@ -396,7 +396,7 @@ def test_what_cannot_be_measured_is_null_and_curves_are_written(make_config, int
     }
     loaded = make_config(changes)
     run = RunDirectory.create(tmp_path / "run", loaded)
-    reporters = [JsonLinesReporter(run.path / "metrics.jsonl", 1), TensorBoardReporter(run.path / "tensorboard")]
+    reporters = [JsonLinesReporter(run.folder.join("metrics.jsonl"), 1), TensorBoardReporter(run.folder.join("tensorboard"))]
     with open_world("cpu") as world:
         train(loaded.config, world, run, Reporters(reporters))
     Reporters(reporters).finished()
@@ -404,13 +404,13 @@ def test_what_cannot_be_measured_is_null_and_curves_are_written(make_config, int
     def strict(text):
         return json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
-    assert strict((run.path / "result.json").read_text())["metrics"]["recall@5"] is None
-    lines = [strict(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert strict(run.folder.join("result.json").read_text())["metrics"]["recall@5"] is None
+    lines = [strict(line) for line in run.folder.join("metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
     assert sorted(losses) == list(range(1, 15))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run.path / "tensorboard"))
+    events = EventAccumulator(run.folder.join("tensorboard").path)
     events.Reload()
     curve = {event.step: event.value for event in events.Scalars("train/loss")}
     assert curve == pytest.approx(losses)

@@ -170,7 +170,7 @@ def change_result(folder, **changes):
 
 
 def page_of(folder):
-    return Page(write_report([folder]).read_text(encoding="utf-8"))
+    return Page(write_report([folder]).read_text())
 
 
 def read(folder, now=None):
@@ -213,7 +213,7 @@ def test_without_a_validation_set_nothing_is_said_to_be_selected(finished):
 
 def test_it_needs_nothing_from_elsewhere_and_runs_nothing(finished):
     change_result(finished, **EVERY_KEY)
-    html = write_report([finished]).read_text(encoding="utf-8")
+    html = write_report([finished]).read_text()
     page = Page(html)
     assert page.references
     assert all(reference.startswith("#") for reference in page.references)
@@ -227,11 +227,11 @@ def test_hostile_words_are_shown_and_not_obeyed(finished):
     (finished / "quarantine").mkdir()
     columns = {"file": HOSTILE, "row_group": 2, "row": 33, "column": HOSTILE, "value": HOSTILE, "reason": HOSTILE, "step": 4}
     pq.write_table(pa.table({name: [value] for name, value in columns.items()}), finished / "quarantine" / "a.parquet")
-    html = write_report([finished]).read_text(encoding="utf-8")
+    html = write_report([finished]).read_text()
     page = Page(html)
     assert "<script" not in html
     assert page.text.count(HOSTILE) >= 7, "name, config, reason of the result, id, and the record's columns"
-    assert "<script" not in write_report([finished, finished], finished / "two.html").read_text(encoding="utf-8")
+    assert "<script" not in write_report([finished, finished], finished / "two.html").read_text()
 
 
 def test_every_key_of_a_result_is_shown(finished):
@@ -411,7 +411,7 @@ def test_a_comparison_picks_the_best_of_each_metric_and_tells_what_differs(finis
     tree["tables"]["user"]["dim"] = 16
     tree["optimizer"]["tables"] = {"lr": 0.05}  # the default, written out
     (other / "config.yaml").write_text(yaml.safe_dump(tree))
-    page = Page(write_report([finished, other, third], tmp_path / "c.html").read_text(encoding="utf-8"))
+    page = Page(write_report([finished, other, third], tmp_path / "c.html").read_text())
     first, second, unfinished = (page.row(name)[0] for name in ("finished", "other", "third"))
     assert first[1:] == ["0.3100", "0.8500", "0.6000", "0.7500"]
     assert second[1:] == ["0.3200", "0.9500", "0.5000", "0.7500"]
@@ -427,7 +427,7 @@ def test_a_comparison_says_that_the_data_differ(finished, tmp_path):
     other = shutil.copytree(finished, tmp_path / "elsewhere" / "finished")
     inventory = json.loads((other / "inventory.json").read_text())
     (other / "inventory.json").write_text(json.dumps(inventory | {"fingerprint": "another"}))
-    page = Page(write_report([finished, other], tmp_path / "c.html").read_text(encoding="utf-8"))
+    page = Page(write_report([finished, other], tmp_path / "c.html").read_text())
     assert "trained on different data" in page.text
     assert page.row(str(other)), "folders of one name are told apart by their paths"
     assert "the configs are the same" in page.text
