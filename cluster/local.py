@@ -17,6 +17,7 @@ __all__ = ["Cluster", "app"]
 import json
 import os
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -137,7 +138,9 @@ class Cluster:
             ClusterError: if a node does not start.
         """
         if self._state:
-            raise ConfigError(f"{self._state_path} says that a cluster was started. Stop it first: {_command(self.folder, 'stop')}.")
+            raise ConfigError(
+                f"{self._state_path} says that a cluster was started. Stop it first: {_command(self.folder, 'stop')}."
+            )
         port = _free_port(dashboard_port)
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "runs").mkdir(exist_ok=True)
@@ -155,7 +158,8 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),
             "RAY_USAGE_STATS_ENABLED": "0",
-            "PYTHONUNBUFFERED": "1",
+            # so that a job finds `embedshard`, also when this was started without activating the environment
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", os.defpath)]),
         }
         shared.pop("RAY_AUTH_TOKEN", None)  # which would go before the file
         size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
@@ -320,7 +324,7 @@ def _write_token(path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- command line
 def _command(folder: Path, *arguments: str) -> str:
     own = [] if folder == DEFAULT_FOLDER.expanduser().resolve() else ["--folder", str(folder)]
-    return " ".join(["python cluster/local.py", *arguments, *own])
+    return f"python cluster/local.py {shlex.join([*arguments, *own])}"
 
 
 @app.command()
@@ -334,13 +338,15 @@ def start(
     """Start a cluster, and print how to use it."""
     cluster = Cluster(folder)
     cluster.start(nodes, cpus, gpus, dashboard_port, os.environ)
-    typer.echo(f"Started {nodes} {'node' if nodes == 1 else 'nodes'} of {cpus} CPUs: {', '.join(n.name for n in cluster.nodes)}.")
+    typer.echo(
+        f"Started {nodes} {'node' if nodes == 1 else 'nodes'} of {cpus} CPUs: {', '.join(n.name for n in cluster.nodes)}."
+    )
     _explain(cluster)
 
 
 def _explain(cluster: Cluster) -> None:
     config = "pipelines/synthetic/two_tower.yaml"
-    exports = "\n".join(f"  export {name}={value}" for name, value in cluster.environment.items())
+    exports = "\n".join(f"  export {name}={shlex.quote(value)}" for name, value in cluster.environment.items())
     typer.echo(
         f"Dashboard: {cluster.dashboard} (it asks for the token in {cluster.token_path})\n\n"
         f"To use it, in your shell:\n{exports}\n\n"
@@ -362,7 +368,9 @@ def status(folder: Folder = DEFAULT_FOLDER) -> None:
         raise typer.Exit(1)
     for node in cluster.nodes:
         processes = len(cluster.processes(node.name))
-        typer.echo(f"{node.name:8} {node.ip:12} {'alive' if cluster.is_alive(node.name) else 'dead':5} {processes} processes")
+        typer.echo(
+            f"{node.name:8} {node.ip:12} {'alive' if cluster.is_alive(node.name) else 'dead':5} {processes} processes"
+        )
     if not cluster.is_alive("head") or not _answers(f"{cluster.dashboard}/api/gcs_healthz"):
         typer.echo(f"The head does not answer. Stop the rest: {_command(cluster.folder, 'stop')}")
         raise typer.Exit(1)
@@ -383,7 +391,11 @@ def kill(
 ) -> None:
     """Kill a node's raylet with SIGKILL, so that the node is gone as a machine that lost its power."""
     Cluster(folder).kill(node)
-    what = "The cluster is without its head: its jobs end." if node == "head" else "Runs on it go on from their newest checkpoint."
+    what = (
+        "The cluster is without its head: its jobs end."
+        if node == "head"
+        else "Runs on it go on from their newest checkpoint."
+    )
     typer.echo(f"{node} is gone. {what}")
 
 
