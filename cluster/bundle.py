@@ -21,8 +21,8 @@ _NOT_AT_THE_TOP: Final = ("data", "runs", "build", "dist", "shared")
 _NOWHERE: Final = (
     ".git", ".venv", "venv", "__pycache__", "node_modules", ".*_cache", ".hypothesis", "*.egg-info", "*.pyc",
     "*.parquet", "*.safetensors",
-    ".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "auth_token", ".netrc", ".ssh", ".aws", ".azure", ".config",
-    ".gnupg", ".kube", ".docker", ".ray", ".cache",
+    ".env", ".env.*", "*.pem", "*.key", "id_rsa*", "id_ed25519*", "auth_token", ".netrc", ".ssh", ".aws", ".azure",
+    ".config", ".gnupg", ".kube", ".docker", ".ray", ".cache",
 )  # fmt: skip
 
 
@@ -61,9 +61,9 @@ def bundle(folder: Path, path: Path, exclude: Sequence[str] = ()) -> Bundle:
             largest = sorted(found, key=lambda file: found[file], reverse=True)[:5]
             listed = ", ".join(f"{file.relative_to(folder)} ({size(found[file])})" for file in largest)
             raise ConfigError(
-                f"--working-dir {folder} holds more than {size(MOST_BYTES)}, too much to send with a job. The largest found so "
-                f"far: {listed}. Leave them out with --exclude PATTERN, or give a folder with the config and your modules "
-                f"alone. Data belong where all nodes reach them."
+                f"--working-dir {folder} holds more than {size(MOST_BYTES)}, too much to send with a job. The largest found "
+                f"so far: {listed}. Leave them out with --exclude PATTERN, or give a folder with the config and your "
+                f"modules alone. Data belong where all nodes reach them."
             )
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for file in found:

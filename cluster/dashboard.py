@@ -95,26 +95,26 @@ def check_dashboard(url: str, token: Token | None, *, anyone_may_run_code: bool,
     if _ask(url, None) == requests.codes.ok:
         if not here and not anyone_may_run_code:
             raise ConfigError(
-                f"{url} is open: it asks for no token and is not on this machine's loopback, so everybody who reaches it can "
-                f"run code on that cluster, and may have done so. Start the cluster with RAY_AUTH_MODE=token ({_READ}), or "
-                f"bind its dashboard to loopback and come by 'ray dashboard', 'kubectl port-forward' or 'ssh -L'. To send "
-                f"the job all the same: --anyone-may-run-code."
+                f"{url} is open: it asks for no token and is not on this machine's loopback, so everybody who reaches it "
+                f"can run code on that cluster, and may have done so. Start the cluster with RAY_AUTH_MODE=token ({_READ}), "
+                f"or bind its dashboard to loopback and come by 'ray dashboard', 'kubectl port-forward' or 'ssh -L'. To "
+                f"send the job all the same: --anyone-may-run-code."
             )
         who = "everybody who reaches it" if not here else "every user of this machine, and who else reaches the cluster,"
         say(f"Note: {url} asks for no token: {who} can run code on that cluster. See {_READ}.")
         return None
     if token is None:
         raise ConfigError(
-            f"{url} asks for a token (401) and there is none here: neither RAY_AUTH_TOKEN nor RAY_AUTH_TOKEN_PATH is set, nor "
-            f"is there a ~/.ray/auth_token. Take the cluster's into a file of mode 0600 and export "
+            f"{url} asks for a token (401) and there is none here: neither RAY_AUTH_TOKEN nor RAY_AUTH_TOKEN_PATH is set, "
+            f"nor is there a ~/.ray/auth_token. Take the cluster's into a file of mode 0600 and export "
             f"RAY_AUTH_TOKEN_PATH=FILE. Where each kind of cluster keeps it: {_READ}."
         )
     if not here and urlsplit(url).scheme == "http":
         say(f"Note: the token goes to {url} unencrypted. On a network that is not yours, use a port-forward or https.")
     if _ask(url, token) != requests.codes.ok:
         raise ConfigError(
-            f"{url} refuses the token (403) of {token.origin}: it is another cluster's, or this cluster was started anew with "
-            f"another. Take the present one. Where each kind of cluster keeps it: {_READ}."
+            f"{url} refuses the token (403) of {token.origin}: it is another cluster's, or this cluster was started anew "
+            f"with another. Take the present one. Where each kind of cluster keeps it: {_READ}."
         )
     return token
 
@@ -137,7 +137,7 @@ def _ask(url: str, token: Token | None) -> int:
     is_ray = answer.status_code in allowed or (answer.ok and "ray_version" in answer.text)
     if not is_ray:
         raise ConfigError(
-            f"--address {url}: what answers there (HTTP {answer.status_code}) is not the dashboard of a Ray cluster of 2.52 or "
-            f"newer. Give the dashboard's address; its port is 8265 where nobody changed it."
+            f"--address {url}: what answers there (HTTP {answer.status_code}) is not the dashboard of a Ray cluster of 2.52 "
+            f"or newer. Give the dashboard's address; its port is 8265 where nobody changed it."
         )
     return int(answer.status_code)

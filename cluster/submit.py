@@ -10,6 +10,7 @@ from __future__ import annotations
 __all__ = ["app"]
 
 import asyncio
+import itertools
 import os
 import shlex
 import sys
@@ -156,9 +157,7 @@ def submit(
     command = _resume_command(resumed, address, working_dir, config, env or [], exclude or [], anyone_may_run_code)
     name = _send(client, job, exclude or [], command, os.environ)
     _say(f"Job {name}: {job.entrypoint}")
-    _say(
-        f"Run: {job.run_dir}, on the cluster. Should it be interrupted, this goes on from its newest checkpoint:\n  {command}"
-    )
+    _say(f"Run: {job.run_dir}, on the cluster. If it is interrupted, this goes on from its newest checkpoint:\n  {command}")
     raise typer.Exit(_follow_to_the_end(client, address, name))
 
 
@@ -206,14 +205,15 @@ def _plan(
 
 def _read_config(path: Path, options: Sequence[str], environment: Mapping[str, str]) -> tuple[str, set[str]]:
     """Returns the name for a run of a config, and the variables that it refers to."""
-    overrides = [value for word, value in zip(options, options[1:], strict=False) if word == "--set"]
+    overrides = [value for word, value in itertools.pairwise(options) if word == "--set"]
     overrides += [word.removeprefix("--set=") for word in options if word.startswith("--set=")]
     tree = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     needed = variables([tree, overrides])
     missing = sorted(needed - set(environment))
     if missing:
         _say(
-            f"Note: {', '.join(missing)} of {path} is not set here: the job takes what the cluster's nodes have, or the default."
+            f"Note: {', '.join(missing)} of {path} is not set here: the job takes the value of the cluster's nodes, or the "
+            f"default."
         )
         return str((tree if isinstance(tree, dict) else {}).get("name") or path.stem), needed
     loaded = load_config(path, environment, overrides)
@@ -232,15 +232,18 @@ def _check_data_paths(config: Config, path: Path) -> None:
         for pattern in [given] if isinstance(given, str) else given or []:
             if "://" not in pattern and not pattern.startswith("/"):
                 raise ConfigError(
-                    f"{path}: data.{key} is '{pattern}', a relative path. A job begins in a copy of the working directory that "
-                    f"is sent without data. Give a path that all nodes have or a URI; if it begins with a variable, as "
-                    f"${{EMBEDSHARD_DATA}}, export that with one."
+                    f"{path}: data.{key} is '{pattern}', a relative path. A job begins in a copy of the working directory, "
+                    f"which is sent without data. Give a path that all nodes have or a URI; if it begins with a variable, "
+                    f"as ${{EMBEDSHARD_DATA}}, export that with one."
                 )
 
 
 def _connect(address: str, environment: Mapping[str, str], anyone_may_run_code: bool) -> JobSubmissionClient:
     token = check_dashboard(address, find_token(environment), anyone_may_run_code=anyone_may_run_code, say=_say)
     os.environ["RAY_AUTH_MODE"] = "token" if token else "disabled"  # read when ray is imported
+    # Ray's client takes these before the address that it is given: the job would go where nobody looked.
+    os.environ["RAY_API_SERVER_ADDRESS"] = address
+    os.environ.pop("RAY_ADDRESS", None)
     import logging
 
     from ray.job_submission import JobSubmissionClient
@@ -352,8 +355,8 @@ class _Log:
                     _say(f"The connection is lost ({type(error).__name__}: {error}); the job goes on. Trying again.")
                 if time.monotonic() - lost > _GIVE_UP_S:
                     raise LostError(
-                        f"The cluster has not answered for {_GIVE_UP_S:.0f} s. The job may go on; come back to it with --follow "
-                        f"{self._name}."
+                        f"The cluster has not answered for {_GIVE_UP_S:.0f} s. The job may go on; come back to it with "
+                        f"--follow {self._name}."
                     ) from error
             time.sleep(1.0)
 
@@ -377,11 +380,10 @@ class _Log:
 
 def _goes_on_following(client: JobSubmissionClient, address: str, name: str) -> bool:
     """Asks what a Ctrl-C meant; returns whether to follow on."""
-    where = f"--address {address}"
     _say(
         f"\nThe job goes on without this.\n"
-        f"  follow it:  python cluster/submit.py {where} --follow {name}\n"
-        f"  stop it:    ray job stop {where} {name}      (it saves a checkpoint first)"
+        f"  follow it:  python cluster/submit.py --address {address} --follow {name}\n"
+        f"  stop it:    RAY_API_SERVER_ADDRESS={address} ray job stop {name}      (it saves a checkpoint first)"
     )
     if not sys.stdin.isatty():
         return False

@@ -1,5 +1,6 @@
 """`cluster/` on real Ray: a local cluster of two nodes, jobs on it, who is let in, and that nothing is left behind."""
 
+import contextlib
 import json
 import os
 import pty
@@ -153,10 +154,8 @@ class DroppingProxy:
         except OSError:
             pass
         for end in (source, sink):
-            try:
+            with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
 
 
 def test_start_makes_nodes_that_ask_for_a_token_of_the_owner_alone(cluster, local):
@@ -178,10 +177,11 @@ def test_a_job_is_followed_over_dropped_connections_and_ends_with_0(cluster, sub
     proxy = DroppingProxy(int(exports["RAY_API_SERVER_ADDRESS"].rpartition(":")[2]), drop_after=[150, 900])
     job = job_folder()
     done = submit(
-        "--address", f"http://127.0.0.1:{proxy.port}", "--workers", 2, "--working-dir", job, job / "config.yaml", "--set", "seed=3"
+        "--address", f"http://127.0.0.1:{proxy.port}", "--workers", 2, "--working-dir", job, job / "config.yaml",
+        "--set", "seed=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert proxy.dropped == 2
+    assert proxy.dropped == 2  # also: the address is the one given, not RAY_ADDRESS, which Ray's client takes before it
     assert done.stdout.count("The connection is lost") >= 1
     assert done.stdout.count("Running entrypoint for job") == 1
     assert re.findall(r"^step (\d+)/14", done.stdout, re.MULTILINE)[-1] == "14"
@@ -237,7 +237,8 @@ def test_ray_s_own_command_submits_a_training_too(cluster, submit_environment, j
         [
             str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", str(job_folder()),
             "--runtime-env-json", json.dumps(runtime_env),
-            "--", "embedshard", "train", "config.yaml", "--launcher", "ray", "--workers", "2", "--run-dir", str(folder / "runs/plain"),
+            "--", "embedshard", "train", "config.yaml", "--launcher", "ray", "--workers", "2",
+            "--run-dir", str(folder / "runs/plain"),
         ],
         capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=submit_environment,
     )  # fmt: skip

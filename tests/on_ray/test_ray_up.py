@@ -194,7 +194,9 @@ BOTH = {
     "machines are kept": lambda config: config["provider"].update(cache_stopped_nodes=True),
     "open head": replace("head_start_ray_commands", "RAY_AUTH_MODE=token ", ""),
     "open worker": replace("worker_start_ray_commands", "RAY_AUTH_MODE=token ", ""),
-    "token in a command": replace("head_start_ray_commands", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=abc"),
+    "token in a command": replace(
+        "head_start_ray_commands", "RAY_AUTH_MODE=token", "RAY_AUTH_MODE=token RAY_AUTH_TOKEN=abc"
+    ),
     "public dashboard": replace("head_start_ray_commands", "127.0.0.1", "0.0.0.0"),
     "no scaling": replace("head_start_ray_commands", "--autoscaling-config", "--config"),
     "no token on the nodes": lambda config: config["file_mounts"].pop("~/.ray/auth_token"),
