@@ -42,6 +42,11 @@ _START_S: Final = 300.0
 _END_S: Final = 20.0
 _POLL_S: Final = 0.1
 _OBJECT_STORE_BYTES: Final = 200_000_000
+_PATIENCE: Final = {
+    # Several nodes on few cores are slow to answer: Ray would take them for dead, and they it.
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+}
 
 app = typer.Typer(
     help="A Ray cluster of several nodes on this machine, for trying things out.",
@@ -154,6 +159,7 @@ class Cluster:
         }
         self._save()
         shared = {
+            **_PATIENCE,
             **{name: value for name, value in environment.items() if name not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")},
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.token_path),

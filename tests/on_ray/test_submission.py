@@ -154,7 +154,8 @@ def folder(tmp_path):
     top = tmp_path / "work"
     for name in (
         "config.yaml", "my_models/wide.py", "my_models/data/words.py", "data/train.parquet", "runs/a/config.yaml",
-        ".git/HEAD", ".venv/bin/python", "my_models/__pycache__/wide.pyc", "keys/me.pem", ".env", ".aws/credentials", "big.parquet",
+        ".git/HEAD", ".venv/bin/python", "my_models/__pycache__/wide.pyc", "keys/me.pem", ".env",
+        ".aws/credentials", "big.parquet",
     ):  # fmt: skip
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(name)
