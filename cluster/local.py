@@ -170,7 +170,7 @@ class Cluster:
         shared.pop("RAY_AUTH_TOKEN", None)  # which would go before the file
         size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
         try:
-            head = ["--head", "--port=0", f"--dashboard-port={port}", f"--ray-client-server-port={_free_port(0)}"]
+            head = ["--head", "--no-monitor", "--port=0", f"--dashboard-port={port}", f"--ray-client-server-port={_free_port(0)}"]
             self._start_node("head", [*head, *size], shared)
             self._state["address"] = self._joined("head").read_text(encoding="utf-8").strip()
             self._save()
@@ -186,7 +186,8 @@ class Cluster:
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
             f"--temp-dir={Path(self._state['temporary']) / name}", f"--node-ip-address={ip}", f"--node-name={name}",
-            "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", *arguments,
+            "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", "--include-log-monitor=false",
+            *arguments,
         ]  # fmt: skip
         with log.open("w", encoding="utf-8") as output:
             process = subprocess.Popen(
