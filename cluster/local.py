@@ -170,7 +170,13 @@ class Cluster:
         shared.pop("RAY_AUTH_TOKEN", None)  # which would go before the file
         size = [f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
         try:
-            head = ["--head", "--no-monitor", "--port=0", f"--dashboard-port={port}", f"--ray-client-server-port={_free_port(0)}"]
+            head = [
+                "--head",
+                "--no-monitor",
+                "--port=0",
+                f"--dashboard-port={port}",
+                f"--ray-client-server-port={_free_port(0)}",
+            ]
             self._start_node("head", [*head, *size], shared)
             self._state["address"] = self._joined("head").read_text(encoding="utf-8").strip()
             self._save()
