@@ -192,8 +192,8 @@ def test_a_run_leaves_a_report_with_the_numbers_of_its_result(finished):
     assert page.row("item_id:bias")[0][1:3] == ["31", "4"]
     assert "min_delta" not in page.text
     assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["train"] in page.text
-    # loss, two validation metrics, samples a second
-    assert page.tags.count("svg") == 4
+    # loss, two validation metrics, samples a second, seconds by stage
+    assert page.tags.count("svg") == 5
     for metric, value in result["baselines"]["popularity"].items():
         assert number(value) in page.row(metric)[0]
     for name in ("head", "torso", "tail"):
@@ -419,7 +419,7 @@ def test_a_comparison_picks_the_best_of_each_metric_and_tells_what_differs(finis
     assert page.best[:5] == ["0.8500", "0.7500", "0.3200", "0.5000", "0.7500"], "a tie has two winners"
     assert page.row("tables.user.dim")[0][1:] == ["8", "16", "8"]
     assert config_differences([read(finished), read(other)]) == [("tables.user.dim", ["8", "16"])]
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
     assert "different data" not in page.text
 
 
