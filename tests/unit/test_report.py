@@ -419,7 +419,7 @@ def test_a_comparison_picks_the_best_of_each_metric_and_tells_what_differs(finis
     assert page.best[:5] == ["0.8500", "0.7500", "0.3200", "0.5000", "0.7500"], "a tie has two winners"
     assert page.row("tables.user.dim")[0][1:] == ["8", "16", "8"]
     assert config_differences([read(finished), read(other)]) == [("tables.user.dim", ["8", "16"])]
-    assert page.tags.count("svg") == 5
+    assert page.tags.count("svg") == 4
     assert "different data" not in page.text
 
 
