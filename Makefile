@@ -20,7 +20,7 @@ $(READY): $(wildcard requirements/*.txt) pyproject.toml
 		{ echo "embedshard needs Python 3.11 or later; $(PYTHON) is older. Use: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt -r requirements/dev.txt --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt -r requirements/ray.txt -r requirements/dev.txt --editable .
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/torchrec.txt
 	@touch $@
 

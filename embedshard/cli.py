@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["app", "main"]
 
+import enum
 import json
 import os
 import sys
@@ -16,10 +17,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
+from embedshard.launch.processes import leave_error, run_workers, stop_with_launcher
+from embedshard.launch.request import TrainRequest, parse_workers
 from embedshard.quantities import size
 from embedshard.world import set_process_environment
 
@@ -47,6 +51,15 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="A.B=VALUE", help="Override a value of the config, in YAML. Can be repeated."),
 ]
+
+
+class Launcher(enum.StrEnum):
+    """What starts the workers."""
+
+    local = enum.auto()
+    ray = enum.auto()
+
+
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")]
 
 _INTERRUPTED = 130
@@ -81,20 +94,53 @@ def train(
         Path | None,
         typer.Option(metavar="RUN_DIR", help="Continue a run from its newest checkpoint.", show_default=False),
     ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Continue the run in --run-dir if it has begun, else begin it.")
+    ] = False,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N",
+            help="Processes that train together; with Ray a range such as 2:8 goes on with what is left. Default: one.",
+            show_default=False,
+        ),
+    ] = None,
+    launcher: Annotated[
+        Launcher, typer.Option(help="What starts the workers: this program, on this machine, or Ray, on a cluster.")
+    ] = Launcher.local,
+    use_ray: Annotated[bool, typer.Option("--ray", help="Short for --launcher ray.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="auto, or a cluster's address. Default: RAY_ADDRESS, else a cluster of its own.",
+            show_default=False,
+        ),
+    ] = None,
+    cpus_per_worker: Annotated[float, typer.Option(min=0.01, help="CPUs that a worker reserves on a Ray cluster.")] = 1.0,
+    max_failures: Annotated[int, typer.Option(min=-1, help="Deaths of Ray workers that are survived; -1: any number.")] = 3,
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
-    from embedshard.launch.local import train_here
+    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, go_on, device).resolved()
+    least, most = parse_workers(workers or "1")
+    console = Console(soft_wrap=True, highlight=False)
+    if use_ray or launcher is Launcher.ray:
+        from embedshard.launch.ray import RayRequest, train_on_ray
 
-    outcome = train_here(
-        config,
-        overrides or [],
-        run_dir,
-        resume,
-        device,
-        environment=os.environ,
-        console=Console(soft_wrap=True, highlight=False),
-    )
+        spread = RayRequest(least, most, ray_address, cpus_per_worker, max_failures)
+        outcome = train_on_ray(request, spread, os.environ, console)
+    elif ray_address is not None or least != most:
+        raise ConfigError(
+            f"{'--ray-address' if ray_address else f'--workers {workers}'} needs --launcher ray: a cluster that can give "
+            f"workers and take them away."
+        )
+    elif workers is not None:
+        raise typer.Exit(run_workers(request.arguments(), most, os.environ, Console(stderr=True, soft_wrap=True)))
+    else:
+        from embedshard.launch.local import train_here
+
+        outcome = train_here(request, os.environ, console)
     if outcome.stopped_by is not None:
         raise typer.Exit(_INTERRUPTED if outcome.stopped_by == "SIGINT" else _TERMINATED)
 
@@ -197,6 +243,20 @@ def report(
 
 
 @app.command()
+def audit(run_dir: RunPath, as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False) -> None:
+    """Prove from a run's ledger that each row was trained exactly once an epoch. Exit code 1 if it is not proved."""
+    from embedshard.launch.audit import audit_here, show
+
+    audited = audit_here(run_dir, os.environ, Console(stderr=True))
+    if as_json:
+        typer.echo(json.dumps(audited.to_json(), indent=2))
+    else:
+        show(audited, Console())
+    if not audited.is_proved:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Look at this machine and name the fix for what is wrong."""
     from embedshard.launch.doctor import examine
@@ -242,18 +302,16 @@ def data_check(
 def main() -> None:
     """Runs the command line; a user's mistake is shown without a traceback."""
     set_process_environment()
+    stop_with_launcher(os.environ)
     try:
         app()
-    except EmbedshardError as error:
-        name = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
-        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error:[/] {_plain(name + str(error))}")
+    except Exception as error:
+        if leave_error(error, os.environ):
+            sys.exit(error.exit_code if isinstance(error, EmbedshardError) else 1)
+        if not isinstance(error, EmbedshardError):
+            raise
+        Console(stderr=True, soft_wrap=True, highlight=False).print(f"[red]Error:[/] {escape(error.shown)}")
         sys.exit(error.exit_code)
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EmbedshardError",
+    "PeerError",
     "PlanError",
     "TrainingError",
     "nearest",
@@ -25,9 +26,19 @@ class EmbedshardError(Exception):
 
     exit_code = 2
 
+    @property
+    def shown(self) -> str:
+        """The message as a user sees it."""
+        return f"{type(self).__name__}: {self}"
+
 
 class ConfigError(EmbedshardError):
     """The config asks for something that does not exist, or that contradicts itself."""
+
+    @property
+    def shown(self) -> str:
+        """The message alone: most mistakes are of this kind."""
+        return str(self)
 
 
 class DataError(EmbedshardError):
@@ -46,6 +57,10 @@ class TrainingError(EmbedshardError):
     """Training met something that makes its result worthless, such as a loss that is not finite."""
 
     exit_code = 1
+
+
+class PeerError(TrainingError):
+    """Another process of the run failed or is gone; what it met stands in its own message."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -9,13 +9,21 @@ Beside the command line, this is the only module that reads the environment.
 
 from __future__ import annotations
 
-__all__ = ["World", "open_local_group", "open_world", "set_process_environment"]
+__all__ = [
+    "RENDEZVOUS",
+    "World",
+    "launched_world_size",
+    "open_local_group",
+    "open_world",
+    "set_process_environment",
+    "shrink_world",
+]
 
 import logging
 import os
 import socket
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +31,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from embedshard.errors import ConfigError, TrainingError
+from embedshard.errors import ConfigError, PeerError
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +40,17 @@ if TYPE_CHECKING:
 TIMEOUT = timedelta(seconds=300)
 """How long a collective waits: the only detector of a hung one."""
 
+RENDEZVOUS = "EMBEDSHARD_RENDEZVOUS"
+"""Environment variable: the URL of a file by which processes that were started together find each other."""
+
 _SIGN_OF_LIFE_S = 5.0
+_PEER_IS_GONE = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Timed out waiting",
+    "ncclRemoteError",
+)
 
 T = TypeVar("T")
 
@@ -45,6 +63,8 @@ def set_process_environment() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
+    # The planner advises a factory that guesses what it is told here, and an estimate that is not asked for.
+    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     # TorchRec's and FBGEMM's own use of what torch and they themselves are to drop.
     for library in ("torchrec", "fbgemm_gpu", "torch"):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
@@ -62,6 +82,7 @@ class World:
         local_world_size: processes on this machine.
         device: where it computes.
         group: the process group of exactly these processes.
+        idle: workers that were started beyond those that can share the lanes.
     """
 
     rank: int
@@ -70,6 +91,7 @@ class World:
     local_world_size: int
     device: torch.device
     group: dist.ProcessGroup
+    idle: int = 0
 
     @property
     def is_rank_zero(self) -> bool:
@@ -121,7 +143,7 @@ class World:
         seconds that it goes on.
 
         Raises:
-            TrainingError: on the other ranks, if the work failed; rank 0 raises what it raised.
+            PeerError: on the other ranks, if the work failed; rank 0 raises what it raised.
         """
         import torch
 
@@ -138,7 +160,7 @@ class World:
         if failure is not None:
             raise failure
         if told is not None:
-            raise TrainingError(f"rank 0 failed in what it did for all: {told}")
+            raise PeerError(f"rank 0 failed in what it did for all: {told}")
         result: T = self.broadcast_object(None if future is None else future.result())
         return result
 
@@ -176,25 +198,41 @@ def _device(asked: str, local_rank: int) -> torch.device:
                 f"--device {asked}: torch {torch.__version__} sees no CUDA device. "
                 f"Use --device cpu, or look at 'embedshard doctor'."
             )
-        device = torch.device("cuda", local_rank if device.index is None else device.index)
+        if ":" not in asked:
+            count = torch.cuda.device_count()
+            if local_rank >= count:
+                raise ConfigError(
+                    f"--device {asked}: worker {local_rank} of this machine has no CUDA device of its own; there are "
+                    f"{count}. Use at most {count} workers a machine, or --device cpu."
+                )
+            device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return device
 
 
+def launched_world_size(environment: Mapping[str, str]) -> int | None:
+    """Returns how many processes a launcher started this one among; None if none did."""
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return int(environment["WORLD_SIZE"])
+    return None
+
+
 @contextmanager
-def open_world(device: str = "auto") -> Iterator[World]:
+def open_world(device: str = "auto", idle: int = 0) -> Iterator[World]:
     """Opens the world that this process belongs to, and closes what it opened.
 
     Args:
         device: `cpu`, `cuda`, or `auto` for the first of the two that is there.
+        idle: workers that were left out by `shrink_world`.
 
     Raises:
         ConfigError: if the device is not there.
+        PeerError: if what was done in this world failed since another process is gone.
     """
     import torch.distributed as dist
 
     adopted = dist.is_initialized()
-    launched = not adopted and "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    launched = not adopted and launched_world_size(os.environ) is not None
     environment = os.environ if adopted or launched else {}
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     local_world_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
@@ -202,18 +240,25 @@ def open_world(device: str = "auto") -> Iterator[World]:
     if not adopted:
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         if launched:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+            url = os.environ.get(RENDEZVOUS, "env://")
+            dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=TIMEOUT)
         else:
             os.environ["LOCAL_WORLD_SIZE"] = "1"  # TorchRec reads it
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
     group = dist.group.WORLD
     assert group is not None, "the process group was just initialised"
-    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, chosen, group)
+    world = World(dist.get_rank(), dist.get_world_size(), local_rank, local_world_size, chosen, group, idle)
     try:
         yield world
-    except BaseException:
+    except BaseException as error:
         if not adopted:
             dist.destroy_process_group()  # no barrier: the others may never come
+        if world.world_size > 1 and _says_that_a_peer_is_gone(error):
+            raise PeerError(
+                f"{world.describe()}: another process of this run failed, was killed, or did not answer for "
+                f"{TIMEOUT.total_seconds():.0f} s. Its own message says why."
+            ) from error
         raise
     else:
         if not adopted:
@@ -243,3 +288,38 @@ def open_local_group(rank: int, world_size: int, local_world_size: int, rendezvo
     yield World(rank, world_size, rank % local_world_size, local_world_size, torch.device("cpu"), group)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def shrink_world(size: int) -> bool:
+    """Makes the process group one of its first ranks alone; returns whether this process is one of them. Collective.
+
+    The whole group is replaced, since TorchRec makes groups of its own, which are collective over all of it.
+
+    Args:
+        size: ranks that stay.
+    """
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    rank, backend = dist.get_rank(), dist.get_backend_config()
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname() + os.environ.get("NODE_RANK", ""))
+    store = _get_default_store()
+    dist.barrier()
+    dist.destroy_process_group()
+    if rank >= size:
+        return False
+    counts = {hosts[:size].count(host) for host in hosts[:size]}
+    # TorchRec takes machines to have equally many workers; where they have not, each worker is a machine of its own.
+    os.environ["LOCAL_WORLD_SIZE"] = str(counts.pop() if len(counts) == 1 else 1)
+    store = dist.PrefixStore("embedshard-shrunk", store)
+    dist.init_process_group(str(backend), store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    return True
+
+
+def _says_that_a_peer_is_gone(error: BaseException) -> bool:
+    import torch.distributed as dist
+
+    if isinstance(error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _PEER_IS_GONE)

@@ -1,6 +1,6 @@
 """Configs: what a run is, as data."""
 
-from embedshard.config.load import Loaded, build_config, differences, dump_tree, load_config, schema_json
+from embedshard.config.load import Loaded, build_config, differences, dump_tree, load_config, schema_json, variables
 from embedshard.config.lookups import Lookup, TableSpec, bias_key, negative_key, num_negative_slots, table_specs
 from embedshard.config.root import Config
 
@@ -18,4 +18,5 @@ __all__ = [
     "num_negative_slots",
     "schema_json",
     "table_specs",
+    "variables",
 ]

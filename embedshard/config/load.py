@@ -6,7 +6,7 @@ carries both the tree as written and the config that it means.
 
 from __future__ import annotations
 
-__all__ = ["Loaded", "build_config", "differences", "dump_tree", "load_config", "schema_json"]
+__all__ = ["Loaded", "build_config", "differences", "dump_tree", "load_config", "schema_json", "variables"]
 
 import json
 import re
@@ -71,6 +71,11 @@ def load_config(path: str | Path, environment: Mapping[str, str], overrides: Seq
     for override in overrides:
         _apply_override(tree, override)
     return Loaded(build_config(tree, environment, source), tree, source)
+
+
+def variables(tree: Any) -> set[str]:
+    """Returns the names of the variables that a config refers to."""
+    return {name for name, _ in _VARIABLE.findall(json.dumps(tree, default=str))}
 
 
 def build_config(tree: Mapping[str, Any], environment: Mapping[str, str], source: str) -> Config:

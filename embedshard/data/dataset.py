@@ -8,7 +8,6 @@ from __future__ import annotations
 
 __all__ = ["Dataset", "SetAside", "open_dataset"]
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from embedshard.data.decode import Decoder, column_specs
 from embedshard.data.negatives import CandidateSampler
 from embedshard.data.order import Order
 from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
-from embedshard.data.source import Inventory, Source, check_unchanged, open_source
+from embedshard.data.source import Inventory, Source, check_unchanged, fingerprint_of, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import DataError
@@ -86,7 +85,7 @@ class Dataset:
     @property
     def fingerprint(self) -> str:
         """Of all training files."""
-        return _fingerprint([source.inventory for source in self.train])
+        return fingerprint_of([source.inventory for source in self.train])
 
     def vocabulary_fingerprints(self) -> dict[str, str]:
         """Of each table's vocabulary."""
@@ -176,8 +175,7 @@ def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | Non
     if resolved is not None:
         _check_resumable(resolved, train, vocabularies)
     if statistics is None:
-        computed = compute_statistics(train).to_json() if world.is_rank_zero else None
-        statistics = Statistics.from_json(world.broadcast_object(computed))
+        statistics = world.from_rank_zero(lambda: compute_statistics(train))
     train = [source.with_statistics(statistics) for source in train]
     fits = [source.decoded_bytes() <= config.data.cache_bytes for source in train]
     windows = resolved["window_steps"] if resolved is not None else [_window_steps(config, fit) for fit in fits]
@@ -241,8 +239,8 @@ def _open_items(dataset: Dataset, world: World) -> None:
     by_popularity = objective is not None and objective.distribution == "popularity"
     counts = None
     if hashed or by_popularity:
-        counted = sum(count_ids(source, item_id, num_rows) for source in dataset.train) if world.is_rank_zero else None
-        counts = np.asarray(world.broadcast_object(counted))
+        counted = world.from_rank_zero(lambda: sum(count_ids(source, item_id, num_rows) for source in dataset.train))
+        counts = np.asarray(counted)
     if config.data.catalogue is not None:
         described_by = column_specs(config, "catalogue")
         decoder = Decoder(described_by, dataset.vocabularies, dataset.statistics, config.data.on_bad_row)
@@ -257,10 +255,3 @@ def _open_items(dataset: Dataset, world: World) -> None:
         dataset.catalogue = catalogue_from_rows(item_id, np.arange(num_rows, dtype=np.int64), num_rows + 1)
     if objective is not None:
         dataset.sampler = CandidateSampler(objective, config.seed, dataset.catalogue, counts)
-
-
-def _fingerprint(inventories: Sequence[Inventory]) -> str:
-    digest = hashlib.sha256()
-    for inventory in inventories:
-        digest.update(inventory.fingerprint.encode())
-    return digest.hexdigest()

@@ -14,9 +14,19 @@ This module must not know files, columns, tensors or processes.
 
 from __future__ import annotations
 
-__all__ = ["EpochOrder", "Order", "Position", "row_digest", "worlds_that_fit"]
+__all__ = [
+    "Digest",
+    "EpochOrder",
+    "Order",
+    "Position",
+    "largest_world",
+    "row_digest",
+    "sum_of_digests",
+    "worlds_that_fit",
+]
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +36,8 @@ import numpy.typing as npt
 from embedshard.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
+Digest = tuple[int, int]
+"""An order-free sum of hashes of rows: two words of 64 bits."""
 
 _ROW_GROUPS, _WINDOW = 1, 2  # the streams of draws; their numbers are part of the order
 
@@ -47,6 +59,11 @@ def _permutation(seed: int, stream: int, a: int, b: int, c: int, count: int) -> 
 def worlds_that_fit(lanes: int) -> list[int]:
     """Returns the world sizes that can train `lanes` lanes: its divisors, ascending."""
     return [size for size in range(1, lanes + 1) if lanes % size == 0]
+
+
+def largest_world(lanes: int, workers: int) -> int:
+    """Returns the largest world size of at most so many workers that can train `lanes` lanes."""
+    return max(size for size in worlds_that_fit(lanes) if size <= workers)
 
 
 @dataclass(frozen=True)
@@ -215,7 +232,7 @@ class EpochOrder:
         return np.where(epoch_rows < 0, np.int64(-1), rows)
 
 
-def row_digest(epoch: int, partition: int, rows: IntArray) -> tuple[int, int]:
+def row_digest(epoch: int, partition: int, rows: IntArray) -> Digest:
     """Returns an order-free 128-bit sum of hash(epoch, partition, row), as two wrapping 64-bit words.
 
     Sums over disjoint sets of rows add up word by word modulo 2**64, so the ledgers of any number of ranks and restarts
@@ -233,6 +250,14 @@ def row_digest(epoch: int, partition: int, rows: IntArray) -> tuple[int, int]:
         start = np.uint64((salt * (2 * (epoch * 65_537 + partition) + 1)) % 2**64)
         words.append(int(_mixed(valid + start).sum(dtype=np.uint64)) if len(valid) else 0)
     return words[0], words[1]
+
+
+def sum_of_digests(digests: Iterable[Digest]) -> Digest:
+    """Returns the digest of all the rows that the digests are of."""
+    first = second = 0
+    for digest in digests:
+        first, second = first + digest[0], second + digest[1]
+    return first % 2**64, second % 2**64
 
 
 def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

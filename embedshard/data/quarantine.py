@@ -23,12 +23,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedshard.data.batch import Batch
 from embedshard.data.columns import Columns, Flat
 from embedshard.errors import DataError
 from embedshard.storage import locate
 
 if TYPE_CHECKING:
+    from embedshard.data.batch import Batch
     from embedshard.data.decode import Decoder
     from embedshard.data.source import Source
 

@@ -6,7 +6,17 @@ same data or not at all.
 
 from __future__ import annotations
 
-__all__ = ["Inventory", "InventoryFile", "RowGroup", "Source", "check_unchanged", "data_files", "open_file", "open_source"]
+__all__ = [
+    "Inventory",
+    "InventoryFile",
+    "RowGroup",
+    "Source",
+    "check_unchanged",
+    "data_files",
+    "fingerprint_of",
+    "open_file",
+    "open_source",
+]
 
 import hashlib
 import io
@@ -120,6 +130,14 @@ class Inventory:
                 for file in files
             )
         )
+
+
+def fingerprint_of(inventories: Sequence[Inventory]) -> str:
+    """Returns the fingerprint of a training set, given the inventory of each partition."""
+    digest = hashlib.sha256()
+    for inventory in inventories:
+        digest.update(inventory.fingerprint.encode())
+    return digest.hexdigest()
 
 
 def check_unchanged(saved: Inventory, now: Inventory) -> None:

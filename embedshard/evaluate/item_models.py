@@ -65,7 +65,7 @@ def ease_weights(histories: Histories, l2: float) -> Any:
     same metrics to all printed places in twice the memory.
 
     Raises:
-        TrainingError: if the Gram matrix cannot be inverted in float32.
+        TrainingError: if the Gram matrix cannot be inverted in float32: nothing of the inverse would be right.
     """
     from scipy.linalg import lapack
 
@@ -77,7 +77,11 @@ def ease_weights(histories: Histories, l2: float) -> Any:
     for start in range(0, num_items, step):
         gram[:, start : start + step] = (transposed @ by_column[:, start : start + step]).toarray()
     gram[np.diag_indices(num_items)] += l2
+    norm = gram.sum(axis=0).max()
     _, failed = lapack.spotrf(gram, lower=1, overwrite_a=1)
+    if not failed:
+        reciprocal_condition, _ = lapack.spocon(gram, norm, uplo="L")
+        failed = reciprocal_condition < np.finfo(np.float32).eps
     if not failed:
         _, failed = lapack.spotri(gram, lower=1, overwrite_c=1)
     if failed:
@@ -108,6 +112,10 @@ def item_knn_weights(histories: Histories, neighbours: int) -> Any:
         model.fit(histories.matrix_UN, show_progress=False)
     weights = model.similarity.tocsr().astype(np.float32)
     weights.setdiag(0.0)
+    weights.eliminate_zeros()
+    for row in np.flatnonzero(np.diff(weights.indptr) > neighbours):  # others have all its users: it is not among its own
+        begin, end = weights.indptr[row : row + 2]
+        weights.data[begin + np.argmin(weights.data[begin:end])] = 0.0
     weights.eliminate_zeros()
     return weights
 

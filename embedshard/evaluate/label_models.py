@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from embedshard.data.survey import Interactions
+from embedshard.errors import TrainingError
 from embedshard.evaluate.pointwise import Link
 from embedshard.evaluate.ranking import FloatArray, IntArray
 
@@ -23,9 +24,15 @@ def mean_logit(label_sum: float, weight: float, link: Link) -> float:
     """Returns the logit that predicts the mean label.
 
     As log odds, by the rule of succession (one row more of either label), so that they are finite.
+
+    Raises:
+        TrainingError: if there is no mean, or it has no log odds.
     """
+    mean = label_sum / weight if weight else float("nan")
+    if np.isnan(mean) or (link == "sigmoid" and not 0 <= mean <= 1):
+        raise TrainingError(f"the training set's mean label is {mean:g}; it needs one that can be predicted.")
     if link == "identity":
-        return label_sum / weight
+        return mean
     return float(np.log((label_sum + 1.0) / (weight - label_sum + 1.0)))
 
 
@@ -66,11 +73,17 @@ def fit_biases(rows: Interactions, num_users: int, num_items: int, damping: floa
         num_items: rows of the item's table.
         damping: above 0.
         link: how a logit becomes a prediction.
+
+    Raises:
+        TrainingError: if a label or the mean of all cannot be predicted.
     """
     weights, labels = rows.weights.astype(np.float64), rows.labels.astype(np.float64)
     mean = mean_logit(float(np.dot(weights, labels)), float(weights.sum()), link)
     sides = ((rows.users, num_users), (rows.items, num_items))
     if link == "sigmoid":
+        bad = labels[(labels < 0) | (labels > 1)]
+        if len(bad):
+            raise TrainingError(f"the training set has a label of {bad[0]:g}; it needs labels in [0, 1].")
         rate = 1.0 / (1.0 + np.exp(-mean))
         offsets = []
         for ids, count in sides:

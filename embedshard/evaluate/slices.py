@@ -21,8 +21,8 @@ class ItemSlices:
     """Which items are in the head, the torso and the tail.
 
     The head is the fewest most popular items that make up half of the training interactions; with the torso they are 80 %
-    of them; the tail is the rest, and items that the catalogue does not hold. Of equally popular items the one with the
-    smaller number is taken first; items without an interaction are in the tail.
+    of them; the tail is the rest, and items that the catalogue does not hold. Of equally popular items the
+    catalogue's first is taken first; items without an interaction are in the tail.
 
     Attributes:
         of_item: (N,) the number of each item's slice, in the order of `names`.

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-__all__ = ["evaluate_here", "evaluate_untrained", "summarise_config", "train_here"]
+__all__ = [
+    "evaluate_here",
+    "evaluate_untrained",
+    "load_run_config",
+    "open_run",
+    "summarise_config",
+    "train_here",
+    "train_in",
+]
 
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -16,72 +24,104 @@ from embedshard.config import Config, Loaded, load_config, table_specs
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
+from embedshard.launch.request import TrainRequest
 from embedshard.models.summary import Summary, summarise
 from embedshard.train.assembly import assemble
-from embedshard.train.checkpoint import Checkpoint, newest_intact, open_step
+from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import TrainResult, train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
+from embedshard.train.stop import Notices
 from embedshard.train.tracking import ConsoleReporter, JsonLinesReporter, Reporter, Reporters, TensorBoardReporter
 from embedshard.world import World, open_world
 
 
-def train_here(
-    config_path: Path | None,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    resume: Path | None,
-    device: str,
-    environment: Mapping[str, str],
-    console: Console,
-) -> TrainResult:
-    """Trains a config, or continues a run, and tells a person where the result lies.
+def train_here(request: TrainRequest, environment: Mapping[str, str], console: Console) -> TrainResult:
+    """Trains a config, or continues a run, as the world that this process is part of, and tells where the result lies.
 
     Raises:
         EmbedshardError: what a user can act on.
     """
-    loaded, run, resume_from = _open_run(config_path, overrides, run_dir, resume, environment, console)
-    config = loaded.config
-    console.print(f"Run: {run.path}")
-    if resume is not None:
-        where = "at its beginning: it has no checkpoint yet" if resume_from is None else f"after step {resume_from.step}"
-        console.print(f"Resumes {where}.")
-    with open_world(device) as world:
-        reporter = _reporter(config, run, world, console)
-        try:
-            result = train(config, world, run, reporter, resume_from)
-        finally:
-            reporter.finished()
+    request = request.resolved()
+    config = load_run_config(request, environment).config  # a mistake is told before anything is set up
+    with open_world(request.device) as world:
+        teller = ConsoleReporter(console, config.train.log_every_steps) if world.is_rank_zero else Reporter()
+        return train_in(world, request, environment, teller)
+
+
+def train_in(
+    world: World, request: TrainRequest, environment: Mapping[str, str], teller: Reporter, notices: Notices | None = None
+) -> TrainResult:
+    """Trains in a world that is open, and tells where the result lies. Collective.
+
+    Args:
+        world: the processes that train together.
+        request: a `resolved` one, the same on all ranks.
+        environment: gives configs their `${VAR}`.
+        teller: what rank 0 tells a person by.
+        notices: what this rank is asked from outside; None listens for signals.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    path, step = world.from_rank_zero(lambda: open_run(request, environment, teller))
+    run = RunDirectory.open(path)
+    config = run.load_config(environment).config
+    reporter = _reporter(config, run, teller) if world.is_rank_zero else Reporter()
+    resume_from = None if step is None else open_step(run.checkpoints, step)
+    try:
+        result = train(config, world, run, reporter, resume_from, notices)
+    finally:
+        reporter.finished()
+    if not world.is_rank_zero:
+        return result
     if result.stopped_by is not None:
-        console.print(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
-        console.print(f"  embedshard train --resume {run.path}")
+        teller.said(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
+        teller.said(f"  embedshard train --resume {run.path}")
     else:
-        console.print(f"Result: {run.path / 'result.json'}")
+        teller.said(f"Result: {run.path / 'result.json'}")
     if (run.path / "report.html").exists():
-        console.print(f"Report: {run.path / 'report.html'}")
+        teller.said(f"Report: {run.path / 'report.html'}")
     return result
 
 
-def _open_run(
-    config_path: Path | None,
-    overrides: Sequence[str],
-    run_dir: Path | None,
-    resume: Path | None,
-    environment: Mapping[str, str],
-    console: Console,
-) -> tuple[Loaded, RunDirectory, Checkpoint | None]:
-    if resume is None:
-        if config_path is None:
-            raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
-        loaded = load_config(config_path, environment, overrides)
-        return loaded, RunDirectory.create(run_dir or _default_run_dir(loaded.config, config_path), loaded), None
-    if run_dir is not None and run_dir.resolve() != resume.resolve():
-        raise ConfigError(f"--run-dir {run_dir} and --resume {resume} name two folders. A run continues in its own.")
-    run = RunDirectory.open(resume)
-    loaded = load_config(config_path or run.path / "config.yaml", environment, overrides)
+def load_run_config(request: TrainRequest, environment: Mapping[str, str]) -> Loaded:
+    """Returns the config of a `resolved` request.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    return load_config(_config_path(request), environment, request.overrides)
+
+
+def _config_path(request: TrainRequest) -> Path:
+    if request.config is not None:
+        return request.config
+    assert request.resume is not None, "a resolved request has one or the other"
+    return RunDirectory.open(request.resume).path / "config.yaml"
+
+
+def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Reporter) -> tuple[Path, int | None]:
+    """Makes or opens the folder of a `resolved` request's run; returns it and the step to go on from.
+
+    Raises:
+        ConfigError: if the folder does not fit the request.
+    """
+    loaded = load_run_config(request, environment)
+    if request.resume is None:
+        path = request.run_dir or _default_run_dir(loaded.config, _config_path(request))
+        RunDirectory.create(path, loaded)
+        teller.said(f"Run: {path}")
+        return path, None
+    run = RunDirectory.open(request.resume)
     run.check_same_run(loaded.config, environment)
     run.save_config(loaded)
-    return loaded, run, newest_intact(run.checkpoints, on_damage=lambda damage: console.print(f"Passed over: {damage}"))
+    teller.said(f"Run: {run.path}")
+    found = newest_intact(run.checkpoints, on_damage=lambda damage: teller.said(f"Passed over: {damage}"))
+    if (run.path / "attempts.jsonl").exists():
+        where = "at its beginning: it has no checkpoint yet" if found is None else f"after step {found.step}"
+        teller.said(f"Resumes {where}.")
+    return run.path, None if found is None else found.step
 
 
 def _default_run_dir(config: Config, config_path: Path) -> Path:
@@ -89,15 +129,10 @@ def _default_run_dir(config: Config, config_path: Path) -> Path:
     return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
-def _reporter(config: Config, run: RunDirectory, world: World, console: Console) -> Reporter:
-    if not world.is_rank_zero:
-        return Reporter()
+def _reporter(config: Config, run: RunDirectory, teller: Reporter) -> Reporter:
     attempts = run.path / "attempts.jsonl"
     attempt = len(attempts.read_text(encoding="utf-8").splitlines()) + 1 if attempts.exists() else 1
-    reporters: list[Reporter] = [
-        ConsoleReporter(console, config.train.log_every_steps),
-        JsonLinesReporter(run.path / "metrics.jsonl", attempt),
-    ]
+    reporters = [teller, JsonLinesReporter(run.path / "metrics.jsonl", attempt)]
     if config.tracking.tensorboard:
         reporters.append(TensorBoardReporter(run.path / "tensorboard"))
     return Reporters(reporters)

@@ -179,7 +179,9 @@ class Run:
 
     @property
     def selected_metric(self) -> str | None:
-        """The metric by which the best checkpoint is chosen."""
+        """The metric by which the best checkpoint is chosen; None without a validation set."""
+        if mapping(self.tree.get("data")).get("validation") is None:
+            return None
         evaluate = mapping(self.tree.get("evaluate"))
         metrics = evaluate.get("metrics")
         first = metrics[0] if isinstance(metrics, list) and metrics else None

@@ -160,8 +160,8 @@ def metric_table(run: Run) -> tuple[list[str], list[Row]]:
     rows = []
     for metric in dict.fromkeys((*run.test_metrics, *validated, *(m for values in run.baselines.values() for m in values))):
         tested = _row(metric, metric, [run.test_metrics.get(metric), *(b.get(metric) for b in run.baselines.values())])
-        rows.append(Row(metric, [*tested.cells, Cell(validated.get(metric))]))
-    return ["model", *run.baselines, "model, validation"], rows
+        rows.append(Row(metric, [*tested.cells, *([Cell(validated.get(metric))] if validated else [])]))
+    return ["model", *run.baselines, *(["model, validation"] if validated else [])], rows
 
 
 def slice_table(run: Run) -> tuple[list[str], list[Row], dict[str, int | None]]:

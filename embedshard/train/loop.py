@@ -25,11 +25,11 @@ from embedshard.report import write_report
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
 from embedshard.train.ledger import Ledger
-from embedshard.train.run_directory import RunDirectory
+from embedshard.train.run_directory import Origin, RunDirectory
 from embedshard.train.snapshot import pieces, restore, restore_model
 from embedshard.train.state import TrainState, due
 from embedshard.train.step import StepResult
-from embedshard.train.stop import StopSignal
+from embedshard.train.stop import Notices, StopSignal
 from embedshard.train.tracking import Reporter
 from embedshard.world import World
 
@@ -50,7 +50,12 @@ class TrainResult:
 
 
 def train(
-    config: Config, world: World, run: RunDirectory, reporter: Reporter, resume_from: Checkpoint | None = None
+    config: Config,
+    world: World,
+    run: RunDirectory,
+    reporter: Reporter,
+    resume_from: Checkpoint | None = None,
+    notices: Notices | None = None,
 ) -> TrainResult:
     """Trains a config to its end, or until it is asked to stop. Collective.
 
@@ -60,6 +65,7 @@ def train(
         run: the run's folder, the same for all ranks.
         reporter: told by rank 0 alone.
         resume_from: where the run goes on; None begins it.
+        notices: what this rank is asked from outside; None listens for SIGTERM and SIGINT.
 
     Raises:
         ConfigError, DataError, PlanError, CheckpointError, TrainingError: what a user can act on.
@@ -76,7 +82,8 @@ def train(
     _say_skipped(parts.dataset.skipped_files, reporter)
     for exception in sharding_exceptions(config, parts.specs):
         reporter.said(exception)
-    attempt = world.broadcast_object(run.begin_attempt(world.world_size) if world.is_rank_zero else None)
+    origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
+    attempt = world.broadcast_object(run.begin_attempt(world.world_size, origin) if world.is_rank_zero else None)
     with Checkpointer(
         root=run.checkpoints,
         rank=world.rank,
@@ -85,18 +92,18 @@ def train(
         mode=config.checkpoint.mode,
         memory_bytes=config.checkpoint.memory_bytes,
     ) as checkpointer:
-        ledger = Ledger(run.path / "ledger", attempt, world.rank)
+        ledger = Ledger(run.ledger, attempt, world.rank)
         quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
         training = _Training(parts, state, reporter, checkpointer, ledger, quarantine)
         try:
-            stopped_by = training.run()
+            stopped_by = training.run(notices or StopSignal())
         finally:
             ledger.close()
             quarantine.flush()
     if stopped_by is not None:
         result = TrainResult(stopped_by, state.step, {})
     else:
-        result = _conclude(parts, state, run, reporter, training, time.monotonic() - begin)
+        result = _conclude(parts, state, run, reporter, training, attempt, time.monotonic() - begin)
     if world.is_rank_zero:
         _leave_report(run, reporter)
     return result
@@ -120,16 +127,16 @@ class _Training:
         self.seconds = 0.0  # in steps, evaluations and saves left out
         self.samples = 0
 
-    def run(self) -> str | None:
+    def run(self, notices: Notices) -> str | None:
         """Takes the steps that are left; returns the signal that ended it early, if one did."""
         config, state, steps = self.parts.config, self.state, self.num_steps
         self.reporter.started(state.step, steps)
-        with self.parts.reader().batches(state.step, steps) as batches, StopSignal() as stop:
+        with self.parts.reader().batches(state.step, steps) as batches, notices:
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
                 begin = time.monotonic()
                 batch = next(batches)
                 self.parts.optimizers.set_learning_rates(state.step, steps)
-                result = self.parts.stepper.take(batch, stop_asked=stop.asked is not None)
+                result = self.parts.stepper.take(batch, stop_asked=notices.stop is not None, save_asked=notices.save)
                 self.ledger.add(batch)
                 self.quarantine.add(batch)
                 state.step += 1
@@ -141,10 +148,12 @@ class _Training:
                 is_end = state.step == steps
                 is_best = self._evaluate(batch.training_position, is_end)
                 ends = is_end or result.stop_asked or state.has_stopped_early(config.train.early_stopping)
-                if ends or is_best or due(state.step, config.checkpoint.every_steps, batch.training_position.is_epoch_end):
+                is_due = due(state.step, config.checkpoint.every_steps, batch.training_position.is_epoch_end)
+                if ends or is_best or is_due or result.save_asked:
                     self._save()
+                    notices.save = False
                 if result.stop_asked and not is_end:
-                    return stop.asked.name if stop.asked is not None else "another rank"
+                    return notices.stop or "another rank"
         return None
 
     @property
@@ -237,7 +246,13 @@ def _bad_rows(parts: Assembly, state: TrainState) -> dict[str, Any]:
 
 
 def _conclude(
-    parts: Assembly, state: TrainState, run: RunDirectory, reporter: Reporter, training: _Training, seconds: float
+    parts: Assembly,
+    state: TrainState,
+    run: RunDirectory,
+    reporter: Reporter,
+    training: _Training,
+    attempt: int,
+    seconds: float,
 ) -> TrainResult:
     """Evaluates the selected checkpoint on the test set, once, and writes result.json."""
     selected_step = state.step if state.best_step is None else state.best_step
@@ -262,12 +277,14 @@ def _conclude(
         "selected_step": selected_step,
         "best_validation": state.best_value,
         "steps": state.step,
+        "attempt": attempt,
         "epochs": state.step / parts.dataset.order.epoch_steps,
         "samples_seen": state.samples_seen,
         "wall_seconds": seconds,
         "samples_per_second": training.samples_per_second,
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "workers": parts.world.world_size,
+        "idle_workers": parts.world.idle,
         "evaluated": parts.evaluator.counts,
         "bad_rows": _bad_rows(parts, state),
         "skipped_files": parts.dataset.skipped_files,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["RunDirectory", "write_atomically"]
+__all__ = ["Attempt", "Origin", "RunDirectory", "write_atomically"]
 
 import json
-import os
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedshard.config import Config, Loaded, build_config, differences, dump_tree
 from embedshard.errors import ConfigError
@@ -28,6 +28,40 @@ _FREE_TO_CHANGE = (
 def write_atomically(path: Path, text: str) -> None:
     """Writes a file so that a reader sees the former or the new one, never a part."""
     locate(str(path)).write_bytes_atomically(text.encode("utf-8"))
+
+
+class Origin(BaseModel):
+    """The checkpoint from which an attempt went on.
+
+    Attributes:
+        step: optimizer steps done when it was taken.
+        attempt: that wrote it.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    step: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=1)]
+
+
+class Attempt(BaseModel):
+    """A start of the run: a line of attempts.jsonl.
+
+    Attributes:
+        attempt: its number, from 1.
+        time: in ISO 8601.
+        host: of rank 0.
+        world_size: processes that train.
+        resumed_from: where it went on; None began the run.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    attempt: Annotated[int, Field(ge=1)]
+    time: str
+    host: str
+    world_size: Annotated[int, Field(ge=1)]
+    resumed_from: Origin | None
 
 
 class RunDirectory:
@@ -47,7 +81,7 @@ class RunDirectory:
         Raises:
             ConfigError: if there is a run already.
         """
-        if (path / "config.yaml").exists() and (path / "attempts.jsonl").exists():
+        if (path / "config.yaml").exists() and cls(path).attempts_file.exists():
             raise ConfigError(f"{path} holds a run already. Continue it with --resume {path}, or choose another --run-dir.")
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "config.yaml", dump_tree(loaded.tree))
@@ -94,18 +128,48 @@ class RunDirectory:
         """Keeps the config that the run goes on with."""
         write_atomically(self.path / "config.yaml", dump_tree(loaded.tree))
 
-    def begin_attempt(self, world_size: int) -> int:
+    def begin_attempt(self, world_size: int, resumed_from: Origin | None) -> int:
         """Counts a start of the run; returns its number, from 1."""
-        path = self.path / "attempts.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        attempt = len(lines) + 1
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        line = {"attempt": attempt, "time": now, "host": socket.gethostname(), "world_size": world_size}
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        return attempt
+        former = self.attempts_file.read_text(encoding="utf-8").splitlines() if self.attempts_file.exists() else []
+        attempt = Attempt(
+            attempt=len(former) + 1,
+            time=datetime.now(UTC).isoformat(timespec="seconds"),
+            host=socket.gethostname(),
+            world_size=world_size,
+            resumed_from=resumed_from,
+        )
+        lines = [*former, json.dumps(attempt.model_dump())]
+        write_atomically(self.attempts_file, "".join(f"{line}\n" for line in lines))
+        return attempt.attempt
+
+    def attempts(self) -> tuple[int, dict[int, Attempt], list[str]]:
+        """Returns how many starts of the run there were, those by number that can be read, and what is wrong with others."""
+        texts = self.attempts_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        found: dict[int, Attempt] = {}
+        problems = []
+        for number, text in enumerate(texts, start=1):
+            try:
+                attempt = Attempt.model_validate_json(text)
+            except ValidationError as error:
+                detail = error.errors()[0]
+                where = "".join(f"{part}: " for part in detail["loc"])
+                problems.append(f"attempts.jsonl, line {number} cannot be read: {where}{detail['msg']}")
+                continue
+            if attempt.attempt != number:
+                problems.append(f"attempts.jsonl, line {number} tells of attempt {attempt.attempt}, not of {number}")
+                continue
+            found[number] = attempt
+        return len(texts), found, problems
+
+    @property
+    def attempts_file(self) -> Path:
+        """A line for each start of the run."""
+        return self.path / "attempts.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        """The folder of the record of the rows that were trained."""
+        return self.path / "ledger"
 
     @property
     def checkpoints(self) -> Location:

@@ -27,12 +27,14 @@ class StepResult:
         loss: mean over the global batch's weights.
         rows: rows of the global batch, padding not counted.
         stop_asked: whether any rank was asked to stop.
+        save_asked: whether any rank was asked to save.
         tally: sum of the batches' tallies.
     """
 
     loss: float
     rows: int
     stop_asked: bool
+    save_asked: bool = False
     tally: tuple[float, ...] = ()
 
 
@@ -65,7 +67,7 @@ class Stepper:
             lookup.key: spec.l2_lookup for spec in specs if spec.l2_lookup for lookup in spec.lookups if lookup.slot is None
         }
 
-    def take(self, batch: Batch, stop_asked: bool) -> StepResult:
+    def take(self, batch: Batch, stop_asked: bool, save_asked: bool = False) -> StepResult:
         """Takes one step. Collective.
 
         The gradient is that of the mean loss over the global batch's weights: each rank's sum is scaled by
@@ -74,6 +76,7 @@ class Stepper:
         Args:
             batch: this rank's rows.
             stop_asked: whether this rank was asked to stop; any rank's wish is all ranks'.
+            save_asked: whether this rank was asked to save; likewise.
 
         Raises:
             TrainingError: if the loss is not finite on any rank; no table has changed then.
@@ -90,16 +93,18 @@ class Stepper:
         weighted_B = torch.where(batch.weights > 0, losses_B * batch.weights, 0.0)
         loss_sum, weight_sum = weighted_B.sum(), batch.weights.sum()
         local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
-        numbers = torch.stack([*(value.double() for value in local), weight_sum.new_tensor(float(stop_asked)).double()])
+        asked = weight_sum.new_tensor([float(stop_asked), float(save_asked)]).double()
+        numbers = torch.cat([torch.stack([value.double() for value in local]), asked])
         if batch.tally is not None and len(batch.tally):
             numbers = torch.cat([numbers, batch.tally.to(numbers)])
-        total_loss, total_weight, rows, stops, *tally = self._world.sum(numbers).tolist()
+        total_loss, total_weight, rows, stops, saves, *tally = self._world.sum(numbers).tolist()
         if not math.isfinite(total_loss):
             raise TrainingError(self._not_finite(batch, weighted_B.detach()))
         if total_weight > 0:
             (loss_sum * (self._world.world_size / total_weight)).backward()
             self._optimizers.step()
-        return StepResult(total_loss / total_weight if total_weight else 0.0, round(rows), stops > 0, tuple(tally))
+        mean_loss = total_loss / total_weight if total_weight else 0.0
+        return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally))
 
     def _not_finite(self, batch: Batch, weighted_B: torch.Tensor) -> str:
         position = batch.training_position
@@ -117,10 +122,12 @@ class Stepper:
                 for value, row in zip(largest.values.tolist(), largest.indices.tolist(), strict=True)
             ]
         count = f"{len(bad)} of {batch.size} rows are not finite" if bad else "the largest rows are"
+        told = "\n".join([f"On {self._world.describe()}, {count}:", *(f"  {line}" for line in worst)])
+        of_all = self._world.gather_objects((bool(bad), told))
+        shown = [told for is_bad, told in of_all if is_bad] or [told for _, told in of_all]
         return (
             f"{where}: the loss is not finite. It must be, or every row looked up would be spoilt; no table was changed. "
-            f"On {self._world.describe()}, {count}:\n"
-            + "\n".join(f"  {line}" for line in worst)
+            + "\n".join(shown)
             + "\nLook at these rows' labels, weights and dense features; else lower the learning rates, or warm up. "
             "The run resumes from its newest checkpoint."
         )

@@ -1,8 +1,8 @@
-"""Asking a run to stop: a signal sets a flag, the loop agrees on it and saves."""
+"""Asking a run to stop, or to save: whoever asks sets a flag, the loop agrees on it with all ranks."""
 
 from __future__ import annotations
 
-__all__ = ["StopSignal"]
+__all__ = ["Notices", "StopSignal"]
 
 import signal
 import threading
@@ -10,15 +10,34 @@ from types import FrameType, TracebackType
 from typing import Any
 
 
-class StopSignal:
-    """Listens for SIGTERM and SIGINT while it is entered; a second SIGINT interrupts at once.
+class Notices:
+    """What this process was asked from outside. Entered while the loop runs; as it is, nothing is ever asked.
+
+    Attributes:
+        stop: who or what asked the run to save and stop, if anything did.
+        save: whether a checkpoint is wanted soon, since this machine may be gone. The loop sets it back.
+    """
+
+    def __init__(self) -> None:
+        self.stop: str | None = None
+        self.save = False
+
+    def __enter__(self) -> Notices:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        pass
+
+
+class StopSignal(Notices):
+    """Listens for SIGTERM and SIGINT; a second SIGINT interrupts at once.
 
     In a thread that is not the main one nothing can be listened to, and nothing is: whoever runs the loop there asks
     in another way.
     """
 
     def __init__(self) -> None:
-        self.asked: signal.Signals | None = None
+        super().__init__()
         self._former: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -32,6 +51,6 @@ class StopSignal:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked is not None and number == signal.SIGINT:
+        if self.stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.asked = signal.Signals(number)
+        self.stop = signal.Signals(number).name

@@ -6,12 +6,16 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
+import embedshard
+from embedshard.train.audit import audit_run
+from embedshard.train.audit_report import StepRange
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.loop import train as train_run
 from embedshard.train.run_directory import RunDirectory
@@ -73,11 +77,79 @@ RUN = """
 """
 
 
+FROM_RANK_ZERO = """
+    import json, os, sys, threading
+    import torch, torch.distributed as dist
+    import embedshard.world
+    from embedshard.errors import DataError
+    from embedshard.world import World
+
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"), dist.group.WORLD)
+    embedshard.world._SIGN_OF_LIFE_S = 0.01
+    sums, signs, has_gone_on = World.sum, [], threading.Event()
+
+    def counted(self, tensor):
+        total = sums(self, tensor)
+        signs.append(total.item())
+        if len(signs) == 3:
+            has_gone_on.set()
+        return total
+
+    World.sum = counted
+    ran = []
+
+    def long_work():
+        assert has_gone_on.wait(60), "the others are told that it goes on"
+        ran.append("long")
+        return {"value": [1, 2.5, None, "x"], "many": torch.arange(1000)}
+
+    def failing_work():
+        ran.append("failing")
+        raise DataError("part-7.parquet is not there. Make it.")
+
+    value = world.from_rank_zero(long_work)
+    found = {"value": value["value"], "last": value["many"][-1].item(), "signs": signs[:3]}
+    try:
+        world.from_rank_zero(failing_work)
+    except Exception as error:
+        found["error"] = [type(error).__name__, str(error)]
+    found["after"] = world.from_rank_zero(lambda: rank + 40)
+    found["nothing"] = world.from_rank_zero(lambda: None)
+    with open(f"{folder}/rank-{rank}.json", "w") as file:
+        json.dump({**found, "ran": ran}, file)
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+OPEN = """
+    import os, sys
+    import torch, torch.distributed as dist
+    from embedshard.config import load_config
+    from embedshard.data.dataset import open_dataset
+    from embedshard.world import World
+
+    rank, world_size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world_size)
+    world = World(rank, world_size, rank, world_size, torch.device("cpu"), dist.group.WORLD)
+    try:
+        open_dataset(load_config(f"{folder}/config.yaml", {}).config, world, None)
+    except Exception as error:
+        with open(f"{folder}/rank-{rank}.txt", "w") as file:
+            file.write(f"{type(error).__name__}: {error}")
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
 def launch(program, folder, world_size, *arguments):
     """Runs a program as every rank of a world, to its end."""
     path = folder / "program.py"
     path.write_text(textwrap.dedent(program))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    package = str(Path(embedshard.__file__).parents[1])  # that of this checkout, wherever the program lies
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": package}
     processes = [
         subprocess.Popen(
             [sys.executable, str(path), str(rank), str(world_size), str(folder), *map(str, arguments)],
@@ -177,3 +249,89 @@ def test_bad_rows_are_counted_and_recorded_alike_in_every_world_and_after_a_kill
         "rows": 406, "quarantined": 48, "by_reason": {"user_id: unknown id": 48}, "oov": {}, "ids": {},
         "null": {"history": 2 * nulls},
     }  # fmt: skip
+
+
+def test_what_rank_zero_does_for_all_reaches_all(tmp_path):
+    launch(FROM_RANK_ZERO, tmp_path, 2)
+    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    assert (first.pop("ran"), second.pop("ran")) == (["long", "failing"], []), "rank 0 alone works"
+    assert first.pop("error") == ["DataError", "part-7.parquet is not there. Make it."]
+    kind, message = second.pop("error")
+    assert kind == "PeerError"
+    assert message.endswith("rank 0 failed in what it did for all: part-7.parquet is not there. Make it.")
+    expected = {"value": [1, 2.5, None, "x"], "last": 999, "signs": [1, 1, 1], "after": 40, "nothing": None}
+    assert first == second == expected
+
+
+@pytest.mark.parametrize("what", ["statistics", "counts"])
+def test_data_that_rank_zero_cannot_count_stop_all_ranks(make_config, interactions, tmp_path, what):
+    data = tmp_path / "data"
+    shutil.copytree(interactions / "train", data)
+    for path in data.iterdir():
+        table = pq.read_table(path)
+        column, values = {
+            "statistics": ("age", pa.array([None] * table.num_rows, pa.float64())),
+            "counts": ("item_id", pa.array([99] * table.num_rows, pa.int64())),
+        }[what]
+        pq.write_table(table.set_column(table.column_names.index(column), column, values), path)
+    changes = {"data": {"train": str(data)}, "evaluate": {"metrics": []}}
+    if what == "statistics":
+        changes["features"] = {"age": {"kind": "dense", "normalise": "standardise", "missing": "zero"}}
+    else:
+        changes["features"] = {"age": {"kind": "dense"}}
+        changes["objective"] = {"kind": "bpr", "num_negatives": 16, "distribution": "popularity"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_config(changes, splits=()).tree))
+    launch(OPEN, tmp_path, 2)
+    first, second = ((tmp_path / f"rank-{rank}.txt").read_text() for rank in (0, 1))
+    words = {"statistics": "'age' is to be standardised", "counts": "99"}[what]
+    assert first.startswith("DataError: ")
+    assert words in first
+    assert second == f"PeerError: rank 0 failed in what it did for all: {first.removeprefix('DataError: ')}"
+
+
+@pytest.mark.parametrize("kind", ["ranking", "pointwise"])
+def test_two_ranks_measure_the_baselines_that_one_does(make_config, tmp_path, kind):
+    changes = {
+        "ranking": {"evaluate": {"baselines": ["popularity", {"kind": "ease", "l2": 3}, "item_knn"]}},
+        "pointwise": {"data": {"label": "rating"}, "objective": {"kind": "mse"}, "evaluate": {"metrics": ["rmse", "mae"]}},
+    }[kind]
+    loaded = make_config(changes | {"train": {"max_steps": 2}})
+    results = []
+    for world_size in (1, 2):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        (folder / "config.yaml").write_text(yaml.safe_dump(loaded.tree))
+        launch(RUN, folder, world_size, 99)
+        results.append(json.loads((folder / "result.json").read_text()))
+    one, two = results
+    assert list(one["baselines"]) == (["popularity", "ease", "item_knn"] if kind == "ranking" else ["mean", "bias"])
+    assert two["baselines"] == one["baselines"]
+    assert two["ids"] == one["ids"]
+    assert two["slices"].keys() == one["slices"].keys()
+    for name, values in one["slices"].items():
+        assert two["slices"][name] == pytest.approx(values, abs=1e-3)
+
+
+@pytest.mark.parametrize("worlds", [[(2, 5), (1, 10), (2, 99)], [(1, 5), (2, 99)]], ids=["2, 1, 2", "1, 2"])
+def test_the_audit_follows_a_run_through_worlds_of_different_sizes(make_config, tmp_path, worlds):
+    changes = {"checkpoint": {"every_steps": 4, "mode": "blocking"}, "evaluate": {"metrics": []}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_config(changes, splits=("train",)).tree))
+    for world_size, last in worlds:
+        launch(RUN, tmp_path, world_size, last)
+    run = RunDirectory.open(tmp_path)
+    found = audit_run(run, {})
+    assert found.failures == []
+    assert [one.rows_trained for one in found.passes] == [203, 203]
+    assert [attempt.world_size for attempt in found.attempts] == [world_size for world_size, _ in worlds]
+    ends = [StepRange(1, 4), StepRange(5, 8), StepRange(9, 14)] if len(worlds) == 3 else [StepRange(1, 4), StepRange(5, 14)]
+    assert [attempt.counted for attempt in found.attempts] == ends
+    path = tmp_path / "ledger" / f"{len(worlds):04d}-00001.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[-1]["digest"] = lines[0]["digest"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (failure,) = audit_run(run, {}).failures
+    assert (failure.epoch, failure.attempt, failure.rank, failure.steps) == (2, len(worlds), 1, StepRange(13, 14))
+    path.unlink()
+    told = [failure for failure in audit_run(run, {}).failures if failure.epoch == 2]
+    assert {failure.rank for failure in told} == {1}
+    assert f"ledger/{len(worlds):04d}-00001.jsonl is not there" in told[0].what

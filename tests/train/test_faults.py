@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from embedshard.errors import CheckpointError
+from embedshard.train.audit import audit_run
 from embedshard.train.checkpoint import Checkpointer, Piece, find_steps, newest_intact, open_step
 from embedshard.train.checkpoint_format import seal
 from embedshard.train.run_directory import RunDirectory
@@ -104,6 +105,7 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_weights(
     finished = run(*arguments)
     assert finished.returncode == 0, finished.stderr
     assert_same_tensors(saved_tensors(path), undisturbed)
+    assert audit_run(RunDirectory.open(path), {}).failures == []
     for line in (path / "metrics.jsonl").read_text().splitlines():
         if line:
             json.loads(line)

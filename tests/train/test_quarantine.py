@@ -14,6 +14,7 @@ from rich.console import Console
 from embedshard.data.quarantine import BadRowCounts
 from embedshard.errors import DataError
 from embedshard.launch.local import train_here
+from embedshard.launch.request import TrainRequest
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import find_steps, newest_intact
 from embedshard.train.loop import train
@@ -294,8 +295,8 @@ def test_a_run_that_was_stopped_by_bad_rows_goes_on_as_its_error_says(dirty, con
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(loaded.tree))
     path, console = tmp_path / "run", Console(file=io.StringIO())
     with pytest.raises(DataError, match="were set aside") as caught:
-        train_here(tmp_path / "config.yaml", [], path, None, "cpu", {}, console)
+        train_here(TrainRequest(tmp_path / "config.yaml", run_dir=path, device="cpu"), {}, console)
     assert f"--resume {path} --set data.max_bad_fraction=SHARE" in str(caught.value)
-    train_here(None, ["data.max_bad_fraction=0.1"], None, path, "cpu", {}, console)
+    train_here(TrainRequest(None, ("data.max_bad_fraction=0.1",), resume=path, device="cpu"), {}, console)
     assert result_of(tmp_path / "run")["bad_rows"]["train"]["by_reason"] == expected_counts(1)
     assert len(recorded(tmp_path / "run")) == 10

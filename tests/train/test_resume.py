@@ -10,6 +10,7 @@ from embedshard.data.order import row_digest
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
+from embedshard.train.stop import Notices
 from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
 
@@ -87,25 +88,11 @@ def run_stopped(loaded, path, stop):
         recorder.started = lambda first_step, num_steps: None
     run = RunDirectory.create(path, loaded)
     with open_world("cpu") as world:
-        if stop == 1:  # there is no step before it: ask as soon as the loop listens
-            import embedshard.train.loop as loop
-
-            original = loop.StopSignal.__enter__
-
-            def asked(self):
-                import signal
-
-                original(self)
-                self.asked = signal.SIGTERM
-                return self
-
-            loop.StopSignal.__enter__ = asked
-            try:
-                result = train(loaded.config, world, run, recorder)
-            finally:
-                loop.StopSignal.__enter__ = original
-        else:
-            result = train(loaded.config, world, run, recorder)
+        notices = None
+        if stop == 1:  # there is no step before it: ask before the loop begins
+            notices = Notices()
+            notices.stop = "SIGTERM"
+        result = train(loaded.config, world, run, recorder, notices=notices)
     assert result.stopped_by == "SIGTERM"
     assert result.step == stop
     return recorder, result

@@ -30,7 +30,7 @@ def config_file(make_config, tmp_path):
 def test_help_names_the_commands():
     shown = run("--help")
     assert shown.returncode == 0
-    for word in ("train", "evaluate", "summary", "report", "doctor", "config", "Exit codes"):
+    for word in ("train", "evaluate", "summary", "report", "audit", "doctor", "config", "Exit codes"):
         assert word in shown.stdout
 
 
@@ -53,6 +53,52 @@ def test_train_then_evaluate_agree(config_file, tmp_path):
     assert found["step"] == result["selected_step"]
     saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert saved["train"]["epochs"] == 1
+
+
+def test_evaluate_shows_the_baselines_unless_it_is_told_not_to(make_config, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    baselines = ["popularity", {"kind": "ease", "l2": 5}, {"kind": "item_knn", "neighbours": 5}]
+    path.write_text(yaml.safe_dump(make_config({"evaluate": {"baselines": baselines}}).tree))
+    trained = run("train", path, "--run-dir", tmp_path / "run", "--set", "train.max_steps=1")
+    assert trained.returncode == 0, trained.stderr
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert list(result["baselines"]) == ["popularity", "ease", "item_knn"]
+    for word in ("Test set", "model", *result["baselines"]):
+        assert word in trained.stdout
+
+    shown = run("evaluate", tmp_path / "run")
+    assert shown.returncode == 0, shown.stderr
+    heading = next(line for line in shown.stdout.splitlines() if "metric" in line)
+    for name in ("validation", "test", *(f"{name}, test" for name in result["baselines"])):
+        assert name in heading
+    row = next(line for line in shown.stdout.splitlines() if "recall@5" in line)
+    for values in (result["metrics"], *result["baselines"].values()):
+        assert f"{values['recall@5']:.4f}" in row
+
+    told = run("evaluate", tmp_path / "run", "--json")
+    found = json.loads(told.stdout)
+    assert (found["baselines"], found["slices"]) == (result["baselines"], result["slices"])
+
+    plain = run("evaluate", tmp_path / "run", "--no-baselines")
+    assert plain.returncode == 0, plain.stderr
+    assert f"{result['metrics']['recall@5']:.4f}" in plain.stdout
+    assert "popularity" not in plain.stdout
+    assert json.loads(run("evaluate", tmp_path / "run", "--no-baselines", "--json").stdout).keys() == {
+        "step", "validation", "test",
+    }  # fmt: skip
+
+
+def test_evaluate_says_which_baseline_is_left_out_and_keeps_json_clean(make_config, tmp_path):
+    path = tmp_path / "tiny.yaml"
+    changes = {"evaluate": {"baselines": ["popularity", "item_knn"], "baseline_bytes": 100}}
+    path.write_text(yaml.safe_dump(make_config(changes, splits=("train", "validation")).tree))
+    assert run("train", path, "--run-dir", tmp_path / "run", "--set", "train.max_steps=1").returncode == 0
+    shown = run("evaluate", tmp_path / "run", "--json")
+    assert shown.returncode == 0, shown.stderr
+    assert "Baseline 'item_knn' is left out: it needs about" in shown.stderr
+    assert list(json.loads(shown.stdout)["baselines"]) == ["popularity"]
+    shown = run("evaluate", tmp_path / "run")
+    assert "popularity, validation" in shown.stdout, "without a test set, the validation set is what is compared"
 
 
 def test_the_default_folder_of_a_run_is_named_after_the_config(config_file, tmp_path):

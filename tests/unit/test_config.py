@@ -71,6 +71,27 @@ def refused(config_file, *overrides, environment=None):
         ("features.bad.name={kind: id}", ["features.bad"]),
         ("objective={kind: sampled_softmax, num_negatives: 100}", ["num_negatives=100", "64", "128"]),
         ("objective={kind: bpr, num_negatives: 100}", ["num_negatives=100", "64", "128"]),
+        ("evaluate={metrics: [rmse], baselines: [baias]}", ["evaluate.baselines", "'baias'", "Did you mean 'bias'?"]),
+        (
+            "evaluate={metrics: [rmse], baselines: [{kind: bias, damp: 1}]}",
+            ["evaluate.baselines.0.damp: unknown key", "damping"],
+        ),
+        (
+            "evaluate={metrics: [rmse], baselines: [{kind: bias, damping: 0}]}",
+            ["evaluate.baselines.0.damping: 0", "greater"],
+        ),
+        ("evaluate={metrics: [mrr], baselines: [{kind: ease, l2: 0}]}", ["evaluate.baselines.0.l2: 0", "greater than 0"]),
+        ("evaluate={metrics: [mrr], baselines: [{kind: item_knn, neighbours: 0}]}", ["baselines.0.neighbours: 0", "1"]),
+        ("evaluate={metrics: [mrr], baselines: [ease, {kind: ease, l2: 9}]}", ["evaluate.baselines: 'ease' is there twice"]),
+        (
+            "evaluate={metrics: [mrr], baselines: [mean]}",
+            ["evaluate.baselines: 'mean' predicts labels", "add a metric", "rmse"],
+        ),
+        ("evaluate={metrics: [rmse], baselines: [ease]}", ["evaluate.baselines: 'ease' ranks items", "recall@20"]),
+        ("evaluate={baselines: [popularity]}", ["evaluate.baselines: 'popularity' ranks items", "no metric"]),
+        ("evaluate={metrics: [rmse], baselines: bias}", ["evaluate.baselines", "'bias'", "auto"]),
+        ("evaluate={metrics: [rmse], baseline_bytes: -1}", ["evaluate.baseline_bytes: -1"]),
+        ("evaluate={metrics: [rmse], id_statistics_rows: -1}", ["evaluate.id_statistics_rows: -1"]),
         ("objective={kind: cosine_contrastive}", ["'cosine_contrastive'", "similarity is 'dot'", "'cosine'"]),
     ],
 )
@@ -79,6 +100,36 @@ def test_a_mistake_is_refused_with_its_place_and_what_is_allowed(config_file, ov
     for word in words:
         assert word in message, message
     assert "pydantic" not in message
+
+
+@pytest.mark.parametrize(
+    ("metrics", "kinds"),
+    [
+        ([], []),
+        (["recall@5", "mrr"], ["popularity"]),
+        (["rmse"], ["mean", "bias"]),
+        (["auc", "mrr"], ["popularity", "mean", "bias"]),
+    ],
+)
+def test_the_baselines_that_cost_little_are_measured_where_none_are_named(config_file, metrics, kinds):
+    config = load_config(config_file, {}, [f"evaluate.metrics={json.dumps(metrics)}"]).config
+    assert [baseline.kind for baseline in config.baselines()] == kinds
+    assert load_config(config_file, {}, ["evaluate.baselines=[]"]).config.baselines() == []
+
+
+def test_a_baseline_is_named_alone_or_with_its_options(config_file):
+    override = "evaluate={metrics: [mrr], baselines: [item_knn, {kind: ease, l2: 3}]}"
+    knn, ease = load_config(config_file, {}, [override]).config.baselines()
+    assert (knn.kind, knn.neighbours, ease.kind, ease.l2) == ("item_knn", 200, "ease", 3.0)
+
+
+def test_a_bias_of_users_and_items_needs_to_know_them(config_file):
+    overrides = ["model={kind: custom, factory: 'a:b', user_id: user_id}", "evaluate.metrics=[rmse]"]
+    message = refused(config_file, *overrides, "evaluate.baselines=[bias]")
+    assert "evaluate.baselines: 'bias' needs to know the user and the item" in message
+    assert "model.item_id" in message
+    config = load_config(config_file, {}, overrides).config
+    assert [baseline.kind for baseline in config.baselines()] == ["mean"]
 
 
 def test_all_mistakes_are_told_at_once(config_file):

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedshard.data.order import Order, row_digest, worlds_that_fit
+from embedshard.data.expected import ExpectedRows
+from embedshard.data.order import Order, row_digest, sum_of_digests, worlds_that_fit
 from embedshard.errors import ConfigError
 
 
@@ -146,3 +147,29 @@ def test_a_dropped_a_repeated_and_a_swapped_row_change_the_digest():
     assert row_digest(0, 0, np.append(rows[:-1], 5)) != whole
     assert row_digest(1, 0, rows) != whole
     assert row_digest(0, 1, rows) != whole
+
+
+@given(orders(), st.integers(0, 3), st.data())
+def test_expected_counts_and_digests_are_those_of_the_order(order, epoch, data):
+    partition = data.draw(st.integers(0, len(order.row_groups) - 1))
+    steps = order.partition_steps[partition]
+    world_size = data.draw(st.sampled_from(worlds_that_fit(order.lanes)))
+    lanes = order.lane_block(data.draw(st.integers(0, world_size - 1)), world_size)
+    cuts = st.integers(0, steps)
+    intervals = sorted(tuple(sorted(pair)) for pair in data.draw(st.lists(st.tuples(cuts, cuts), min_size=1, max_size=5)))
+    one_pass = order.epoch_order(epoch, partition)
+    windows = [one_pass.rows(window, lanes) for window in range(-(-steps // one_pass.window_steps))]
+    rows = one_pass.dataset_rows(np.concatenate(windows))
+    told = []
+    expected = ExpectedRows(order, epoch, partition, told.append)
+    digests = expected.digests(intervals, lanes)
+    for interval, digest in zip(intervals, digests, strict=True):
+        of_steps = rows[slice(*interval)].ravel()
+        assert digest == row_digest(epoch, partition, of_steps)
+        assert expected.count(interval, lanes) == np.count_nonzero(of_steps >= 0)
+    assert sum(told) == sum(expected.count(interval, lanes) for interval in intervals)
+    every_row = np.arange(order.num_rows[partition], dtype=np.int64)
+    assert expected.digest((0, steps)) == row_digest(epoch, partition, every_row)
+    middle = data.draw(cuts)
+    parts = [expected.digest((0, middle)), expected.digest((middle, steps))]
+    assert sum_of_digests(parts) == row_digest(epoch, partition, every_row)

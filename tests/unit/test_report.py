@@ -200,6 +200,17 @@ def test_a_run_leaves_a_report_with_the_numbers_of_its_result(finished):
         assert str(result["slices"][name]["queries"]) in page.row(name)[0]
 
 
+def test_without_a_validation_set_nothing_is_said_to_be_selected(finished):
+    tree = yaml.safe_load((finished / "config.yaml").read_text())
+    del tree["data"]["validation"]
+    (finished / "config.yaml").write_text(yaml.safe_dump(tree))
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    (finished / "metrics.jsonl").write_text("\n".join(line for line in lines if "validation/" not in line) + "\n")
+    page = page_of(finished)
+    assert "the last: there is no validation set to select by" in page.text
+    assert "model, validation" not in page.text
+
+
 def test_it_needs_nothing_from_elsewhere_and_runs_nothing(finished):
     change_result(finished, **EVERY_KEY)
     html = write_report([finished]).read_text(encoding="utf-8")

@@ -1,0 +1,80 @@
+"""What a user asked `embedshard train` for, so that it can be handed to workers."""
+
+from __future__ import annotations
+
+__all__ = ["TrainRequest", "parse_workers"]
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from embedshard.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """A run to begin or to continue.
+
+    Attributes:
+        config: a YAML config; None: that of the run which is continued.
+        overrides: `a.b=value`, as of `--set`.
+        run_dir: the run's folder; None: a new one below `runs/`.
+        resume: the folder of the run to continue.
+        goes_on: whether the run in `run_dir` is continued if it has begun.
+        device: `cpu`, `cuda` or `auto`.
+    """
+
+    config: Path | None = None
+    overrides: tuple[str, ...] = ()
+    run_dir: Path | None = None
+    resume: Path | None = None
+    goes_on: bool = False
+    device: str = "auto"
+
+    def arguments(self) -> list[str]:
+        """Returns the command line that asks for the same in one process."""
+        options = [("--run-dir", self.run_dir), ("--resume", self.resume), ("--device", self.device)]
+        given = [text for name, value in options if value is not None for text in (name, str(value))]
+        overrides = [text for override in self.overrides for text in ("--set", override)]
+        return [
+            "train",
+            *([str(self.config)] if self.config else []),
+            *given,
+            *overrides,
+            *(["--continue"] if self.goes_on else []),
+        ]
+
+    def resolved(self) -> TrainRequest:
+        """Returns the request with `goes_on` decided by what is in the folder.
+
+        Raises:
+            ConfigError: if what was asked for contradicts itself.
+        """
+        if self.resume is not None and self.run_dir is not None and self.run_dir.resolve() != self.resume.resolve():
+            raise ConfigError(
+                f"--run-dir {self.run_dir} and --resume {self.resume} name two folders. A run continues in its own."
+            )
+        resume = self.resume
+        if self.goes_on and resume is None:
+            if self.run_dir is None:
+                raise ConfigError("--continue needs --run-dir: the folder of the run that is begun or continued.")
+            if (self.run_dir / "attempts.jsonl").exists():
+                resume = self.run_dir
+        if resume is None and self.config is None:
+            raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
+        return TrainRequest(self.config, self.overrides, self.run_dir, resume, False, self.device)
+
+
+def parse_workers(text: str) -> tuple[int, int]:
+    """Returns the least and the greatest number of workers of `4` or `2:8`.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
+    low, _, high = text.partition(":")
+    try:
+        least, most = int(low), int(high or low)
+    except ValueError:
+        least, most = 0, 0
+    if not 1 <= least <= most:
+        raise ConfigError(f"--workers {text}: give a number of at least 1, such as 4, or a range, such as 2:8.")
+    return least, most

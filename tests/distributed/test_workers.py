@@ -1,0 +1,227 @@
+"""`--workers N` and torchrun, as a user starts them: they end well, stop together, and a fault in one ends all."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from embedshard.train.checkpoint import newest_intact
+from embedshard.train.run_directory import RunDirectory
+
+TIMEOUT_S = 120
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "embedshard.cli", *map(str, arguments)]
+
+
+def torchrun(*arguments):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedshard.cli"]
+    return [sys.executable, *launcher, *map(str, arguments)]
+
+
+def run(arguments, **environment):
+    return subprocess.run(
+        arguments, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env={**ENVIRONMENT, **environment}
+    )
+
+
+def start(arguments):
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+
+
+@pytest.fixture
+def config_file(make_config, tmp_path):
+    """A run of 140 steps that saves each tenth."""
+    changes = {
+        "train": {"epochs": 20, "log_every_steps": 1},
+        "checkpoint": {"every_steps": 10, "keep": 2},
+        "evaluate": {"every_steps": 140},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config(changes).tree))
+    return path
+
+
+@pytest.fixture
+def undisturbed(config_file, tmp_path, saved_tensors):
+    done = run(command("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2))
+    assert done.returncode == 0, done.stderr
+    return saved_tensors(tmp_path / "undisturbed")
+
+
+def wait_for_step(path, step):
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if path.exists() and any(f'"step": {step},' in line for line in path.read_text().splitlines()):
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{path} never came to step {step}")
+
+
+def children_of(process):
+    """The processes that a process started, and theirs."""
+    found, todo = [], [process]
+    while todo:
+        for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+            mine = [int(number) for number in task.read_text().split()]
+            found += mine
+            todo += mine
+    return found
+
+
+def is_worker(pid):
+    return (
+        b"embedshard.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        and b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes()
+    )
+
+
+def wait_until_gone(pids, seconds=60):
+    deadline = time.monotonic() + seconds
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        if time.monotonic() > deadline:
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+            raise AssertionError(f"some of {pids} were still there after {seconds} s")
+        time.sleep(0.05)
+
+
+def test_two_workers_leave_one_run(config_file, undisturbed, tmp_path):
+    result = json.loads((tmp_path / "undisturbed" / "result.json").read_text())
+    assert result["workers"] == 2
+    assert result["steps"] == 140
+    assert sorted(path.name for path in (tmp_path / "undisturbed" / "ledger").iterdir()) == [
+        "0001-00000.jsonl",
+        "0001-00001.jsonl",
+    ]
+    assert len((tmp_path / "undisturbed" / "attempts.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("launched", [lambda *given: command(*given, "--workers", 2), torchrun], ids=["workers", "torchrun"])
+def test_sigterm_stops_all_workers_at_one_step_and_the_run_goes_on(
+    launched, config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors
+):
+    path = tmp_path / "run"
+    process = start(launched("train", config_file, "--run-dir", path))
+    try:
+        wait_for_step(path / "metrics.jsonl", 23)
+        workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
+        assert len(workers) == 2
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    wait_until_gone(workers)
+    assert f"embedshard train --resume {path}" in out, err
+    if launched is not torchrun:
+        assert process.returncode == 143, err
+    stopped_at = newest_intact(RunDirectory(path).checkpoints).step
+    assert 23 <= stopped_at < 140
+    last = [json.loads(part.read_text().splitlines()[-1])["last_step"] for part in (path / "ledger").iterdir()]
+    assert last == [stopped_at - 1] * 2, "both ranks trained up to the same step"
+    resumed = run(launched("train", "--resume", path))
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_tensors(saved_tensors(path), undisturbed)
+
+
+def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
+    config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors
+):
+    path = tmp_path / "run"
+    process = start(command("train", config_file, "--run-dir", path, "--workers", 2))
+    try:
+        wait_for_step(path / "metrics.jsonl", 33)
+        workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
+        os.kill(workers[1], signal.SIGKILL)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        process.kill()
+    assert time.monotonic() - begin < 30
+    assert process.returncode == 1
+    assert "was ended by SIGKILL" in err
+    assert "Traceback" not in err
+    wait_until_gone(workers, 1)
+    resumed = run(command("train", "--run-dir", path, "--continue", "--workers", 2))
+    assert resumed.returncode == 0, resumed.stderr
+    assert "Resumes after step" in resumed.stdout
+    assert_same_tensors(saved_tensors(path), undisturbed)
+
+
+def test_workers_whose_launcher_is_killed_save_and_stop(config_file, tmp_path):
+    path = tmp_path / "run"
+    process = start(command("train", config_file, "--run-dir", path, "--workers", 2))
+    try:
+        wait_for_step(path / "metrics.jsonl", 12)
+        workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
+    finally:
+        process.kill()
+    wait_until_gone(workers)
+    last = [json.loads(part.read_text().splitlines()[-1])["last_step"] for part in (path / "ledger").iterdir()]
+    assert last == [newest_intact(RunDirectory(path).checkpoints).step - 1] * 2
+
+
+def test_an_exception_in_one_worker_ends_all_with_that_error(make_config, tmp_path):
+    (tmp_path / "faulty.py").write_text(
+        textwrap.dedent(
+            """
+            import os, time
+            from embedshard.data.reader import BatchReader
+
+            read = BatchReader.batches
+
+            def batches(self, *given):
+                from contextlib import contextmanager
+
+                @contextmanager
+                def faulty():
+                    with read(self, *given) as inner:
+                        yield broken(inner)
+
+                def broken(inner):
+                    for batch in inner:
+                        if os.environ["RANK"] == "1" and batch.position.step == 9:
+                            raise KeyError("this worker alone met a fault")
+                        yield batch
+
+                return faulty()
+
+            BatchReader.batches = batches
+            """
+        )
+    )
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'RANK' in os.environ:\n    import faulty\n")
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config({"train": {"epochs": 20}}).tree))
+    begin = time.monotonic()
+    done = run(command("train", path, "--run-dir", tmp_path / "run", "--workers", 2), PYTHONPATH=str(tmp_path))
+    assert time.monotonic() - begin < 60
+    assert done.returncode == 1
+    assert "Error: worker 1: Traceback" in done.stderr
+    assert "this worker alone met a fault" in done.stderr
+    assert done.stderr.count("Traceback") == 1, done.stderr
+    assert newest_intact(RunDirectory(tmp_path / "run").checkpoints).step == 7
+
+
+def test_a_mistake_is_told_once(make_config, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(make_config().tree))
+    done = run(command("train", path, "--run-dir", tmp_path / "run", "--workers", 3))
+    assert done.returncode == 2
+    assert done.stderr.count("3 workers cannot share data.lanes=4 lanes evenly") == 1, done.stderr
+    done = run(command("train", path, "--workers", 2), RANK="0", WORLD_SIZE="2")
+    assert done.returncode == 2
+    assert "Leave --workers out" in done.stderr
+    for workers in ("0", "many", "4:2"):
+        done = run(command("train", path, "--workers", workers))
+        assert done.returncode == 2
+        assert f"--workers {workers}: give a number" in done.stderr
