@@ -280,9 +280,7 @@ def open_local_group(rank: int, world_size: int, local_world_size: int, rendezvo
     import torch.distributed as dist
 
     os.environ["LOCAL_WORLD_SIZE"] = str(local_world_size)  # TorchRec reads it
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=TIMEOUT
-    )
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size, timeout=TIMEOUT)
     group = dist.group.WORLD
     assert group is not None, "the process group was just initialised"
     yield World(rank, world_size, rank % local_world_size, local_world_size, torch.device("cpu"), group)

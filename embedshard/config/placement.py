@@ -38,7 +38,9 @@ _UNCUT: dict[ShardingType, ShardingType] = {
 def changed_optimizer(sharding_type: str, optimizer: str) -> str | None:
     """Returns what a sharding type makes of an optimizer, if that is another one."""
     if sharding_type in COLUMN_TYPES and optimizer == "rowwise_adagrad":
-        return f"{sharding_type} keeps one statistic of row-wise Adagrad per row and block of columns, instead of one per row"
+        return (
+            f"{sharding_type} keeps one statistic of row-wise Adagrad per row and block of columns, instead of one per row"
+        )
     return None
 
 
@@ -104,7 +106,9 @@ def _check_ranks(where: str, sharding: TableShardingConfig, dim: int) -> None:
     if kind in ("table_row_wise", "grid_shard") and len(set(ranks)) < len(ranks):
         raise ValueError(f"{where}.ranks: [{shown}] names a rank twice, and a {kind} table has one piece on each")
     if kind in ("column_wise", "table_column_wise") and dim % (_VECTOR * len(ranks)):
-        most = max(blocks for blocks in range(1, dim // _VECTOR + 1) if dim % (_VECTOR * blocks) == 0 and blocks <= len(ranks))
+        most = max(
+            blocks for blocks in range(1, dim // _VECTOR + 1) if dim % (_VECTOR * blocks) == 0 and blocks <= len(ranks)
+        )
         raise ValueError(
             f"{where}.ranks: {dim} columns do not divide into {len(ranks)} equal blocks of a multiple of {_VECTOR}. "
             f"Give {most} rank{'s' if most > 1 else ''}"

@@ -316,7 +316,7 @@ def _read_outcome(out: Path, world_size: int, begin: float) -> Outcome:
                     [
                         Block(
                             name=entry["name"],
-                            rows=arrays[f"{when}-{number}-rows"] if f"{when}-{number}-rows" in arrays else None,
+                            rows=arrays.get(f"{when}-{number}-rows"),
                             column=entry["column"],
                             shape=tuple(entry["shape"]),
                             values=arrays[f"{when}-{number}"],

@@ -137,7 +137,7 @@ def sharding_exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]
                 found.append(f"tables.{spec.name}.sharding allows another optimizer: {why}.")
     if config.sharding.communication != "fp32":
         found.append(
-            f"sharding.communication is '{config.sharding.communication}': embeddings and gradients are rounded on their way "
-            f"between workers, so the world and the plan change the result."
+            f"sharding.communication is '{config.sharding.communication}': embeddings and gradients are rounded on their "
+            f"way between workers, so the world and the plan change the result."
         )
     return found

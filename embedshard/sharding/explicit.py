@@ -55,7 +55,7 @@ def place_tables(specs: Sequence[TableSpec], world_size: int, local_world_size: 
 
 
 def leaves_empty_pieces(num_rows: int, num_pieces: int) -> bool:
-    """Returns whether cutting rows leaves a piece empty: TorchRec gives each the same number, rounded up, while there are any."""
+    """Returns whether cutting rows leaves a piece empty: each gets the same number, rounded up, while there are any."""
     return -(-num_rows // -(-num_rows // num_pieces)) < num_pieces
 
 

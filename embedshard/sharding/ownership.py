@@ -109,9 +109,9 @@ def _check_columns(spec: TableSpec, num_blocks: int) -> None:
     is_changed = num_blocks > 1 and changed_optimizer("column_wise", spec.optimizer.kind) is not None
     if is_changed and not spec.sharding.allow_changed_optimizer:
         raise PlanError(
-            f"table '{spec.name}' is cut into {num_blocks} blocks of columns: '{spec.optimizer.kind}' would keep {num_blocks} "
-            f"statistics per row instead of 1, which trains other weights. Choose a type that cuts no columns, the "
-            f"optimizer 'adagrad' or 'sgd', or ask for it with tables.{spec.name}.sharding.allow_changed_optimizer: true."
+            f"table '{spec.name}' is cut into {num_blocks} blocks of columns: '{spec.optimizer.kind}' would keep "
+            f"{num_blocks} statistics per row instead of 1, which trains other weights. Choose a type that cuts no columns, "
+            f"the optimizer 'adagrad' or 'sgd', or ask for it with tables.{spec.name}.sharding.allow_changed_optimizer: true."
         )
 
 

@@ -97,9 +97,7 @@ def _planned(
             local_world_size=world.local_world_size,
             compute_device=world.device.type,
         ),
-        constraints={
-            spec.name: ParameterConstraints(sharding_types=_possible(spec, world)) for spec in specs
-        },
+        constraints={spec.name: ParameterConstraints(sharding_types=_possible(spec, world)) for spec in specs},
     )
     try:
         return planner.plan(model, sharders), None

@@ -141,7 +141,9 @@ def merge(ranks: Sequence[Iterable[Block]]) -> dict[str, Array]:
                 place = np.ix_(block.rows, columns)
             known = there[place]
             if not np.array_equal(whole[place][known], block.values[known]):
-                raise ValueError(f"'{block.name}' is replicated, and rank {rank} holds other values than the ranks before it")
+                raise ValueError(
+                    f"'{block.name}' is replicated, and rank {rank} holds other values than the ranks before it"
+                )
             whole[place], there[place] = block.values, True
     for name, there in filled.items():
         if not there.all():
@@ -172,5 +174,6 @@ def _block(piece: Piece, rows: Mapping[str, Array] | None) -> Block:
 def _looked_up(parts: Assembly, batch: Batch) -> Iterator[tuple[str, Array]]:
     for spec in parts.specs:
         ids = batch.weighted if spec.weighted else batch.sparse
+        assert ids is not None, "the collator fills what tables are looked up by"
         for lookup in spec.lookups:
             yield spec.name, ids[lookup.key].values().cpu().numpy()

@@ -11,11 +11,11 @@ import pytest
 from embedshard.config import build_config
 from embedshard.errors import ConfigError
 from embedshard.launch.rehearsing import CaseError, LocalGroup
+from embedshard.storage import locate
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import open_step
 from embedshard.train.rehearsal import Rehearsal
-from embedshard.storage import locate
 from embedshard.world import open_world
 
 STEPS, SAVED, RESUMED = 20, 8, 14
@@ -138,8 +138,14 @@ def test_no_plan_and_no_world_changes_the_result(lab, world, optimizer, sharding
             assert found.after[f"tables/{table}/momentum1"].shape == shape
 
 
-SAVES = [(1, "table_wise"), *[(world, kind) for world in (2, 4) for kind in ("row_wise", "table_wise", "column_wise")]]
-SAVES.append((4, "data_parallel"))
+SAVES = [
+    (1, "table_wise"),
+    (2, "row_wise"),
+    (2, "column_wise"),
+    (4, "row_wise"),
+    (4, "data_parallel"),
+    *[pytest.param(*save, marks=pytest.mark.slow) for save in ((2, "table_wise"), (4, "table_wise"), (4, "column_wise"))],
+]
 OTHER = {
     "row_wise": "column_wise",
     "table_wise": "row_wise",
@@ -201,9 +207,7 @@ def test_statistics_of_column_blocks_load_into_the_same_blocks_and_into_no_other
     assert abs(whole.losses[0][-1] - reference.losses[0][RESUMED - 1]) > 1e-5, "it is another optimizer"
     folder = lab.save(4, "rowwise_adagrad", "columns, by name")
     for world in (4, 2):
-        resumed = lab.run(
-            world, "rowwise_adagrad", "columns, by name", last=RESUMED, resume_from=(folder, SAVED)
-        )
+        resumed = lab.run(world, "rowwise_adagrad", "columns, by name", last=RESUMED, resume_from=(folder, SAVED))
         assert_as_saved(resumed.before, folder)
         np.testing.assert_allclose(resumed.losses[0], whole.losses[0][SAVED:], rtol=0, atol=0 if world == 4 else 1e-6)
     with pytest.raises(CaseError, match=r"table 'group' kept its statistics per row and block.*2 blocks there, none in"):
@@ -239,7 +243,7 @@ class Own(nn.Module):
 """
 
 
-@pytest.mark.parametrize("looks_at_rank", [False, True])
+@pytest.mark.parametrize("looks_at_rank", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_model_of_ones_own_is_held_to_it(interactions, tmp_path, monkeypatch, looks_at_rank):
     (tmp_path / "own_model.py").write_text(MODEL)
     monkeypatch.syspath_prepend(str(tmp_path))

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 
-def run(*arguments, **environment):
+def run(*arguments, timeout=120, **environment):
     return subprocess.run(
         [sys.executable, "-m", "embedshard.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=timeout,
         env={**os.environ, "COLUMNS": "120", **environment},
         check=False,
     )
@@ -30,7 +30,7 @@ def config_file(make_config, tmp_path):
 def test_help_names_the_commands():
     shown = run("--help")
     assert shown.returncode == 0
-    for word in ("train", "evaluate", "summary", "report", "audit", "doctor", "config", "Exit codes"):
+    for word in ("train", "evaluate", "summary", "plan", "verify", "report", "audit", "doctor", "config", "Exit codes"):
         assert word in shown.stdout
 
 
@@ -190,3 +190,24 @@ def test_doctor_sees_a_triple_that_does_not_match(monkeypatch, versions, words):
 def test_config_schema_is_json():
     shown = run("config", "schema")
     assert json.loads(shown.stdout)["properties"]["data"]
+
+
+@pytest.mark.slow
+def test_verify_tells_what_law_one_covers(config_file):
+    done = run("verify", config_file, "--steps", "3", "--json", timeout=600)
+    found = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr
+    by_case = {(case["sharding"], case["world_size"]): case for case in found["cases"]}
+    assert len(by_case) == 24
+    assert found["passed"]
+    assert found["steps"] == 3
+    assert by_case["column_wise", 2]["status"] == "pass", "user is cut, item with row-wise Adagrad stays whole"
+    assert "item: column_wise keeps one statistic of row-wise Adagrad" in by_case["column_wise", 2]["why"]
+    assert by_case["row_wise", 4]["loss_difference"] < 1e-5
+
+
+def test_verify_refuses_a_mistake_with_exit_code_two(config_file):
+    done = run("verify", config_file, "--set", "data.train=nothing/*.parquet")
+    assert done.returncode == 2
+    assert "no file matches" in done.stderr
+    assert "Traceback" not in done.stderr
