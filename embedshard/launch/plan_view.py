@@ -44,20 +44,20 @@ def _cluster(draft: Draft) -> str:
     machines = f" on {count} machines of {cluster.local_world_size}" if count > 1 else ""
     kind = "of memory" if cluster.machine.device == "cuda" else "of the machine's memory"
     return (
-        f"{workers}{machines}, {cluster.name}: {size(cluster.memory_bytes)} {kind} each, "
-        f"{size(draft.usable_bytes)} without the {RESERVE:.0%} kept free"
+        f"{workers}{machines}, {cluster.name}: {_size(cluster.memory_bytes)} {kind} each, "
+        f"{_size(draft.usable_bytes)} without the {RESERVE:.0%} kept free"
     )
 
 
 def _table(*columns: str, left: Sequence[str] = ()) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 0, 0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     for column in columns:
         table.add_column(column, justify="left" if column in left else "right", overflow="fold", no_wrap=column != "table")
     return table
 
 
 def _tables(draft: Draft) -> Table:
-    columns = ("table", "rows x dim", "type", "ranks", "a shard", "weights", "state", "skew")
+    columns = ("table", "rows x dim", "type", "ranks", "shard rows", "weights", "state", "skew")
     table = _table(*columns, left=("table", "type", "ranks"))
     for name, placed in draft.plan.tables.items():
         described = draft.plan.depends_on[name]
@@ -67,9 +67,9 @@ def _tables(draft: Draft) -> Table:
             f"{_count(described['rows'])} x {described['dim']}",
             placed.sharding_type,
             _runs(sorted(set(placed.ranks))),
-            _count(largest.num_rows) + (" rows" if largest.num_columns == described["dim"] else f" x {largest.num_columns}"),
-            size(draft.weight_bytes[name]),
-            size(draft.state_bytes[name]),
+            _count(largest.num_rows) + ("" if largest.num_columns == described["dim"] else f" x {largest.num_columns}"),
+            _size(draft.weight_bytes[name]),
+            _size(draft.state_bytes[name]),
             f"{draft.footprint.skew[name].max_to_mean:.2f}" if len(set(placed.ranks)) > 1 else "",
         )
     return table
@@ -97,7 +97,7 @@ def _ranks(draft: Draft) -> Table:
         style = "red" if rank.total > draft.usable_bytes else None
         table.add_row(
             _runs(ranks),
-            *(size(cell) for cell in (*cells, rank.total)),
+            *(_size(cell) for cell in (*cells, rank.total)),
             f"{rank.total / draft.usable_bytes:.1%}",
             style=style,
         )
@@ -129,11 +129,11 @@ def _traffic(draft: Draft) -> Iterator[str]:
     if cluster.world_size == 1:
         return
     total = traffic.ids + traffic.vectors + traffic.gradients
-    away = f", {size(traffic.between)} of it to other machines" if cluster.num_machines > 1 else ""
+    away = f", {_size(traffic.between)} of it to other machines" if cluster.num_machines > 1 else ""
     yield ""
     yield (
-        f"The busiest rank sends {size(total)} a step{away}: ids {size(traffic.ids)}, vectors and their gradients "
-        f"{size(traffic.vectors)}, dense gradients {size(traffic.gradients)}. About {_ms(traffic.milliseconds)} at "
+        f"The busiest rank sends {_size(total)} a step{away}: ids {_size(traffic.ids)}, vectors and their gradients "
+        f"{_size(traffic.vectors)}, dense gradients {_size(traffic.gradients)}. About {_ms(traffic.milliseconds)} at "
         f"{cluster.machine.within_machine:g} GB/s within a machine"
         + (f" and {cluster.machine.between_machines:g} GB/s between machines" if cluster.num_machines > 1 else "")
         + ", if nothing overlaps."
@@ -145,14 +145,14 @@ def _data(report: PlanReport) -> Iterator[str]:
     yield ""
     if sample is None:
         yield (
-            f"Without data the skew is not known. Assumed: lookups fall evenly on all rows; an id feature has one id a row, a "
-            f"bag max_length, or {ASSUMED_BAG_LENGTH}. The data: {report.unread}"
+            f"Without data the skew is not known. Assumed: lookups fall evenly on all rows; an id feature has one id a row, "
+            f"a bag max_length, or {ASSUMED_BAG_LENGTH}. The data: {report.unread}"
         )
         return
     seen = "all" if sample.sampled_rows == sample.rows else f"{sample.sampled_rows:,} of"
     yield (
-        f"Lookups are measured on {seen} {sample.rows:,} training rows. Rows are cut into contiguous ranges, so hot ids that "
-        f"lie side by side fall on one rank. skew: lookups of the busiest rank over the mean of those that have a shard."
+        f"Lookups are measured on {seen} {sample.rows:,} training rows. Rows are cut into contiguous ranges, so hot ids "
+        f"side by side fall on one rank. skew: lookups of the busiest rank over the mean of those that have a shard."
     )
     lookups = draft.footprint.lookups
     mean = sum(lookups) / len(lookups)
@@ -160,8 +160,8 @@ def _data(report: PlanReport) -> Iterator[str]:
         busiest = max(range(len(lookups)), key=lambda rank: lookups[rank])
         even = lookups[busiest] / mean
         yield (
-            f"Rank {busiest} looks up most: {_count(round(lookups[busiest]))} ids a step over all tables, {even:.2f} times the "
-            "mean" + ("." if even < _EVEN else ": the others wait for it.")
+            f"Rank {busiest} looks up most: {_count(round(lookups[busiest]))} ids a step over all tables, "
+            f"{even:.2f} times the mean" + ("." if even < _EVEN else ": the others wait for it.")
         )
     for name, feature in sample.features.items():
         if not feature.found.hottest:
@@ -170,14 +170,18 @@ def _data(report: PlanReport) -> Iterator[str]:
             f"{f'row {row}' if id_ is None else id_} {share(count / feature.found.lookups)}"
             for (row, count), id_ in zip(feature.found.hottest[:3], sample.hottest_ids[name], strict=False)
         ]
-        yield f"  {name}: {feature.ids_per_row:.3g} ids a row; hottest {', '.join(hottest)}"
+        rows = draft.plan.depends_on[feature.found.table]["rows"]
+        yield (
+            f"  {name}: {feature.ids_per_row:.3g} ids a row, {feature.found.distinct_rows:,} of {_count(rows)} rows met; "
+            f"hottest {', '.join(hottest)}"
+        )
 
 
 def _show_verdict(report: PlanReport, console: Console) -> None:
     draft = report.draft
     totals = [rank.total for rank in draft.footprint.ranks]
     fullest = max(range(len(totals)), key=lambda rank: totals[rank])
-    needs = f"rank {fullest} is the fullest and needs {size(totals[fullest])} of {size(draft.usable_bytes)}"
+    needs = f"rank {fullest} is the fullest and needs {_size(totals[fullest])} of {_size(draft.usable_bytes)}"
     if draft.fits:
         console.print(f"[green]It fits[/]: {needs}.", highlight=False, soft_wrap=True)
         if draft.problem is not None:
@@ -196,7 +200,7 @@ def _show_verdict(report: PlanReport, console: Console) -> None:
         return
     console.print("It would with any of these, each tried:")
     for found in report.suggestions:
-        spare = f"{size(found.needs)} of {size(found.usable)}"
+        spare = f"{_size(found.needs)} of {_size(found.usable)}"
         console.print(
             f"  {escape(found.what)} ({spare}):  {escape(_command(found.arguments))}", highlight=False, soft_wrap=True
         )
@@ -223,6 +227,13 @@ def _count(count: int) -> str:
         if count >= unit:
             return f"{count / unit:.3g} {name}"
     return f"{count:,}"
+
+
+def _size(count: float) -> str:
+    """Returns a size of at most seven characters: 63.5 GiB, 126 GiB."""
+    number, _, unit = size(count).partition(" ")
+    whole = number.partition(".")[0]
+    return f"{whole if len(whole) > 2 else number} {unit}"
 
 
 def _ms(milliseconds: float | None) -> str:

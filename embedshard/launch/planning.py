@@ -18,7 +18,7 @@ from embedshard.data.order import worlds_that_fit
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import ConfigError, DataError, EmbedshardError
 from embedshard.sharding.draft import Draft, draft_plan
-from embedshard.sharding.hardware import Cluster, Machine, cluster_of, find_machine, named_machines
+from embedshard.sharding.hardware import Cluster, cluster_of, find_machine, named_machines
 
 
 @dataclass(frozen=True)
@@ -186,19 +186,19 @@ class _Trial:
         whole = sum(draft.weight_bytes[name] for name in self._names)
         self._large = [name for name in self._names if draft.weight_bytes[name] >= whole / 100]
 
-    def suggestions(self, config: Config) -> Iterator[Suggestion]:
-        """Yields what was tried and fits, cheapest for the result first."""
-        for found in (
+    def suggestions(self, config: Config) -> list[Suggestion]:
+        """Returns what was tried and fits; what changes the result comes last."""
+        tried = (
             self._types(config),
-            self._workers(config, ()),
+            self._workers(config, self._draft.cluster, ()),
             self._hardware(),
             self._batch(config),
             self._halves(config),
             self._optimizer(config),
             self._dim(config),
-        ):
-            if found is not None:
-                yield found
+        )
+        found = [suggestion for suggestion in tried if suggestion is not None]
+        return found or self._elsewhere(config)
 
     def _fitting(self, what: str, changes: Sequence[str], cluster: Cluster | None = None) -> Suggestion | None:
         """Returns the suggestion if a plan with these overrides, or on this cluster, fits."""
@@ -223,37 +223,48 @@ class _Trial:
         shown = ", ".join(held[:4]) + (", ..." if len(held) > 4 else "")
         return self._fitting(f"let the planner choose how to cut {shown}", [*free, *planner])
 
-    def _workers(self, config: Config, changes: Sequence[str]) -> Suggestion | None:
-        cluster = self._draft.cluster
+    def _workers(self, config: Config, cluster: Cluster, changes: Sequence[str]) -> Suggestion | None:
+        """Returns the fewest workers that fit on machines of a kind, more than there are now."""
         for workers in worlds_that_fit(config.data.lanes):
-            if workers <= cluster.world_size:
+            if workers <= self._draft.cluster.world_size:
                 continue
             try:
                 larger = cluster_of(cluster.name, cluster.machine, workers)
             except ConfigError:
                 continue
             machines = f"{larger.num_machines} machine{'s' if larger.num_machines > 1 else ''}"
-            found = self._fitting(f"{workers} workers on {machines}: the fewest that fit", changes, larger)
+            found = self._fitting(f"{workers} workers on {machines} ({cluster.name}): the fewest that fit", changes, larger)
             if found is not None:
                 arguments = ("--workers", str(workers), *found.arguments)
                 return Suggestion(found.what, arguments, found.needs, found.usable)
         return None
 
     def _hardware(self) -> Suggestion | None:
-        cluster = self._draft.cluster
-        if cluster.machine.device == "cpu":
-            return None
-        by_memory: list[tuple[str, Machine]] = sorted(named_machines().items(), key=lambda pair: pair[1].memory or 0)
-        for name, machine in by_memory:
-            if (machine.memory or 0) <= (cluster.machine.memory or 0):
-                continue
+        """Returns the smallest machines on which as many workers fit."""
+        for cluster in self._larger_machines():
+            found = self._fitting(f"as many workers on {cluster.name}", (), cluster)
+            if found is not None:
+                return Suggestion(found.what, ("--hardware", cluster.name), found.needs, found.usable)
+        return None
+
+    def _elsewhere(self, config: Config) -> list[Suggestion]:
+        """Returns the fewest workers on each kind of larger machines, where nothing else helps."""
+        found = [(cluster, self._workers(config, cluster, ())) for cluster in self._larger_machines()]
+        return [
+            Suggestion(more.what, ("--hardware", cluster.name, *more.arguments), more.needs, more.usable)
+            for cluster, more in found
+            if more is not None
+        ]
+
+    def _larger_machines(self) -> Iterator[Cluster]:
+        ours = self._draft.cluster
+        for name, machine in sorted(named_machines().items(), key=lambda pair: pair[1].memory or 0):
             try:
-                found = self._fitting(f"as many workers on {name}", (), cluster_of(name, machine, cluster.world_size))
+                cluster = cluster_of(name, machine, ours.world_size)
             except ConfigError:
                 continue
-            if found is not None:
-                return Suggestion(found.what, ("--hardware", name), found.needs, found.usable)
-        return None
+            if machine.device == "cuda" and cluster.memory_bytes > ours.memory_bytes:
+                yield cluster
 
     def _batch(self, config: Config) -> Suggestion | None:
         size = config.train.global_batch_size // 2
@@ -272,7 +283,7 @@ class _Trial:
                 found = self._fitting(f"fp16 weights for {_listed(changes)}", changes)
                 if found is not None:
                     return found
-        return self._workers(config, changes) if changes else None
+        return self._workers(config, self._draft.cluster, changes) if changes else None
 
     def _optimizer(self, config: Config) -> Suggestion | None:
         changes: list[str] = []

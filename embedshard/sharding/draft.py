@@ -28,8 +28,8 @@ from embedshard.sharding.plan import RESERVE, Planned, plan_tables, possible_typ
 from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import make_sharder
 
-_MORE_MEMORY: Final = (1.1, 1.25, 1.5, 2, 3, 5, 10, 100, 1e4)
-"""By how much a rank's memory is stretched to see how far off a plan is that does not fit."""
+_OF_AN_EVEN_SHARE: Final = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3.2, 4, 6, 10, 30, 100, 1e4)
+"""Where nothing fits, the memory of a rank that a plan is looked for with, in even shares of all tables, step by step."""
 
 PROCESS_BYTES: Final = 700 * 1024**2
 """What a worker takes before it has tables or data: Python, torch and FBGEMM. Measured on Linux, CPU builds."""
@@ -124,7 +124,7 @@ def draft_plan(
 
 
 class _Maker:
-    """Asks TorchRec's planner, again with more memory where it finds no place."""
+    """Asks TorchRec's planner; where it finds no place, again with as little memory more as it takes."""
 
     def __init__(self, config: Config, specs: Sequence[TableSpec], cluster: Cluster, sample: LookupSample | None) -> None:
         device = torch.device(cluster.machine.device)
@@ -146,9 +146,10 @@ class _Maker:
             return self._planned(self._specs, self._usable), None
         except PlanError as error:
             problem = error
-        for factor in _MORE_MEMORY:
+        whole = sum(spec.weight_bytes + spec.state_bytes for spec in self._specs)
+        for factor in _OF_AN_EVEN_SHARE:
             try:
-                return self._planned(self._specs, int(self._cluster.memory_bytes * factor)), str(problem)
+                return self._planned(self._specs, int(whole * factor) // self._cluster.world_size), str(problem)
             except PlanError:
                 continue
         raise problem
