@@ -126,10 +126,14 @@ def train(
     ] = None,
     cpus_per_worker: Annotated[float, typer.Option(min=0.01, help="CPUs that a worker reserves on a Ray cluster.")] = 1.0,
     max_failures: Annotated[int, typer.Option(min=-1, help="Deaths of Ray workers that are survived; -1: any number.")] = 3,
+    plan: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Replay a plan that 'embedshard plan --save' wrote.", show_default=False),
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
-    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, go_on, device).resolved()
+    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, go_on, device, plan).resolved()
     least, most = parse_workers(workers or "1")
     console = Console(soft_wrap=True, highlight=False)
     if use_ray or launcher is Launcher.ray:
@@ -212,6 +216,39 @@ def summary(config: ConfigPath, overrides: Overrides = None) -> None:
 def _cells(row: Row) -> list[str]:
     shape = " x ".join(f"{size:,}" for size in row.shape)
     return [row.name, shape, f"{row.parameters:,}", size(row.weight_bytes), size(row.state_bytes), row.note]
+
+
+@app.command()
+def plan(
+    config: ConfigPath,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Workers that are to train together.")] = 1,
+    hardware: Annotated[
+        str,
+        typer.Option(
+            metavar="MACHINE", help="A named machine, such as h200x8, or a YAML file that describes one. cpu: this machine."
+        ),
+    ] = "cpu",
+    save: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the plan, for 'train --plan'.", show_default=False)
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Tell, without the hardware, whether a config fits it, what lies where and why. Exit code 1 if it does not fit."""
+    from embedshard.launch.plan_view import show
+    from embedshard.launch.planning import plan_here
+
+    found = plan_here(config, overrides or [], workers, hardware, os.environ, Console(stderr=True))
+    if save is not None:
+        found.draft.plan.save(save)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        show(found, Console(highlight=False))
+        if save is not None:
+            typer.echo(f"Plan: {save}. Train with it: embedshard train {config} --workers {workers} --plan {save}")
+    if not found.draft.fits:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["FeatureIds", "IdCounts"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -74,6 +75,20 @@ class IdCounts:
             distinct_rows=int((self._counts > 0).sum()),
             hottest=[(int(self._rows[i]), int(self._counts[i])) for i in hottest if self._counts[i] > 0],
         )
+
+    def lookups_between(self, bounds: Sequence[int]) -> IntArray:
+        """Returns how many lookups are of rows [bounds[i], bounds[i + 1]), for each i; bounds ascend."""
+        self._count()
+        sums = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._counts)])
+        return np.diff(sums[np.searchsorted(self._rows, np.asarray(bounds, dtype=np.int64))])
+
+    def to_the_power(self, alpha: float) -> IdCounts:
+        """Returns counts raised to a power, in millionths: what popularity draws by."""
+        self._count()
+        found = IdCounts(self._table, self._num_rows)
+        found._is_dense, found._rows = self._is_dense, self._rows
+        found._counts = np.where(self._counts > 0, self._counts.astype(np.float64) ** alpha * 1e6, 0.0).astype(np.int64)
+        return found
 
     def _hottest(self) -> IntArray:
         """Returns the places of the rows that are looked up most; rows ascend, so that a stable sort breaks ties."""

@@ -26,6 +26,7 @@ from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.launch.request import TrainRequest
 from embedshard.models.summary import Summary, summarise
+from embedshard.sharding.recorded import RecordedPlan, read_plan
 from embedshard.storage import PathOrUri, reaching
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact, open_step
@@ -45,13 +46,19 @@ def train_here(request: TrainRequest, environment: Mapping[str, str], console: C
     """
     request = request.resolved()
     config = load_run_config(request, environment).config  # a mistake is told before anything is set up
+    plan = None if request.plan is None else read_plan(request.plan)
     with open_world(request.device) as world:
         teller = ConsoleReporter(console, config.train.log_every_steps) if world.is_rank_zero else Reporter()
-        return train_in(world, request, environment, teller)
+        return train_in(world, request, environment, teller, plan=plan)
 
 
 def train_in(
-    world: World, request: TrainRequest, environment: Mapping[str, str], teller: Reporter, notices: Notices | None = None
+    world: World,
+    request: TrainRequest,
+    environment: Mapping[str, str],
+    teller: Reporter,
+    notices: Notices | None = None,
+    plan: RecordedPlan | None = None,
 ) -> TrainResult:
     """Trains in a world that is open, and tells where the result lies. Collective.
 
@@ -61,6 +68,7 @@ def train_in(
         environment: gives configs their `${VAR}`.
         teller: what rank 0 tells a person by.
         notices: what this rank is asked from outside; None listens for signals.
+        plan: that of `request.plan`, read.
 
     Raises:
         EmbedshardError: what a user can act on.
@@ -71,7 +79,7 @@ def train_in(
     reporter = _reporter(config, run, teller) if world.is_rank_zero else Reporter()
     resume_from = None if step is None else open_step(run.checkpoints, step)
     try:
-        result = train(config, world, run, reporter, resume_from, notices)
+        result = train(config, world, run, reporter, resume_from, notices, plan)
     finally:
         reporter.finished()
     if not world.is_rank_zero:

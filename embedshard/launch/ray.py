@@ -29,10 +29,11 @@ from rich.console import Console
 
 from embedshard.config import variables
 from embedshard.data.order import largest_world, worlds_that_fit
-from embedshard.errors import ConfigError, EmbedshardError, PeerError, StorageError, TrainingError
+from embedshard.errors import ConfigError, EmbedshardError, PeerError, PlanError, StorageError, TrainingError
 from embedshard.launch.local import load_run_config, open_run, train_in
 from embedshard.launch.ray_metrics import RayMetricsReporter
 from embedshard.launch.request import TrainRequest
+from embedshard.sharding.recorded import RecordedPlan, read_plan
 from embedshard.train.loop import TrainResult
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.stop import Notices
@@ -99,6 +100,7 @@ def train_on_ray(
             f"--workers {spread.most}: they cannot share data.lanes={lanes} lanes evenly. Use one of {fitting}, a range "
             f"such as 1:{spread.most}, or other lanes (96 fits 1, 2, 3, 4, 6, 8, ...)."
         )
+    plan = _plan(request, spread)
     teller = ConsoleReporter(console, loaded.config.train.log_every_steps)
     run = RunDirectory(open_run(request, environment, Reporter())[0]).folder.address
     needed = {name: environment[name] for name in variables(loaded.tree) if name in environment}
@@ -106,8 +108,22 @@ def train_on_ray(
         teller.said(_what_starts(spread, ray.cluster_resources()))
         board = _start_board(ray)
         work = {"run": run, "device": request.device, "environment": needed, "board": board, "lanes": lanes}
+        work["plan"] = None if plan is None else plan.to_json()
         trainer = _trainer(spread, request.device, run, work, ray.cluster_resources())
         return _follow(ray, trainer, board, teller)
+
+
+def _plan(request: TrainRequest, spread: RayRequest) -> RecordedPlan | None:
+    if request.plan is None:
+        return None
+    plan = read_plan(request.plan)
+    if (spread.least, spread.most) != (plan.workers, plan.workers):
+        asked = f"{spread.most}" if spread.least == spread.most else f"{spread.least}:{spread.most}"
+        raise PlanError(
+            f"{request.plan} is a plan for {plan.workers} workers, and --workers is {asked}. Use --workers {plan.workers}, "
+            f"or leave --plan out: each start of the run then plans for the workers that it has."
+        )
+    return plan
 
 
 def _what_starts(spread: RayRequest, resources: Mapping[str, float]) -> str:
@@ -336,7 +352,8 @@ def _train_as_worker(work: dict[str, Any]) -> None:
             restarts = RunDirectory(work["run"]).num_attempts
             teller = Reporters([_BoardReporter(work["board"]), RayMetricsReporter(restarts)])
         request = TrainRequest(run_dir=work["run"], resume=work["run"], device=work["device"])
-        result = train_in(world, request, environment, teller, _RayNotices(work["board"], world.is_rank_zero))
+        plan = None if work["plan"] is None else RecordedPlan.from_json(work["plan"], "--plan")
+        result = train_in(world, request, environment, teller, _RayNotices(work["board"], world.is_rank_zero), plan)
         if world.is_rank_zero:
             value = {"stopped_by": result.stopped_by, "step": result.step, "metrics": result.metrics}
             ray.get(work["board"].finish.remote(value))

@@ -25,6 +25,7 @@ class TrainRequest:
         resume: the folder of the run to continue.
         goes_on: whether the run in `run_dir` is continued if it has begun.
         device: `cpu`, `cuda` or `auto`.
+        plan: a plan.json to replay; None makes a plan.
     """
 
     config: Path | None = None
@@ -33,10 +34,11 @@ class TrainRequest:
     resume: PathOrUri | None = None
     goes_on: bool = False
     device: str = "auto"
+    plan: Path | None = None
 
     def arguments(self) -> list[str]:
         """Returns the command line that asks for the same in one process."""
-        options = [("--run-dir", self.run_dir), ("--resume", self.resume), ("--device", self.device)]
+        options = [("--run-dir", self.run_dir), ("--resume", self.resume), ("--device", self.device), ("--plan", self.plan)]
         given = [text for name, value in options if value is not None for text in (name, str(value))]
         overrides = [text for override in self.overrides for text in ("--set", override)]
         return [
@@ -69,7 +71,7 @@ class TrainRequest:
                 continued = self.run_dir
         if continued is None and self.config is None:
             raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
-        return TrainRequest(self.config, self.overrides, self.run_dir, continued, False, self.device)
+        return TrainRequest(self.config, self.overrides, self.run_dir, continued, False, self.device, self.plan)
 
 
 def parse_workers(text: str) -> tuple[int, int]:

@@ -7,17 +7,21 @@ planner may pick on a CPU otherwise, it cannot price.
 
 from __future__ import annotations
 
-__all__ = ["AnyTypeSharder", "make_plan"]
+__all__ = ["RESERVE", "AnyTypeSharder", "Planned", "make_plan", "plan_tables", "possible_types"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
+from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner.perf_models import NoopPerfModel
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
 from torchrec.distributed.sharding_plan import calculate_shard_sizes_and_offsets, placement
 from torchrec.distributed.types import (
     EmbeddingModuleShardingPlan,
@@ -33,7 +37,12 @@ from embedshard.config import TableSpec
 from embedshard.config.placement import ALL_TYPES, DEFAULT_TYPES
 from embedshard.errors import PlanError
 from embedshard.sharding.explicit import Placement, leaves_empty_pieces, place_tables
+from embedshard.sharding.hardware import Cluster, this_cluster
+from embedshard.sharding.recorded import RecordedPlan
 from embedshard.world import World
+
+RESERVE: Final = 0.15
+"""Share of a rank's memory that a plan leaves free: for contexts, the allocator's gaps, sorted ids and what NCCL keeps."""
 
 
 class AnyTypeSharder(EmbeddingBagCollectionSharder):
@@ -51,10 +60,29 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
         return [_kernel(sharding_type)]
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what the planner makes of it.
+
+    Attributes:
+        plan: as TorchRec wants it.
+        estimated_ms: of a step's lookups and their communication on the busiest rank; None where no planner was asked.
+    """
+
+    plan: ShardingPlan
+    estimated_ms: float | None = None
+
+
 def make_plan(
-    model: nn.Module, specs: Sequence[TableSpec], sharder: EmbeddingBagCollectionSharder, planner: str, world: World
+    model: nn.Module,
+    specs: Sequence[TableSpec],
+    sharder: EmbeddingBagCollectionSharder,
+    planner: str,
+    world: World,
+    batch_size: int,
+    recorded: RecordedPlan | None = None,
 ) -> ShardingPlan:
-    """Returns the plan. Collective.
+    """Returns the plan of the world that trains. Collective.
 
     Args:
         model: unsharded.
@@ -62,63 +90,125 @@ def make_plan(
         sharder: what will shard it.
         planner: `auto` or `explicit`.
         world: whose ranks share the tables.
+        batch_size: rows of one rank.
+        recorded: a plan to replay where it applies.
+
+    Raises:
+        PlanError: if the tables cannot be placed within what the config allows, or a binding plan does not apply.
+    """
+    if recorded is not None and recorded.applies(specs, planner, world.world_size, world.local_world_size):
+        return recorded.to_torchrec(model, world.device.type)
+    found, problem = world.broadcast_object(
+        _planned(model, specs, sharder, planner, this_cluster(world), batch_size) if world.is_rank_zero else None
+    )
+    if problem is not None:
+        raise PlanError(problem)
+    return found
+
+
+def plan_tables(
+    model: nn.Module,
+    specs: Sequence[TableSpec],
+    sharder: EmbeddingBagCollectionSharder,
+    planner: str,
+    cluster: Cluster,
+    batch_size: int,
+    lengths: Mapping[str, float] | None = None,
+    usable_bytes: int | None = None,
+) -> Planned:
+    """Returns the plan for a cluster, which need not be there.
+
+    Args:
+        model: unsharded, its tables on any device, also meta.
+        specs: its tables.
+        sharder: what will shard it.
+        planner: `auto` or `explicit`.
+        cluster: the workers and their machines.
+        batch_size: rows of one rank.
+        lengths: mean ids a row under each key; 1 where absent.
+        usable_bytes: of a rank's memory, for tables and what they move; all but a reserve where None. An explicit plan
+            does not ask.
 
     Raises:
         PlanError: if the tables cannot be placed within what the config allows.
     """
-    if planner == "explicit" or world.world_size == 1:
-        places = place_tables(specs, world.world_size, world.local_world_size)
-        return ShardingPlan(
-            {
-                path: EmbeddingModuleShardingPlan(
-                    {name: _parameter(bag.weight, places[name], world) for name, bag in module.embedding_bags.items()}
-                )
-                for path, module in model.named_modules()
-                if isinstance(module, EmbeddingBagCollection)
-            }
+    if planner == "explicit" or cluster.world_size == 1:
+        places = place_tables(specs, cluster.world_size, cluster.local_world_size)
+        return Planned(
+            ShardingPlan(
+                {
+                    path: EmbeddingModuleShardingPlan(
+                        {name: _parameter(bag.weight, places[name], cluster) for name, bag in module.embedding_bags.items()}
+                    )
+                    for path, module in model.named_modules()
+                    if isinstance(module, EmbeddingBagCollection)
+                }
+            )
         )
-    found, problem = world.broadcast_object(_planned(model, specs, sharder, world) if world.is_rank_zero else None)
-    if problem is not None:
+    usable = int(cluster.memory_bytes * (1 - RESERVE)) if usable_bytes is None else usable_bytes
+    topology = cluster.topology(usable)
+    lengths = lengths or {}
+    chosen: list[ShardingOption] = []
+
+    def note(options: list[ShardingOption]) -> list[ShardingOption]:
+        chosen.extend(options)
+        return options
+
+    found = EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=batch_size,
+        storage_reservation=FixedPercentageStorageReservation(0.0),  # it is taken off already
+        constraints={
+            spec.name: ParameterConstraints(
+                sharding_types=possible_types(spec, cluster),
+                pooling_factors=[lengths.get(lookup.key, 1.0) for lookup in spec.lookups],
+            )
+            for spec in specs
+        },
+        callbacks=[note],
+        debug=False,
+    )
+    sharders: list[ModuleSharder[nn.Module]] = [sharder]
+    try:
+        plan = found.plan(model, sharders)
+    except PlannerError as error:
         raise PlanError(
-            f"TorchRec's planner finds no place for the tables on {world.world_size} workers: {problem} "
+            f"TorchRec's planner finds no place for the tables on {cluster.world_size} workers: {error} "
             f"Allow more sharding types (tables.NAME.sharding.types), or use more workers."
-        )
-    return found
+        ) from error
+    return Planned(plan, float(NoopPerfModel(topology).rate(chosen)))
 
 
 def _planned(
-    model: nn.Module, specs: Sequence[TableSpec], sharder: EmbeddingBagCollectionSharder, world: World
+    model: nn.Module,
+    specs: Sequence[TableSpec],
+    sharder: EmbeddingBagCollectionSharder,
+    planner: str,
+    cluster: Cluster,
+    batch_size: int,
 ) -> tuple[ShardingPlan | None, str | None]:
-    """Returns the planner's plan, or why there is none: all ranks must know, or the others wait in vain."""
-    sharders: list[ModuleSharder[nn.Module]] = [sharder]
-    planner = EmbeddingShardingPlanner(
-        topology=Topology(
-            world_size=world.world_size,
-            local_world_size=world.local_world_size,
-            compute_device=world.device.type,
-        ),
-        constraints={spec.name: ParameterConstraints(sharding_types=_possible(spec, world)) for spec in specs},
-    )
+    """Returns the plan, or why there is none: all ranks must know, or the others wait in vain."""
     try:
-        return planner.plan(model, sharders), None
-    except PlannerError as error:
+        return plan_tables(model, specs, sharder, planner, cluster, batch_size).plan, None
+    except PlanError as error:
         return None, str(error)
 
 
-def _possible(spec: TableSpec, world: World) -> list[str]:
+def possible_types(spec: TableSpec, cluster: Cluster) -> list[str]:
     """Returns the types that the planner may choose: `table_wise` instead of those that would leave a piece empty."""
-    pieces = {"row_wise": world.world_size, "table_row_wise": world.local_world_size, "grid_shard": world.local_world_size}
+    local = cluster.local_world_size
+    pieces = {"row_wise": cluster.world_size, "table_row_wise": local, "grid_shard": local}
     allowed = spec.sharding.types or DEFAULT_TYPES
     is_out = {kind: kind in pieces and leaves_empty_pieces(spec.num_embeddings, pieces[kind]) for kind in allowed}
     return list(dict.fromkeys("table_wise" if is_out[kind] else kind for kind in allowed))
 
 
-def _parameter(weight: torch.Tensor, place: Placement, world: World) -> ParameterSharding:
+def _parameter(weight: torch.Tensor, place: Placement, cluster: Cluster) -> ParameterSharding:
     """Returns what TorchRec wants to know of a table."""
     kind = place.sharding_type
     sizes, offsets = calculate_shard_sizes_and_offsets(
         weight,
-        world_size=world.world_size,
+        world_size=cluster.world_size,
         local_world_size=len(place.ranks) // place.num_blocks,
         sharding_type=kind,
         col_wise_shard_dim=weight.shape[1] // place.num_blocks,
@@ -127,7 +217,7 @@ def _parameter(weight: torch.Tensor, place: Placement, world: World) -> Paramete
         ShardMetadata(
             shard_sizes=size,
             shard_offsets=offset,
-            placement=placement(world.device.type, rank, world.local_world_size),
+            placement=placement(cluster.machine.device, rank, cluster.local_world_size),
         )
         for size, offset, rank in zip(sizes, offsets, place.ranks, strict=True)
     ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["shard_model"]
+__all__ = ["make_sharder", "shard_model"]
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
@@ -16,21 +17,31 @@ from embedshard.errors import ConfigError
 from embedshard.sharding.initialise import initialise_tables
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, make_plan
+from embedshard.sharding.recorded import RecordedPlan
 from embedshard.sharding.shards import weight_shards
 from embedshard.world import World
 
 
-def shard_model(model: nn.Module, config: Config, specs: Sequence[TableSpec], world: World) -> DistributedModelParallel:
+def shard_model(
+    model: nn.Module, config: Config, specs: Sequence[TableSpec], world: World, recorded: RecordedPlan | None = None
+) -> DistributedModelParallel:
     """Shards the tables by the plan, replicates the rest, and gives every row its first value. Collective.
 
+    Args:
+        model: unsharded.
+        config: the config.
+        specs: its tables.
+        world: whose ranks share them.
+        recorded: a plan to replay; None makes one.
+
     Raises:
-        PlanError: if there is no plan within what the config allows.
+        PlanError: if there is no plan within what the config allows, or the recorded one is another config's.
         ConfigError: if a table's optimizer, or the communication's precision, is not to be had on this device.
     """
     attach_table_optimizers(model, specs, world.device)
-    # Rounding at random would make the result depend on more than (config, data, seed).
-    sharder = AnyTypeSharder(fused_params={"stochastic_rounding": False}, qcomm_codecs_registry=_codecs(config, world))
-    plan = make_plan(model, specs, sharder, config.sharding.planner, world)
+    sharder = make_sharder(config, world.device)
+    batch_size = config.train.global_batch_size // world.world_size
+    plan = make_plan(model, specs, sharder, config.sharding.planner, world, batch_size, recorded)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(world.group),
@@ -46,15 +57,23 @@ def shard_model(model: nn.Module, config: Config, specs: Sequence[TableSpec], wo
     return sharded
 
 
-def _codecs(config: Config, world: World) -> dict[str, QuantizedCommCodecs] | None:
+def make_sharder(config: Config, device: torch.device) -> AnyTypeSharder:
+    """Returns what shards the tables on a device, which need not be there.
+
+    Raises:
+        ConfigError: if the communication's precision is not to be had on the device.
+    """
+    # Rounding at random would make the result depend on more than (config, data, seed).
+    return AnyTypeSharder(fused_params={"stochastic_rounding": False}, qcomm_codecs_registry=_codecs(config, device))
+
+
+def _codecs(config: Config, device: torch.device) -> dict[str, QuantizedCommCodecs] | None:
     """Returns what quantises embeddings and gradients on their way between workers; None if nothing does."""
     wanted = config.sharding.communication
-    if wanted == "bf16" and world.device.type == "cpu":
+    if wanted == "bf16" and device.type == "cpu":
         raise ConfigError(
             "sharding.communication is 'bf16', and gloo, which carries it between CPUs, has no bf16: TorchRec would take "
             "fp16 instead. Choose fp16 or fp32, or train on CUDA."
         )
     precision = CommType(wanted)
-    return get_qcomm_codecs_registry(
-        QCommsConfig(forward_precision=precision, backward_precision=precision), device=world.device
-    )
+    return get_qcomm_codecs_registry(QCommsConfig(forward_precision=precision, backward_precision=precision), device=device)

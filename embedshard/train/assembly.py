@@ -20,6 +20,7 @@ from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
 from embedshard.sharding.optimizers import Optimizers
+from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
 from embedshard.train.step import Stepper
 from embedshard.world import World
@@ -47,6 +48,11 @@ class Assembly:
         planned = self.config.train.epochs * self.dataset.order.epoch_steps
         return planned if self.config.train.max_steps is None else min(planned, self.config.train.max_steps)
 
+    @property
+    def plan(self) -> RecordedPlan:
+        """Which table lies where."""
+        return record_plan(self.model.plan, self.specs, self.world.world_size, self.world.local_world_size)
+
     def reader(self) -> BatchReader:
         """Returns this rank's reader of the training data."""
         return BatchReader(
@@ -67,7 +73,11 @@ class Assembly:
 
 
 def assemble(
-    config: Config, world: World, resolved: dict[str, Any] | None = None, dataset: Dataset | None = None
+    config: Config,
+    world: World,
+    resolved: dict[str, Any] | None = None,
+    dataset: Dataset | None = None,
+    plan: RecordedPlan | None = None,
 ) -> Assembly:
     """Opens the data and builds everything else. Collective.
 
@@ -77,6 +87,7 @@ def assemble(
         resolved: what a run has kept of its data (inventory, window lengths, statistics): the data must not have changed
             since. None for a new run.
         dataset: one that is open already, of the same data; it is opened where it is None.
+        plan: to be replayed; None makes one.
 
     Raises:
         ConfigError, DataError, PlanError: as the parts do.
@@ -86,7 +97,7 @@ def assemble(
     if dataset is None:
         dataset = open_dataset(config, world, resolved)
     specs = table_specs(config, dataset.table_rows)
-    model = shard_model(build_model(config, specs), config, specs, world)
+    model = shard_model(build_model(config, specs), config, specs, world, plan)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
     tally = Tally(dataset.train[0].decoder)

@@ -23,6 +23,7 @@ from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
 from embedshard.models.summary import sharding_exceptions
 from embedshard.report import write_report
+from embedshard.sharding.recorded import RecordedPlan
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
 from embedshard.train.ledger import Ledger
@@ -58,6 +59,7 @@ def train(
     reporter: Reporter,
     resume_from: Checkpoint | None = None,
     notices: Notices | None = None,
+    plan: RecordedPlan | None = None,
 ) -> TrainResult:
     """Trains a config to its end, or until it is asked to stop. Collective.
 
@@ -68,18 +70,20 @@ def train(
         reporter: told by rank 0 alone.
         resume_from: where the run goes on; None begins it.
         notices: what this rank is asked from outside; None listens for SIGTERM and SIGINT.
+        plan: which table lies where; None keeps the run's own plan where it still fits, else makes one.
 
     Raises:
         ConfigError, DataError, PlanError, CheckpointError, TrainingError: what a user can act on.
     """
     begin = time.monotonic()
-    parts = assemble(config, world, run.read_json("inventory.json"))
+    parts = assemble(config, world, run.read_json("inventory.json"), plan=plan or _own_plan(world, run))
     state = TrainState()
     if resume_from is not None:
         restore(resume_from, parts.model, parts.optimizers, parts.objective)
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
+        run.write_json("plan.json", parts.plan.to_json())
     _say_skipped(parts.dataset.skipped_files, reporter)
     for exception in sharding_exceptions(config, parts.specs):
         reporter.said(exception)
@@ -115,6 +119,16 @@ def train(
         reporter.saving()
         _leave_report(run, reporter)
     return result
+
+
+def _own_plan(world: World, run: RunDirectory) -> RecordedPlan | None:
+    """Returns the plan that the run had when it was last started, to be kept where config and world still are those.
+
+    A run that goes on in the same world then adds its sums up in the same order: TorchRec's planner need not choose alike
+    twice. Collective.
+    """
+    saved = world.from_rank_zero(lambda: run.read_json("plan.json"))
+    return None if saved is None else RecordedPlan.from_json(saved, run.folder.join("plan.json").uri, is_binding=False)
 
 
 class _Training:

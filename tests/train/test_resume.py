@@ -14,6 +14,8 @@ from embedshard.train.stop import Notices
 from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
 
+_OF_THE_MACHINE = ("samples_per_second", "seconds", "bytes_read")
+
 
 class Recorder(Reporter):
     """Keeps losses and measurements by step, and asks to stop after one."""
@@ -25,7 +27,7 @@ class Recorder(Reporter):
         self.losses[step] = loss
 
     def measured(self, step, values):
-        kept = {name: value for name, value in values.items() if not name.endswith("samples_per_second")}
+        kept = {name: value for name, value in values.items() if not any(word in name for word in _OF_THE_MACHINE)}
         self.measurements.setdefault(step, {}).update(kept)
 
 

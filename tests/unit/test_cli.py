@@ -30,7 +30,7 @@ def config_file(make_config, tmp_path):
 def test_help_names_the_commands():
     shown = run("--help")
     assert shown.returncode == 0
-    for word in ("train", "evaluate", "summary", "verify", "report", "audit", "doctor", "config", "Exit codes"):
+    for word in ("train", "evaluate", "summary", "plan", "verify", "report", "audit", "doctor", "config", "Exit codes"):
         assert word in shown.stdout
 
 

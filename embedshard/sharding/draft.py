@@ -1,0 +1,239 @@
+"""A plan made without the hardware: which table lies where and why, what each rank holds, and whether that fits.
+
+TorchRec's planner is told the hardware; the tables stay on the meta device, so that billions of rows cost nothing.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Draft", "Reason", "draft_plan"]
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import nn
+
+from embedshard.config import Config, TableSpec
+from embedshard.config.parts import DrawsNegatives, InBatchSoftmaxConfig, TableShardingConfig, TwoTowerConfig
+from embedshard.data.lookup_sample import LookupSample
+from embedshard.errors import PlanError
+from embedshard.models.registry import build_model
+from embedshard.models.summary import summarise
+from embedshard.sharding.demand import Demand, key_lengths, table_demands
+from embedshard.sharding.footprint import DenseCost, Footprint, footprint_of
+from embedshard.sharding.hardware import Cluster
+from embedshard.sharding.optimizers import attach_table_optimizers
+from embedshard.sharding.plan import RESERVE, Planned, plan_tables, possible_types
+from embedshard.sharding.recorded import RecordedPlan, record_plan
+from embedshard.sharding.shard import make_sharder
+
+_OF_AN_EVEN_SHARE: Final = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3.2, 4, 6, 10, 30, 100, 1e4)
+"""Where nothing fits, the memory of a rank that a plan is looked for with, in even shares of all tables, step by step."""
+
+PROCESS_BYTES: Final = 700 * 1024**2
+"""What a worker takes before it has tables or data: Python, torch and FBGEMM. Measured on Linux, CPU builds."""
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a table lies as it does.
+
+    Attributes:
+        why: in a few words.
+        estimated_ms: of a step's lookups and their communication on the busiest rank, with the plan as it is.
+        runner_up: the next best type for this table, the others as they are; None if there is none that fits.
+        runner_up_ms: the same estimate with it.
+        misfits: types that would not fit.
+    """
+
+    why: str
+    estimated_ms: float | None = None
+    runner_up: str | None = None
+    runner_up_ms: float | None = None
+    misfits: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A plan and what comes of it.
+
+    Attributes:
+        cluster: what it is made for.
+        plan: which shards lie where.
+        footprint: what it takes.
+        reasons: by table; empty unless asked for.
+        demands: by table, what a row of a batch asks of it.
+        weight_bytes: of each table, whole.
+        state_bytes: of each table's optimizer, whole.
+        usable_bytes: of a rank's memory, the reserve taken off.
+        problem: what the planner said, if it found no place within the memory that there is.
+    """
+
+    cluster: Cluster
+    plan: RecordedPlan
+    footprint: Footprint
+    reasons: Mapping[str, Reason]
+    demands: Mapping[str, Demand]
+    weight_bytes: Mapping[str, int]
+    state_bytes: Mapping[str, int]
+    usable_bytes: int
+    problem: str | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether every rank has the memory that it needs."""
+        return max(rank.total for rank in self.footprint.ranks) <= self.usable_bytes
+
+
+def draft_plan(
+    config: Config, specs: Sequence[TableSpec], cluster: Cluster, sample: LookupSample | None, *, explains: bool
+) -> Draft:
+    """Plans a config for a cluster that need not be there. Not collective.
+
+    Args:
+        config: the config.
+        specs: its tables.
+        cluster: the workers.
+        sample: what is known of the data.
+        explains: whether reasons are wanted; each costs some runs of the planner.
+
+    Raises:
+        ConfigError: if the config cannot be trained on the cluster's devices.
+        PlanError: if the tables cannot be placed, whatever the memory.
+    """
+    maker = _Maker(config, specs, cluster, sample)
+    planned, problem = maker.plan()
+    plan = record_plan(planned.plan, specs, cluster.world_size, cluster.local_world_size)
+    demands = table_demands(config, specs, sample)
+    footprint = footprint_of(
+        plan, specs, demands, cluster, maker.dense, config.train.global_batch_size, config.sharding.communication
+    )
+    reasons = maker.reasons(plan, planned, problem is None) if explains else {}
+    return Draft(
+        cluster=cluster,
+        plan=plan,
+        footprint=footprint,
+        reasons=reasons,
+        demands=demands,
+        weight_bytes={spec.name: spec.weight_bytes for spec in specs},
+        state_bytes={spec.name: spec.state_bytes for spec in specs},
+        usable_bytes=int(cluster.memory_bytes * (1 - RESERVE)),
+        problem=problem,
+    )
+
+
+class _Maker:
+    """Asks TorchRec's planner; where it finds no place, again with as little memory more as it takes."""
+
+    def __init__(self, config: Config, specs: Sequence[TableSpec], cluster: Cluster, sample: LookupSample | None) -> None:
+        device = torch.device(cluster.machine.device)
+        self._config, self._specs, self._cluster = config, specs, cluster
+        self._batch_size = config.train.global_batch_size // cluster.world_size
+        self._lengths = key_lengths(config, specs, sample)
+        self._model = build_model(config, specs)
+        attach_table_optimizers(self._model, specs, device)
+        self._sharder = make_sharder(config, device)
+        self.dense = _dense_cost(config, specs, self._model, cluster, sample)
+        dense = self.dense
+        fixed = 2 * dense.weight_bytes + dense.state_bytes + dense.process_bytes
+        fixed += 8 * (self._batch_size * dense.numbers_per_row + dense.numbers_gathered)
+        self._usable = int(cluster.memory_bytes * (1 - RESERVE)) - fixed
+
+    def plan(self) -> tuple[Planned, str | None]:
+        """Returns a plan, and why it does not fit, if it does not."""
+        try:
+            return self._planned(self._specs, self._usable), None
+        except PlanError as error:
+            problem = error
+        whole = sum(spec.weight_bytes + spec.state_bytes for spec in self._specs)
+        for factor in _OF_AN_EVEN_SHARE:
+            try:
+                return self._planned(self._specs, int(whole * factor) // self._cluster.world_size), str(problem)
+            except PlanError:
+                continue
+        raise problem
+
+    def _planned(self, specs: Sequence[TableSpec], usable: int) -> Planned:
+        if usable <= 0:
+            raise PlanError("the dense part and its activations alone take a rank's memory.")
+        planner = self._config.sharding.planner
+        return plan_tables(
+            self._model, specs, self._sharder, planner, self._cluster, self._batch_size, self._lengths, usable
+        )
+
+    def reasons(self, plan: RecordedPlan, planned: Planned, fits: bool) -> dict[str, Reason]:
+        return {spec.name: self._reason(spec, plan, planned, fits) for spec in self._specs}
+
+    def _reason(self, spec: TableSpec, plan: RecordedPlan, planned: Planned, fits: bool) -> Reason:
+        kind = plan.tables[spec.name].sharding_type
+        if self._cluster.world_size == 1:
+            return Reason("one worker")
+        if self._config.sharding.planner == "explicit":
+            if kind != spec.sharding.type:
+                return Reason(f"the config says {spec.sharding.type}, but it has too few rows for that")
+            where = ", on these ranks" if spec.sharding.ranks else "; ranks by size"
+            return Reason(f"the config says so{where if kind not in ('row_wise', 'data_parallel') else ''}")
+        allowed, possible = list(spec.sharding.types), possible_types(spec, self._cluster)
+        if len(possible) == 1:
+            few = [name for name in allowed or ("row_wise",) if name != kind]
+            return Reason(f"too few rows for {', '.join(few)}" if few else "the only type that the config allows")
+        others = {name: self._rating(spec, plan, name) for name in possible if name != kind}
+        misfits = tuple(name for name, rating in others.items() if rating is None)
+        rated = sorted((rating, name) for name, rating in others.items() if rating is not None)
+        if not fits:
+            return Reason("no plan fits; this is the one that lacks least memory", planned.estimated_ms)
+        if not rated:
+            return Reason("the only type that fits", planned.estimated_ms, misfits=misfits)
+        return Reason("cheapest of those that fit", planned.estimated_ms, rated[0][1], rated[0][0], misfits)
+
+    def _rating(self, spec: TableSpec, plan: RecordedPlan, kind: str) -> float | None:
+        """Returns the planner's estimate of the plan with one table cut otherwise; None if that fits nowhere."""
+        specs = [
+            _only(other, kind if other.name == spec.name else plan.tables[other.name].sharding_type) for other in self._specs
+        ]
+        try:
+            return self._planned(specs, self._usable).estimated_ms
+        except PlanError:
+            return None
+
+
+def _only(spec: TableSpec, kind: str) -> TableSpec:
+    sharding = TableShardingConfig.model_validate({"types": [kind], "allow_changed_optimizer": True})
+    return replace(spec, sharding=sharding)
+
+
+def _dense_cost(
+    config: Config, specs: Sequence[TableSpec], model: nn.Module, cluster: Cluster, sample: LookupSample | None
+) -> DenseCost:
+    layers = summarise(config, specs).layers
+    objective, width = config.objective, _output_width(config)
+    gathered, estimates = 0, 0
+    if isinstance(objective, InBatchSoftmaxConfig):
+        gathered = config.train.global_batch_size * width if objective.negatives == "global" else 0
+        if objective.log_q == "streaming":
+            estimates = 8 * min(_num_items(config, specs), objective.log_q_buckets)
+    elif isinstance(objective, DrawsNegatives):
+        gathered = objective.num_negatives * width
+    linears = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
+    process = 0
+    if cluster.machine.device == "cpu":
+        decoded = 0 if sample is None else sample.decoded_bytes
+        process = PROCESS_BYTES + (decoded if decoded <= config.data.cache_bytes else 0)
+    return DenseCost(
+        weight_bytes=sum(layer.weight_bytes for layer in layers),
+        state_bytes=sum(layer.state_bytes for layer in layers) + estimates,
+        numbers_per_row=sum(linears) + 2 * width,
+        numbers_gathered=gathered,
+        process_bytes=process,
+    )
+
+
+def _output_width(config: Config) -> int:
+    """Returns the numbers of a query or candidate; of a custom model they are not known."""
+    return config.tower_width(config.model.user) if isinstance(config.model, TwoTowerConfig) else 0
+
+
+def _num_items(config: Config, specs: Sequence[TableSpec]) -> int:
+    item_id = config.identity("item_id")
+    return next((spec.num_embeddings for spec in specs if item_id in {lookup.key for lookup in spec.lookups}), 0)
