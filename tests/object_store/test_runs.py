@@ -193,7 +193,9 @@ def test_an_attempt_that_was_replaced_stops_and_writes_no_more(make_config, buck
         train(loaded.config, world, directory, reporter)
     reporter.finished()
     assert newest_intact(directory.checkpoints).step == 8
-    assert [line["last_step"] for line in lines_of(folder, "ledger/0001-00000.jsonl")][-1] == 7
+    # A disk takes each line at once, and an epoch ends at step 14.
+    last = [line["last_step"] for line in lines_of(folder, "ledger/0001-00000.jsonl")][-1]
+    assert last == (7 if kind == "bucket" else 13)
     assert not folder.join("result.json").exists()
     written = [(line["attempt"], line["step"]) for line in lines_of(folder)]
     assert (2, 1) in written, "its successor's line is there"
