@@ -209,7 +209,7 @@ class Cluster:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    start_new_session=True,
+                    process_group=0,  # a Ctrl-C in this shell is not meant for it
                 )
             self._state["nodes"] = [*others, asdict(Node(name, ip, process.pid, _started(process.pid) or 0))]
             self._save()
