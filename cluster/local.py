@@ -48,8 +48,10 @@ _PATIENCE: Final = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
     "RAY_gcs_server_port_wait_time_s": "300",
 }
-_TOO_SLOW: Final = "timed out during startup"
+_TOO_SLOW: Final = ("timed out during startup", "Timed out waiting for node info")
 """What Ray says when a node was not there within 30 s, which cannot be set: then it is started again."""
+_SETTLE_S: Final = 2.0
+"""Within which a `ray start` that has lost one of its processes ends."""
 _ATTEMPTS: Final = 3
 
 app = typer.Typer(
@@ -214,10 +216,10 @@ class Cluster:
             self._state["nodes"] = [*others, asdict(Node(name, ip, process.pid, _started(process.pid) or 0))]
             self._save()
             is_over = self._wait_for_start(name, process)
-            if is_over and process.poll() is None:
+            if is_over and not _ends(process, _SETTLE_S):
                 return
             said = log.read_text(encoding="utf-8", errors="replace")
-            if _TOO_SLOW not in said or attempt == _ATTEMPTS - 1:
+            if not any(words in said for words in _TOO_SLOW) or attempt == _ATTEMPTS - 1:
                 what = f"ended with {process.returncode}" if is_over else f"did not start within {_START_S:.0f} s"
                 last = "\n".join(said.splitlines()[-15:])
                 raise ClusterError(f"{name}: 'ray start' {what}; the cluster is stopped. It said:\n{last}")
@@ -226,7 +228,12 @@ class Cluster:
             shutil.rmtree(temporary / name, ignore_errors=True)
 
     def _wait_for_start(self, name: str, process: subprocess.Popen[bytes]) -> bool:
-        return _wait_until(lambda: self._joined(name).exists() or process.poll() is not None, _START_S)
+        def is_over() -> bool:
+            if name != "head" and not self.is_alive("head"):
+                raise ClusterError(f"The head died while {name} was starting; the cluster is stopped. Try fewer nodes.")
+            return self._joined(name).exists() or process.poll() is not None
+
+        return _wait_until(is_over, _START_S)
 
     def _joined(self, name: str) -> Path:
         """The file that Ray writes when a node is up: the cluster's address."""
@@ -328,6 +335,10 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(_POLL_S)
     return True
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    return _wait_until(lambda: process.poll() is not None, seconds)
 
 
 def _free_port(wanted: int) -> int:
