@@ -36,7 +36,7 @@ import typer
 from embedshard.errors import ConfigError, EmbedshardError
 
 MARK: Final = "EMBEDSHARD_CLUSTER"
-"""Environment variable of every process of a cluster: its id, a slash, the node's name."""
+"""Environment variable of every process of a cluster: its id, a slash, the node's name, a slash."""
 
 _START_S: Final = 300.0
 _END_S: Final = 20.0
@@ -46,7 +46,13 @@ _PATIENCE: Final = {
     # Several nodes on few cores are slow to answer: Ray would take them for dead, and they it.
     "RAY_health_check_timeout_ms": "60000",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "600",
+    "RAY_gcs_server_port_wait_time_s": "300",
 }
+_TOO_SLOW: Final = ("timed out during startup", "Timed out waiting for node info")
+"""What Ray says when a node was not there within 30 s, which cannot be set: then it is started again."""
+_SETTLE_S: Final = 2.0
+"""Within which a `ray start` that has lost one of its processes ends."""
+_ATTEMPTS: Final = 3
 
 app = typer.Typer(
     help="A Ray cluster of several nodes on this machine, for trying things out.",
@@ -187,30 +193,47 @@ class Cluster:
             raise
 
     def _start_node(self, name: str, arguments: list[str], environment: Mapping[str, str]) -> None:
+        temporary = Path(self._state["temporary"])
+        log = temporary / f"{name}.log"
         ip = f"127.0.0.{11 + len(self.nodes)}"
-        log = Path(self._state["temporary"]) / f"{name}.log"
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", "--block",
-            f"--temp-dir={Path(self._state['temporary']) / name}", f"--node-ip-address={ip}", f"--node-name={name}",
+            f"--temp-dir={temporary / name}", f"--node-ip-address={ip}", f"--node-name={name}",
             "--dashboard-agent-listen-port=0", "--min-worker-port=0", "--max-worker-port=0", "--include-log-monitor=false",
             *arguments,
         ]  # fmt: skip
-        with log.open("w", encoding="utf-8") as output:
-            process = subprocess.Popen(
-                command,
-                env={**environment, MARK: f"{self._state['id']}/{name}"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        self._state["nodes"].append(asdict(Node(name, ip, process.pid, _started(process.pid) or 0)))
-        self._save()
-        is_up = _wait_until(lambda: self._joined(name).exists() or process.poll() is not None, _START_S)
-        if process.poll() is not None or not is_up:
-            what = f"did not start within {_START_S:.0f} s" if process.poll() is None else f"ended with {process.returncode}"
-            last = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-            raise ClusterError(f"{name}: 'ray start' {what}; the cluster is stopped. It said:\n{last}")
+        others = self._state["nodes"]
+        for attempt in range(_ATTEMPTS):
+            with log.open("w", encoding="utf-8") as output:
+                process = subprocess.Popen(
+                    command,
+                    env={**environment, MARK: f"{self._state['id']}/{name}/"},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    process_group=0,  # a Ctrl-C in this shell is not meant for it
+                )
+            self._state["nodes"] = [*others, asdict(Node(name, ip, process.pid, _started(process.pid) or 0))]
+            self._save()
+            is_over = self._wait_for_start(name, process)
+            if is_over and not _ends(process, _SETTLE_S):
+                return
+            said = log.read_text(encoding="utf-8", errors="replace")
+            if not any(words in said for words in _TOO_SLOW) or attempt == _ATTEMPTS - 1:
+                what = f"ended with {process.returncode}" if is_over else f"did not start within {_START_S:.0f} s"
+                last = "\n".join(said.splitlines()[-15:])
+                raise ClusterError(f"{name}: 'ray start' {what}; the cluster is stopped. It said:\n{last}")
+            typer.echo(f"{name} was too slow for Ray, which waits 30 s; it is started again.")
+            self._end(lambda: self.processes(name))
+            shutil.rmtree(temporary / name, ignore_errors=True)
+
+    def _wait_for_start(self, name: str, process: subprocess.Popen[bytes]) -> bool:
+        def is_over() -> bool:
+            if name != "head" and not self.is_alive("head"):
+                raise ClusterError(f"The head died while {name} was starting; the cluster is stopped. Try fewer nodes.")
+            return self._joined(name).exists() or process.poll() is not None
+
+        return _wait_until(is_over, _START_S)
 
     def _joined(self, name: str) -> Path:
         """The file that Ray writes when a node is up: the cluster's address."""
@@ -222,7 +245,7 @@ class Cluster:
 
     def processes(self, name: str) -> list[int]:
         """Returns the pids of a node's processes."""
-        return list(_marked(f"{self._state['id']}/{name}"))
+        return list(_marked(f"{self._state['id']}/{name}/"))
 
     def kill(self, name: str) -> None:
         """Kills a node's raylet, as a machine that is gone, and waits until all of the node has ended.
@@ -312,6 +335,10 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(_POLL_S)
     return True
+
+
+def _ends(process: subprocess.Popen[bytes], seconds: float) -> bool:
+    return _wait_until(lambda: process.poll() is not None, seconds)
 
 
 def _free_port(wanted: int) -> int:

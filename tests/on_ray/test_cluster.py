@@ -431,7 +431,7 @@ def test_kill_ends_a_node_and_stop_leaves_no_process(cluster, local):
     if "node-1" in alive(local, folder):
         local("kill", "node-1", "--folder", folder)
     assert alive(local, folder) == ["head"]
-    assert f"{state['id']}/node-1" not in marked().values()
+    assert f"{state['id']}/node-1/" not in marked().values()
     assert local("kill", "node-1", "--folder", folder, check=False).returncode == 2
     mine = set(processes_of(folder))
     assert mine
