@@ -144,7 +144,10 @@ class Location:
     def list_names(self) -> list[str]:
         """Returns the names of what is in a folder, sorted; none where there is no folder."""
         selector = fs.FileSelector(self.path, allow_not_found=True)
-        return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        try:
+            return sorted(info.base_name for info in self.filesystem.get_file_info(selector))
+        except FileNotFoundError:  # pyarrow lists, looks again, and raises where the folder was made in between
+            return []
 
     def delete_file(self) -> None:
         """Deletes a file; does nothing where there is none."""

@@ -329,7 +329,7 @@ class _Reading:
         for table in self.case.tree["tables"]:
             over = {name: feature for name, feature in features.items() if feature.get("table") == table}
             poolings = {feature["pooling"] for feature in over.values() if feature["kind"] != "id"}
-            is_weighted = len(poolings) > 1 or any(feature["kind"] == "weighted_bag" for feature in over.values())
+            is_weighted = "mean" in poolings or any(feature["kind"] == "weighted_bag" for feature in over.values())
             jagged = batch.weighted if is_weighted else batch.sparse
             assert jagged is not None
             keys, lengths, values = jagged.keys(), jagged.lengths().tolist(), jagged.values().tolist()

@@ -58,8 +58,7 @@ def test_each_row_travels_with_its_own_values(make_config, interactions):
     assert deviation == pytest.approx(ages.std())
     met = []
     for batch in batches:
-        keys = batch.sparse.keys()
-        jagged = {key: batch.sparse[key].to_dense() for key in keys}
+        jagged = {key: part[key].to_dense() for part in (batch.sparse, batch.weighted) for key in part.keys()}
         weighted = batch.weighted["weighted"]
         weights = weighted.to_dense_weights()
         for place, number in enumerate(batch.rows.tolist()):
@@ -73,6 +72,8 @@ def test_each_row_travels_with_its_own_values(make_config, interactions):
             assert jagged["user_id"][place].tolist() == [row["user_id"]]
             assert jagged["item_id:bias"][place].tolist() == [row["item_id"]]
             assert jagged["history"][place].tolist() == row["history"][-4:]
+            shares = batch.weighted["history"].to_dense_weights()[place].tolist()
+            assert shares == pytest.approx([1 / max(len(shares), 1)] * len(row["history"][-4:]))
             np.testing.assert_allclose(weights[place].tolist(), row["history_weight"], rtol=1e-6)
             assert batch.labels[place].tolist() == [row["rating"], row["clicked"]]
             assert batch.weights[place].item() == pytest.approx(row["weight"])
@@ -119,8 +120,8 @@ def test_ranks_share_the_batch_in_rank_order(make_config, cache_bytes):
                 np.concatenate([part.draws.ids.numpy() for part in parts]), batch.draws.ids.numpy()
             )
             np.testing.assert_array_equal(
-                np.concatenate([part.sparse["history"].values().numpy() for part in parts]),
-                batch.sparse["history"].values().numpy(),
+                np.concatenate([part.weighted["history"].values().numpy() for part in parts]),
+                batch.weighted["history"].values().numpy(),
             )
 
 
@@ -149,10 +150,10 @@ def test_draws_are_the_catalogue_by_its_distribution(make_config):
         own = batch.ids["item_id"].numpy()
         valid = own >= 0
         np.testing.assert_allclose(np.exp(batch.draws.own_log_q.numpy()[valid]), expected[own[valid]], rtol=1e-4)
-    keys = batches[0].sparse.keys()
-    slots = [key for key in keys if key.startswith("item_id:negative")]
+    items = batches[0].weighted  # the table is also looked up for the mean of a history
+    slots = [key for key in items.keys() if key.startswith("item_id:negative")]
     assert len(slots) == 4096 // 32
-    looked_up = np.concatenate([batches[0].sparse[key].values().numpy() for key in slots])
+    looked_up = np.concatenate([items[key].values().numpy() for key in slots])
     np.testing.assert_array_equal(looked_up, batches[0].draws.ids.numpy())
 
 
