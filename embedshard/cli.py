@@ -101,8 +101,8 @@ def train(
         str | None,
         typer.Option(metavar="RUN_DIR", help="Continue a run from its newest checkpoint.", show_default=False),
     ] = None,
-    go_on: Annotated[
-        bool, typer.Option("--continue", help="Continue the run in --run-dir if it has begun, else begin it.")
+    auto_resume: Annotated[
+        bool, typer.Option("--auto-resume", help="Continue the run in --run-dir if it has begun, else begin it.")
     ] = False,
     workers: Annotated[
         str | None,
@@ -133,7 +133,7 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
-    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, go_on, device, plan).resolved()
+    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, auto_resume, device, plan).resolved()
     least, most = parse_workers(workers or "1")
     console = Console(soft_wrap=True, highlight=False)
     if use_ray or launcher is Launcher.ray:

@@ -8,6 +8,7 @@ from embedshard.config.load import (
     load_config,
     parse_config,
     schema_json,
+    variable_values,
     variables,
 )
 from embedshard.config.lookups import Lookup, TableSpec, bias_key, negative_key, num_negative_slots, table_specs
@@ -28,5 +29,6 @@ __all__ = [
     "parse_config",
     "schema_json",
     "table_specs",
+    "variable_values",
     "variables",
 ]

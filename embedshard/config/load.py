@@ -6,11 +6,21 @@ carries both the tree as written and the config that it means.
 
 from __future__ import annotations
 
-__all__ = ["Loaded", "build_config", "differences", "dump_tree", "load_config", "parse_config", "schema_json", "variables"]
+__all__ = [
+    "Loaded",
+    "build_config",
+    "differences",
+    "dump_tree",
+    "load_config",
+    "parse_config",
+    "schema_json",
+    "variable_values",
+    "variables",
+]
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -91,6 +101,19 @@ def parse_config(text: str, source: str, environment: Mapping[str, str], overrid
 def variables(tree: Any) -> set[str]:
     """Returns the names of the variables that a config refers to."""
     return {name for name, _ in _VARIABLE.findall(json.dumps(tree, default=str))}
+
+
+def variable_values(loaded: Loaded, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns, by dotted path, the text of each value of a config that holds a variable, expanded."""
+    return dict(_texts(loaded.tree, _expand(loaded.tree, environment, loaded.source, ()), ()))
+
+
+def _texts(node: Any, expanded: Any, path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield from _texts(value, expanded[key], (*path, str(key)))
+    if isinstance(node, str) and _VARIABLE.search(node):
+        yield ".".join(path), expanded
 
 
 def build_config(tree: Mapping[str, Any], environment: Mapping[str, str], source: str) -> Config:

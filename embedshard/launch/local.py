@@ -117,11 +117,11 @@ def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Repo
     """
     loaded = load_run_config(request, environment)
     if request.resume is None:
-        uri = RunDirectory.create(request.run_dir or _default_run_dir(loaded), loaded).folder.uri
+        uri = RunDirectory.create(request.run_dir or _default_run_dir(loaded), loaded, environment).folder.uri
         teller.said(f"Run: {uri}")
         return uri, None
     run = RunDirectory.open(request.resume)
-    run.check_same_run(loaded.config, environment)
+    run.check_same_run(loaded, environment)
     run.save_config(loaded)
     teller.said(f"Run: {run.folder.uri}")
     with reaching(run.checkpoints):

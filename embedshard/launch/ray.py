@@ -13,6 +13,7 @@ from __future__ import annotations
 
 __all__ = ["RayRequest", "train_on_ray"]
 
+import errno
 import importlib
 import os
 import signal
@@ -29,7 +30,7 @@ from rich.console import Console
 
 from embedshard.config import variables
 from embedshard.data.order import largest_world, worlds_that_fit
-from embedshard.errors import ConfigError, EmbedshardError, PeerError, PlanError, StorageError, TrainingError
+from embedshard.errors import ConfigError, EmbedshardError, PeerError, PlanError, TrainingError
 from embedshard.launch.local import load_run_config, open_run, train_in
 from embedshard.launch.ray_metrics import RayMetricsReporter
 from embedshard.launch.request import TrainRequest
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _POLL_S: Final = 0.2
 _TELL_EVERY_S: Final = 0.3
 _STARTS: Final = 3
+_LASTING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 _DEFAULTS: Final = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # else relative paths of configs mean something else
@@ -317,7 +319,7 @@ def _work(work: dict[str, Any]) -> None:
         if ray.get(board.failure.remote()) is None:
             raise
     except Exception as error:
-        if isinstance(error, OSError | StorageError):  # a file system or a network that may be back at the next start
+        if _may_pass(error):
             raise
         known = isinstance(error, EmbedshardError)
         text = error.shown if isinstance(error, EmbedshardError) else "".join(traceback.format_exception(error))
@@ -327,6 +329,15 @@ def _work(work: dict[str, Any]) -> None:
         }
         ray.get(board.fail.remote(failure))
         _leave()
+
+
+def _may_pass(error: BaseException | None) -> bool:
+    """Returns whether a new start may not meet this again: a file system or a network that may be back by then."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno not in _LASTING
+        error = error.__cause__
+    return False
 
 
 def _leave() -> None:

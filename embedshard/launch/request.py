@@ -23,7 +23,7 @@ class TrainRequest:
         overrides: `a.b=value`, as of `--set`.
         run_dir: the run's folder, a path or a URI; None: a new one below `runs/`.
         resume: the folder of the run to continue.
-        goes_on: whether the run in `run_dir` is continued if it has begun.
+        auto_resume: whether the run in `run_dir` is continued if it has begun.
         device: `cpu`, `cuda` or `auto`.
         plan: a plan.json to replay; None makes a plan.
     """
@@ -32,7 +32,7 @@ class TrainRequest:
     overrides: tuple[str, ...] = ()
     run_dir: PathOrUri | None = None
     resume: PathOrUri | None = None
-    goes_on: bool = False
+    auto_resume: bool = False
     device: str = "auto"
     plan: Path | None = None
 
@@ -46,11 +46,11 @@ class TrainRequest:
             *([str(self.config)] if self.config else []),
             *given,
             *overrides,
-            *(["--continue"] if self.goes_on else []),
+            *(["--auto-resume"] if self.auto_resume else []),
         ]
 
     def resolved(self) -> TrainRequest:
-        """Returns the request with `goes_on` decided by what is in the folder.
+        """Returns the request with `auto_resume` decided by what is in the folder.
 
         Raises:
             ConfigError: if what was asked for contradicts itself.
@@ -64,9 +64,9 @@ class TrainRequest:
                 f"--run-dir {self.run_dir} and --resume {self.resume} name two folders. A run continues in its own."
             )
         continued = self.resume
-        if self.goes_on and resume is None:
+        if self.auto_resume and resume is None:
             if run_dir is None:
-                raise ConfigError("--continue needs --run-dir: the folder of the run that is begun or continued.")
+                raise ConfigError("--auto-resume needs --run-dir: the folder of the run that is begun or continued.")
             if run_dir.has_begun:
                 continued = self.run_dir
         if continued is None and self.config is None:

@@ -40,7 +40,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal
 
-from embedshard.errors import CheckpointError
+from embedshard.errors import CheckpointError, PeerError
 from embedshard.storage import Location
 from embedshard.train.checkpoint_files import Piece, num_bytes, write_pieces
 from embedshard.train.checkpoint_format import DamageError, Manifest, PartFile, check, parse_manifest, seal
@@ -115,7 +115,7 @@ class Checkpointer:
         self._leave_by = time.monotonic() + _LEAVING_S  # the other ranks may never come
         try:
             self.close()
-        except CheckpointError as second:
+        except (CheckpointError, PeerError) as second:
             error.add_note(f"Besides, a save in the background failed: {second}")
 
     def save(
@@ -140,6 +140,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: if the former save or this one failed. Committed checkpoints are as they were.
+            PeerError: if it failed since another rank did.
         """
         self.wait()
         if not callable(pieces):
@@ -165,6 +166,7 @@ class Checkpointer:
 
         Raises:
             CheckpointError: if it failed.
+            PeerError: if it failed since another rank did.
         """
         if self._thread is not None:
             self._thread.join()
@@ -296,20 +298,20 @@ class Checkpointer:
             is_late = waited_s > self._timeout_s or time.monotonic() > self._leave_by
             if is_late or self._is_aborted():
                 shown = ", ".join(str(rank) for rank in ranks[:8]) + (", ..." if len(ranks) > 8 else "")
-                raise CheckpointError(
+                raise PeerError(
                     f"{folder.uri} is not committed: after {waited_s:.1f} s, rank {shown} of {self._world_size} has not "
                     f"done its share. See what it says, then resume. Earlier checkpoints are as they were."
                 )
             time.sleep(pause_s)
             pause_s = min(1.0, 1.5 * pause_s)
 
-    def _not_committed(self, folder: Location, failed: list[int]) -> CheckpointError:
+    def _not_committed(self, folder: Location, failed: list[int]) -> PeerError:
         """Returns an error with the word that one of the failed ranks left."""
         try:
             word = folder.join(self._failed_name(failed[0])).read_bytes().decode()
         except OSError:
             word = "it left no word why. Earlier checkpoints are as they were."
-        return CheckpointError(f"{folder.uri} is not committed: rank {failed[0]} failed: {word}")
+        return PeerError(f"{folder.uri} is not committed: rank {failed[0]} failed: {word}")
 
     def _has_committed(self, folder: Location) -> bool:
         """Returns whether this attempt has committed this step.

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 __all__ = ["Attempt", "Origin", "RunDirectory"]
 
+import hashlib
 import json
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from embedshard.config import Config, Loaded, differences, dump_tree, parse_config
+from embedshard.config import Loaded, differences, dump_tree, parse_config, variable_values
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.storage import Location, PathOrUri, locate, reaching
 from embedshard.train.tracking import json_text
@@ -25,6 +27,9 @@ _FREE_TO_CHANGE = (
     "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "train.epochs", "train.max_steps"
 )  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
+
+_CHECKED_BY_CONTENT = ("data.train", "data.validation", "data.test", "data.partitions", "tables.*.vocabulary.path")
+"""Where files lie may differ too: inventory and vocabularies tell whether they are the same."""
 
 
 class Origin(BaseModel):
@@ -72,8 +77,15 @@ class RunDirectory:
         self.folder = locate(place)
 
     @classmethod
-    def create(cls, place: PathOrUri | Location, loaded: Loaded) -> RunDirectory:
+    def create(
+        cls, place: PathOrUri | Location, loaded: Loaded, environment: Mapping[str, str] | None = None
+    ) -> RunDirectory:
         """Makes the folder of a new run. One in which nothing has begun yet, since its data were missing say, is taken over.
+
+        Args:
+            place: of the folder.
+            loaded: its config.
+            environment: what the config's `${VAR}` mean for as long as the run lasts.
 
         Raises:
             ConfigError: if there is a run already.
@@ -88,6 +100,7 @@ class RunDirectory:
                 )
             run.folder.make_dirs()
         run.save_config(loaded)
+        run.write_json("variables.json", _digests(loaded, environment or {}))
         return run
 
     @classmethod
@@ -113,23 +126,31 @@ class RunDirectory:
             text = self.config_file.read_text()
         return parse_config(text, self.config_file.uri, environment, overrides)
 
-    def check_same_run(self, ours: Config, environment: Mapping[str, str]) -> None:
-        """Checks that a config continues this run rather than beginning another.
+    def check_same_run(self, loaded: Loaded, environment: Mapping[str, str]) -> None:
+        """Checks that a config, and what its `${VAR}` mean now, continue this run rather than beginning another.
 
         Raises:
             ConfigError: naming each difference that would make it another run.
         """
-        saved = self.load_config(environment).config
+        saved = self.load_config(environment)
+        ours, theirs_now = (each.config.model_dump(mode="json") for each in (loaded, saved))
         changed = [
             f"  {path}: {theirs!r} in the run, {mine!r} now"
-            for path, mine, theirs in differences(ours.model_dump(mode="json"), saved.model_dump(mode="json"))
-            if not any(path == free or path.startswith(f"{free}.") for free in _FREE_TO_CHANGE)
+            for path, mine, theirs in differences(ours, theirs_now)
+            if not _is_below(path, _FREE_TO_CHANGE)
+        ]
+        now, values = _digests(saved, environment), variable_values(saved, environment)
+        changed += [
+            f"  {path}: {_text_at(saved.tree, path)} is {values[path]!r} now, and was something else when the run began"
+            for path, digest in (self.read_json("variables.json") or {}).items()
+            if path in now and now[path] != digest
         ]
         if changed:
             raise ConfigError(
                 f"{self.folder.uri} was started with another config, so it cannot be resumed with this one:\n"
                 + "\n".join(changed)
-                + "\nUse the run's own config.yaml (leave CONFIG out), or start a new run."
+                + "\nUse the run's own config.yaml (leave CONFIG out) and the variables that it began with, or start "
+                "a new run."
             )
 
     def save_config(self, loaded: Loaded) -> None:
@@ -229,10 +250,21 @@ class RunDirectory:
         return self.folder.join("quarantine")
 
     def read_json(self, name: str) -> Any:
-        """Returns a JSON file of the folder; None if it is not there."""
+        """Returns a JSON file of the folder; None if it is not there.
+
+        Raises:
+            CheckpointError: if it is damaged.
+        """
         location = self.folder.join(name)
         with reaching(location):
-            return json.loads(location.read_text()) if location.exists() else None
+            text = location.read_text() if location.exists() else "null"
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{location.uri} is not the JSON file that the run wrote: {error}. Restore it from a backup, or start a new "
+                f"run."
+            ) from error
 
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file into the folder."""
@@ -243,3 +275,26 @@ class RunDirectory:
 
 def _line_of(attempt: Attempt) -> str:
     return json.dumps(attempt.model_dump())
+
+
+def _digests(loaded: Loaded, environment: Mapping[str, str]) -> dict[str, str]:
+    """Returns what tells whether a value that holds a variable is still the same, and does not tell the value."""
+    return {
+        path: hashlib.sha256(f"{path}={text}".encode()).hexdigest()
+        for path, text in variable_values(loaded, environment).items()
+        if not _is_below(path, _FREE_TO_CHANGE + _CHECKED_BY_CONTENT)
+    }
+
+
+def _is_below(path: str, places: Sequence[str]) -> bool:
+    parts = path.split(".")
+    return any(
+        len(place) <= len(parts) and all(fnmatch(part, wanted) for part, wanted in zip(parts, place, strict=False))
+        for place in (place.split(".") for place in places)
+    )
+
+
+def _text_at(tree: Any, path: str) -> str:
+    for part in path.split("."):
+        tree = tree[int(part) if isinstance(tree, list) else part]
+    return str(tree)

@@ -151,7 +151,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
     assert "was ended by SIGKILL" in err
     assert "Traceback" not in err
     wait_until_gone(workers, 1)
-    resumed = run(command("train", "--run-dir", path, "--continue", "--workers", 2))
+    resumed = run(command("train", "--run-dir", path, "--auto-resume", "--workers", 2))
     assert resumed.returncode == 0, resumed.stderr
     assert "Resumes after step" in resumed.stdout
     assert_same_tensors(saved_tensors(path), undisturbed)

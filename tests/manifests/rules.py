@@ -211,10 +211,10 @@ def ray_job(documents: list[Document]) -> Iterator[str]:
         words = spec["entrypoint"].split()
         if (
             words[:2] != ["embedshard", "train"]
-            or "--continue" not in words
+            or "--auto-resume" not in words
             or re.search(r"[|&;<>`$\n]", spec["entrypoint"])
         ):
-            yield f"RayJob: not an `embedshard train ... --continue` without a shell: {spec['entrypoint']}"
+            yield f"RayJob: not an `embedshard train ... --auto-resume` without a shell: {spec['entrypoint']}"
             continue
         low, _, high = words[words.index("--workers") + 1].partition(":")
         groups = spec["rayClusterSpec"].get("workerGroupSpecs", [])

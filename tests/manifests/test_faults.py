@@ -151,17 +151,17 @@ RULE_FAULTS = {
     ),
     "a shell": (
         ("RayJob", "spec", "entrypoint"),
-        "embedshard train /config/config.yaml --launcher ray --workers 2 --run-dir /runs/train --continue || true",
+        "embedshard train /config/config.yaml --launcher ray --workers 2 --run-dir /runs/train --auto-resume || true",
         "without a shell",
     ),
     "more workers than there are": (
         ("RayJob", "spec", "entrypoint"),
-        "embedshard train /config/config.yaml --launcher ray --workers 8 --run-dir /runs/train --continue",
+        "embedshard train /config/config.yaml --launcher ray --workers 8 --run-dir /runs/train --auto-resume",
         "--workers 8:8, but the cluster holds 2 to 2",
     ),
     "a run in a folder that dies with its pod": (
         ("RayJob", "spec", "entrypoint"),
-        "embedshard train /config/config.yaml --launcher ray --workers 2 --run-dir /tmp2/train --continue",
+        "embedshard train /config/config.yaml --launcher ray --workers 2 --run-dir /tmp2/train --auto-resume",
         "/tmp2/train is on no volume",
     ),
     "suspended for ever": (("RayJob", "spec", "suspend"), True, "RayJob: suspended"),

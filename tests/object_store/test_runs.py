@@ -147,7 +147,7 @@ def test_kill_9_leaves_a_run_in_a_bucket_that_resumes_to_the_same_weights(
 
 def test_two_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
     uri = f"{bucket}/runs/a"
-    arguments = ("train", config_file, "--run-dir", uri, "--continue", "--workers", 2)
+    arguments = ("train", config_file, "--run-dir", uri, "--auto-resume", "--workers", 2)
     process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         wait_for_checkpoint(uri, 8, process)

@@ -175,7 +175,7 @@ def test_too_many_bad_rows_stop_the_run_as_soon_as_it_is_certain_and_more_may_be
     so_far = recorded(path)
     assert so_far == [row for row in recorded(tmp_path / "whole") if row["step"] <= steps[4]]
     more = config_over(dirty, max_bad_fraction=0.06)
-    RunDirectory(path).check_same_run(more.config, {})
+    RunDirectory(path).check_same_run(more, {})
     run(more, path, resume=True)
     assert recorded(path) == recorded(tmp_path / "whole")
     assert result_of(path)["bad_rows"] == result_of(tmp_path / "whole")["bad_rows"]

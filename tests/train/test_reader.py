@@ -58,7 +58,7 @@ def test_each_row_travels_with_its_own_values(make_config, interactions):
     assert deviation == pytest.approx(ages.std())
     met = []
     for batch in batches:
-        jagged = {key: part[key].to_dense() for part in (batch.sparse, batch.weighted) for key in part.keys()}
+        jagged = {key: part[key].to_dense() for part in (batch.sparse, batch.weighted) for key in list(part.keys())}
         weighted = batch.weighted["weighted"]
         weights = weighted.to_dense_weights()
         for place, number in enumerate(batch.rows.tolist()):
@@ -151,7 +151,7 @@ def test_draws_are_the_catalogue_by_its_distribution(make_config):
         valid = own >= 0
         np.testing.assert_allclose(np.exp(batch.draws.own_log_q.numpy()[valid]), expected[own[valid]], rtol=1e-4)
     items = batches[0].weighted  # the table is also looked up for the mean of a history
-    slots = [key for key in items.keys() if key.startswith("item_id:negative")]
+    slots = [lookup for lookup in map(str, items.keys()) if lookup.startswith("item_id:negative")]
     assert len(slots) == 4096 // 32
     looked_up = np.concatenate([items[key].values().numpy() for key in slots])
     np.testing.assert_array_equal(looked_up, batches[0].draws.ids.numpy())

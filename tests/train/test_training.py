@@ -9,10 +9,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from rich.console import Console
 
-from embedshard.config import table_specs
+from embedshard.config import parse_config, table_specs
 from embedshard.config.parts import ScheduleConfig
-from embedshard.errors import ConfigError, DataError, PlanError, TrainingError
+from embedshard.errors import CheckpointError, ConfigError, DataError, PlanError, TrainingError
+from embedshard.launch.local import train_here
+from embedshard.launch.request import TrainRequest
 from embedshard.sharding.explicit import Placement
 from embedshard.sharding.optimizers import Optimizers, learning_rate_factor
 from embedshard.sharding.ownership import check_ownership
@@ -367,11 +371,44 @@ def test_changed_data_are_refused_on_resume(make_config, interactions, tmp_path)
 
 def test_another_config_is_no_resumption(make_config, tmp_path):
     run = RunDirectory.create(tmp_path / "run", make_config())
-    run.check_same_run(make_config({"train": {"epochs": 9}, "tracking": {"tensorboard": True}}).config, {})
+    run.check_same_run(make_config({"train": {"epochs": 9}, "tracking": {"tensorboard": True}}), {})
     with pytest.raises(ConfigError) as caught:
-        run.check_same_run(make_config({"seed": 12, "tables": {"item": {"rows": 31}}}).config, {})
+        run.check_same_run(make_config({"seed": 12, "tables": {"item": {"rows": 31}}}), {})
     assert "seed: 11 in the run, 12 now" in str(caught.value)
     assert "tables.item.rows: 30 in the run, 31 now" in str(caught.value)
+
+
+def test_a_variable_that_means_something_else_now_is_no_resumption(make_config, interactions, tmp_path):
+    changes = {
+        "seed": "${SEED:-3}",
+        "data": {"train": "${ROOT}/train/*.parquet"},
+        "train": {"epochs": "${EPOCHS:-2}"},
+        "checkpoint": {"keep": 2},
+    }
+    tree = make_config().tree
+    for name, value in changes.items():
+        tree[name] = {**tree.get(name, {}), **value} if isinstance(value, dict) else value
+    text = yaml.safe_dump(tree)
+    begun = {"ROOT": str(interactions)}
+    run = RunDirectory.create(tmp_path / "run", parse_config(text, "test", begun), begun)
+    assert "interactions" not in (tmp_path / "run" / "variables.json").read_text()
+    for same in (begun, {"ROOT": "/moved"}, {**begun, "EPOCHS": "9"}, {**begun, "SEED": "3"}):
+        run.check_same_run(run.load_config(same), same)
+    other = {**begun, "SEED": "4"}
+    with pytest.raises(ConfigError, match=r"seed: \$\{SEED:-3\} is '4' now, and was something else when the run began"):
+        run.check_same_run(run.load_config(other), other)
+
+
+@pytest.mark.parametrize("name", ["inventory.json", "plan.json", "variables.json"])
+def test_a_damaged_file_of_the_run_is_named(make_config, tmp_path, name):
+    loaded = make_config()
+    run = RunDirectory.create(tmp_path / "run", loaded)
+    with open_world("cpu") as world:
+        train(loaded.config, world, run, Reporter())
+    path = tmp_path / "run" / name
+    path.write_text(path.read_text()[:-3])
+    with pytest.raises(CheckpointError, match=f"{name} is not the JSON file that the run wrote"):
+        train_here(TrainRequest(resume=tmp_path / "run"), {}, Console(quiet=True))
 
 
 def test_a_run_leaves_behind_what_it_says(make_config, tmp_path):
