@@ -2,6 +2,7 @@
 
 import copy
 import os
+import textwrap
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -144,3 +145,71 @@ def real_data(name: str) -> Path:
 @pytest.fixture
 def data_set():
     return real_data
+
+
+WHEN_IMPORTED = """
+import importlib.abc, importlib.util, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name != {module!r}:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        execute = spec.loader.exec_module
+        def then(module):
+            execute(module)
+            change(module)
+        spec.loader.exec_module = then
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.fixture
+def own_code(tmp_path):
+    """A function from a module's source to environment variables under which every process imports it at its start.
+
+    Given a module's name, the source's `change(module)` is called when that module has been imported.
+    """
+
+    def own_code(source, when_imported=None):
+        folder = tmp_path / "own_code"
+        folder.mkdir()
+        before = "" if when_imported is None else WHEN_IMPORTED.format(module=when_imported)
+        (folder / "sitecustomize.py").write_text(before + textwrap.dedent(source))
+        return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+    return own_code
+
+
+FAULTY_PLACES = {
+    "reader": ("embedshard.data.reader", "BatchReader", "_batch", 10),
+    "model": ("embedshard.models.two_tower", "TwoTower", "forward", 10),
+    "evaluation": ("embedshard.evaluate.evaluator", "Evaluator", "evaluate", 1),
+}
+
+
+@pytest.fixture(params=FAULTY_PLACES)
+def fault_on_one_rank(request, own_code):
+    """Environment variables under which rank 1 alone, of two, meets a fault: in its reader, its model, or evaluating."""
+    module, kind, method, number = FAULTY_PLACES[request.param]
+    return own_code(
+        f"""
+        def change(module):
+            kind, calls = module.{kind}, []
+            original = kind.{method}
+
+            def faulty(self, *given, **named):
+                import torch.distributed as dist
+
+                calls.append(1)
+                if len(calls) == {number} and dist.is_initialized() and dist.get_rank() == 1:
+                    raise KeyError("this worker alone met a fault")
+                return original(self, *given, **named)
+
+            kind.{method} = faulty
+        """,
+        when_imported=module,
+    )

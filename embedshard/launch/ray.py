@@ -30,7 +30,15 @@ from rich.console import Console
 
 from embedshard.config import variables
 from embedshard.data.order import largest_world, worlds_that_fit
-from embedshard.errors import ConfigError, EmbedshardError, PeerError, PlanError, TrainingError
+from embedshard.errors import (
+    CheckpointError,
+    ConfigError,
+    EmbedshardError,
+    PeerError,
+    PlanError,
+    StorageError,
+    TrainingError,
+)
 from embedshard.launch.local import load_run_config, open_run, train_in
 from embedshard.launch.ray_metrics import RayMetricsReporter
 from embedshard.launch.request import TrainRequest
@@ -332,8 +340,11 @@ def _work(work: dict[str, Any]) -> None:
 
 
 def _may_pass(error: BaseException | None) -> bool:
-    """Returns whether a new start may not meet this again: a file system or a network that may be back by then."""
-    while error is not None:
+    """Returns whether a new start may not meet this again: a file system or a network that may be back by then.
+
+    Data that cannot be read are told at once: pyarrow raises OSError for what is wrong with a file's content, too.
+    """
+    while isinstance(error, OSError | StorageError | CheckpointError):
         if isinstance(error, OSError):
             return error.errno not in _LASTING
         error = error.__cause__

@@ -103,8 +103,11 @@ def _attempts(
     overtaken_after: int | None = None
     for number in sorted({*known, *logged, *spans}, reverse=True):
         steps = logged[number] + ([spans[number][1]] if number in spans else [])
-        begin = spans[number][0] if number in spans else 0 if number == 1 else None
         start = known.get(number, {})
+        begin = spans[number][0] if number in spans else 0 if number == 1 else None
+        if "resumed_from" in start:
+            origin = start["resumed_from"]
+            begin = integer(origin.get("step")) if isinstance(origin, Mapping) else 0
         found.append(
             Attempt(
                 number=number,

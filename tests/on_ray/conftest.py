@@ -113,69 +113,20 @@ def config_file(make_config, tmp_path):
 
 
 @pytest.fixture
-def own_code(tmp_path):
-    """A function from a module's source to environment variables under which every process imports it at its start."""
-
-    def own_code(source):
-        folder = tmp_path / "own_code"
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(source)
-        return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-
-    return own_code
-
-
-WHEN_THE_MODEL_IS_IMPORTED = """
-import importlib.abc, importlib.machinery, sys
-
-class Finder(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name != "embedshard.models.two_tower":
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
-        execute = spec.loader.exec_module
-        def then(module):
-            execute(module)
-            change(module.TwoTower)
-        spec.loader.exec_module = then
-        return spec
-
-sys.meta_path.insert(0, Finder())
-"""
-
-
-@pytest.fixture
 def slow_model(own_code):
     """Environment variables under which each step takes a tenth of a second more, so that slow events fall into a run."""
     return own_code(
-        WHEN_THE_MODEL_IS_IMPORTED
-        + """
-def change(model):
-    import time
-    forward = model.forward
-    def slowly(self, *given):
-        time.sleep(0.1)
-        return forward(self, *given)
-    model.forward = slowly
-"""
-    )
+        """
+        def change(module):
+            import time
 
+            forward = module.TwoTower.forward
 
-@pytest.fixture
-def faulty_model(own_code):
-    """Environment variables under which the model fails on one rank at its tenth step."""
-    return own_code(
-        WHEN_THE_MODEL_IS_IMPORTED
-        + """
-def change(model):
-    forward, calls = model.forward, []
-    def at_the_tenth(self, *given):
-        import torch.distributed as dist
-        calls.append(1)
-        if len(calls) == 10 and dist.get_rank() == 1:
-            raise KeyError("this worker alone met a fault")
-        return forward(self, *given)
-    model.forward = at_the_tenth
-"""
+            def slowly(self, *given):
+                time.sleep(0.1)
+                return forward(self, *given)
+
+            module.TwoTower.forward = slowly
+        """,
+        when_imported="embedshard.models.two_tower",
     )

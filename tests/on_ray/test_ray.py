@@ -39,15 +39,6 @@ def test_a_killed_worker_is_replaced_and_the_run_is_as_one_without_ray(
         assert theirs[key] == ours[key], key
 
 
-def test_an_exception_ends_the_run_with_that_error_and_is_not_tried_again(config_file, tmp_path, train, faulty_model):
-    training = train("run", config_file, "--run-dir", tmp_path / "run", "--workers", 2, "--ray", **faulty_model)
-    output = training.wait()
-    assert training.process.returncode == 1, output
-    assert "Error: TrainingError: worker 1: Traceback" in output
-    assert "this worker alone met a fault" in output
-    assert len(training.attempts()) == 1
-
-
 def test_sigterm_of_the_driver_saves_and_the_run_goes_on_without_ray(
     config_file, undisturbed, tmp_path, train, saved_tensors, assert_same_tensors, slow_model
 ):

@@ -311,6 +311,15 @@ def test_rows_of_a_vocabulary_file_are_those_that_the_run_counted(finished):
     assert page.row("together, as far as known")
 
 
+def test_where_an_attempt_went_on_is_read_from_the_attempts_themselves(crashed_and_resumed):
+    shutil.rmtree(crashed_and_resumed / "ledger")
+    lines = (crashed_and_resumed / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if '"attempt": 2' not in line or '"step": 8,' not in line]
+    assert len(kept) < len(lines)
+    (crashed_and_resumed / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    assert [attempt.resumed_after for attempt in read(crashed_and_resumed).attempts] == [0, 7]
+
+
 # ----------------------------------------------------------------------------------------------- stopped, killed, resumed
 def test_steps_that_were_rolled_back_are_not_drawn_but_told(crashed_and_resumed):
     run = read(crashed_and_resumed)
