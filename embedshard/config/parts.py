@@ -42,6 +42,7 @@ __all__ = [
     "PopularityBaseline",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
+    "SequenceFeature",
     "ShardingConfig",
     "ShardingType",
     "Strict",
@@ -169,6 +170,30 @@ class BagFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
+
+
+class SequenceFeature(Strict):
+    """A list of ids a row, each looked up by itself: the model gets a vector a place, in order."""
+
+    kind: Literal["sequence"]
+    """Which kind it is."""
+    table: Name
+    """The table that they are looked up in."""
+    column: str | None = None
+    """The Parquet column; the feature's name where absent."""
+    max_length: int | None = Field(None, ge=1)
+    """Ids kept of a list; all where absent."""
+    keep: Literal["first", "last"] = "last"
+    """Which end of a longer list is kept."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
     unknown: Literal["error", "oov", "quarantine"] = "error"
     """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
     unknown ids (`oov`), or set its row aside (`quarantine`)."""
@@ -214,7 +239,9 @@ class DenseFeature(Strict):
     """What a null or NaN does: what `data.on_bad_row` says (`error`), or count as 0 after normalisation."""
 
 
-Feature = Annotated[IdFeature | BagFeature | WeightedBagFeature | DenseFeature, Field(discriminator="kind")]
+Feature = Annotated[
+    IdFeature | BagFeature | WeightedBagFeature | SequenceFeature | DenseFeature, Field(discriminator="kind")
+]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

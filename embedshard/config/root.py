@@ -29,6 +29,7 @@ from embedshard.config.parts import (
     OptimizerConfig,
     PointwiseConfig,
     PopularityBaseline,
+    SequenceFeature,
     ShardingConfig,
     Strict,
     TableConfig,
@@ -119,12 +120,17 @@ class Config(Strict):
     def _check_sharding(self) -> None:
         for name, table in self.tables.items():
             optimizer = table.optimizer.kind or self.optimizer.tables.kind
-            check_table_sharding(name, table, optimizer, self.sharding.planner)
+            check_table_sharding(name, table, optimizer, self.sharding.planner, self.is_sequence_table(name))
 
     def _check_tower(self, side: str, tower: TowerConfig, biases: Sequence[str]) -> None:
         for name in tower.features:
             if name not in self.features:
                 raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}")
+            if isinstance(self.features[name], SequenceFeature):
+                raise ValueError(
+                    f"model.{side}.features: '{name}' is a sequence, a vector a place; a tower joins one vector a feature. "
+                    f"Make it a 'bag', which is pooled"
+                )
         dims = {name: self._width(name) for name in tower.features}
         if self.combines_by_sum(tower):
             dense = [name for name in tower.features if isinstance(self.features[name], DenseFeature)]
@@ -298,6 +304,10 @@ class Config(Strict):
             if self._knows_user_and_item():
                 found.append(BiasBaseline(kind="bias"))
         return found
+
+    def is_sequence_table(self, table: str) -> bool:
+        """Whether a feature asks a table for a vector a place."""
+        return any(isinstance(feature, SequenceFeature) and feature.table == table for feature in self.features.values())
 
     def bags(self, table: str) -> list[BagFeature | WeightedBagFeature]:
         """The bag features over a table."""

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedshard.config import Config
-from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, WeightedBagFeature
+from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, SequenceFeature, WeightedBagFeature
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.findings import Action, Finding, Problem, Reason, shown
 from embedshard.data.parse import (
@@ -39,7 +39,7 @@ from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
-ListFeature = BagFeature | WeightedBagFeature
+ListFeature = BagFeature | WeightedBagFeature | SequenceFeature
 
 _POINTWISE = ("rmse", "mae", "log_loss", "auc")
 
@@ -58,19 +58,24 @@ class ColumnSpec:
 
     name: str
     column: str
-    feature: IdFeature | BagFeature | WeightedBagFeature | DenseFeature | None = None
+    feature: IdFeature | ListFeature | DenseFeature | None = None
     table: str | None = None
     second: str | None = None
 
     @property
     def is_list(self) -> bool:
         """Whether a row holds a list."""
-        return isinstance(self.feature, BagFeature | WeightedBagFeature) or self.name == "candidates"
+        return isinstance(self.feature, ListFeature) or self.name == "candidates"
 
     @property
     def max_length(self) -> int | None:
         """How much of a list is kept."""
-        return self.feature.max_length if isinstance(self.feature, BagFeature | WeightedBagFeature) else None
+        return self.feature.max_length if isinstance(self.feature, ListFeature) else None
+
+    @property
+    def masks_zero(self) -> bool:
+        """Whether the id 0 is padding."""
+        return isinstance(self.feature, BagFeature | SequenceFeature) and self.feature.mask_zero
 
     @property
     def problems(self) -> list[Problem]:
@@ -250,7 +255,7 @@ class Decoder:
         try:
             if not spec.is_list:
                 return parse_ids(spec.name, spec.column, array, vocabulary)
-            parsed = parse_lists(spec.name, spec.column, array, vocabulary)
+            parsed = parse_lists(spec.name, spec.column, array, vocabulary, spec.masks_zero)
         except DataError as error:
             raise DataError(f"{where.uri}, column '{spec.column}': {error}") from error
         except pa.ArrowInvalid as error:
@@ -318,7 +323,7 @@ class Decoder:
         offsets = offsets_of(lengths)
         if spec.max_length is not None and len(lengths) and int(lengths.max()) > spec.max_length:
             kept = np.minimum(lengths, spec.max_length)
-            assert isinstance(spec.feature, BagFeature | WeightedBagFeature)
+            assert isinstance(spec.feature, ListFeature)
             starts = offsets[:-1] if spec.feature.keep == "first" else offsets[1:] - kept
             offsets = offsets_of(kept)
             places = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1])

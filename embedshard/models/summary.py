@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import InBatchSoftmaxConfig
 from embedshard.config.placement import changed_optimizer
+from embedshard.models.embeddings import table_modules
 from embedshard.models.registry import build_model
 
 _DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
@@ -74,12 +74,7 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
         ConfigError: if a custom model cannot be built.
     """
     model = build_model(config, specs)
-    inside_tables = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, EmbeddingBagCollection)
-        for parameter in module.parameters()
-    }
+    inside_tables = {id(parameter) for _, module in table_modules(model) for parameter in module.parameters()}
     return Summary(
         tables=tuple(_table_row(spec) for spec in specs),
         layers=tuple(

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -25,6 +24,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from embedshard.errors import ConfigError
+from embedshard.models.embeddings import table_modules, table_weights
 from embedshard.sharding.ownership import TABLE_CLASSES, check_ownership
 from embedshard.sharding.shards import Shard, replicated_tables
 from embedshard.world import World
@@ -73,13 +73,11 @@ def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec], device
                 f"Choose one of {', '.join(_ON_CPU)}, or train on CUDA."
             )
     by_name = {spec.name: spec for spec in specs}
-    for module in model.modules():
-        if not isinstance(module, EmbeddingBagCollection):
-            continue
-        for name, bag in module.embedding_bags.items():
+    for _, module in table_modules(model):
+        for name, weight in table_weights(module).items():
             optimizer = by_name[name].optimizer
             # A dict of its own: sharding writes into it.
-            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [bag.weight], _arguments(optimizer))
+            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [weight], _arguments(optimizer))
 
 
 class Optimizers:

@@ -22,7 +22,7 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from embedshard.config import TableSpec
 from embedshard.config.placement import changed_optimizer
 from embedshard.errors import PlanError
-from embedshard.sharding.shards import num_column_blocks
+from embedshard.sharding.shards import TABLE_HOLDERS, num_column_blocks
 from embedshard.world import World
 
 TABLE_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
@@ -67,7 +67,8 @@ def check_ownership(
             fused[table].add(optimizer)
     blocks = num_column_blocks(model)
     for spec in specs:
-        by_dense = any(f".embedding_bags.{spec.name}." in f".{name}." for name in dense_parameters)
+        of_table = tuple(f".{holder}.{spec.name}.weight" for holder in TABLE_HOLDERS)
+        by_dense = any(f".{name}".endswith(of_table) for name in dense_parameters)
         _check_owner(spec, bool(fused[spec.name]), spec.name in replicated, by_dense)
         for name, eps in fused[spec.name]:
             _check_optimizer(spec, f"FBGEMM's '{name}'", name == _FUSED_TYPES[spec.optimizer.kind].value, eps)
