@@ -15,7 +15,9 @@ __all__ = [
     "BPRConfig",
     "BagFeature",
     "CheckpointConfig",
+    "ConvEncoder",
     "CosineContrastiveConfig",
+    "CrossEntropyConfig",
     "CustomModelConfig",
     "DataConfig",
     "DenseFeature",
@@ -26,6 +28,7 @@ __all__ = [
     "EvaluateConfig",
     "Feature",
     "FileVocabulary",
+    "FlattenEncoder",
     "HashVocabulary",
     "IdFeature",
     "IdentityVocabulary",
@@ -39,7 +42,9 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
+    "PooledEncoder",
     "PopularityBaseline",
+    "RecurrentEncoder",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "SequenceFeature",
@@ -50,6 +55,7 @@ __all__ = [
     "TableOptimizerConfig",
     "TableOptimizerOverride",
     "TableShardingConfig",
+    "TextClassifierConfig",
     "TowerConfig",
     "TrackingConfig",
     "TrainConfig",
@@ -429,6 +435,66 @@ class TwoTowerConfig(Strict):
     """The item tower's feature that names the item; its first `id` feature where absent."""
 
 
+class FlattenEncoder(Strict):
+    """A text's vectors side by side; its feature has a `max_length`, to which shorter ones are filled with zeros."""
+
+    kind: Literal["flatten"]
+    """Which kind it is."""
+    padding: Literal["pre", "post"] = "pre"
+    """Where the zeros are."""
+
+
+class PooledEncoder(Strict):
+    """A text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
+
+    kind: Literal["mean", "max", "attention"]
+    """Which kind it is."""
+
+
+class ConvEncoder(Strict):
+    """Convolutions of several widths, ReLU, and the greatest over all places (Kim 2014)."""
+
+    kind: Literal["conv"]
+    """Which kind it is."""
+    widths: list[Annotated[int, Field(ge=1)]] = Field([3, 4, 5], min_length=1)
+    """Places that a window covers."""
+    channels: int = Field(100, ge=1)
+    """Of each width."""
+
+
+class RecurrentEncoder(Strict):
+    """A recurrent network over the text, and the state that it ends with."""
+
+    kind: Literal["gru", "lstm"]
+    """Which kind it is."""
+    hidden: int = Field(64, ge=1)
+    """Numbers of its state."""
+    layers: int = Field(1, ge=1)
+    """One upon the other."""
+    bidirectional: bool = False
+    """Whether a second one reads from the end; their states are concatenated."""
+
+
+class TextClassifierConfig(Strict):
+    """A text's vectors through an encoder, beside other features, then dense layers to the class."""
+
+    kind: Literal["text_classifier"]
+    """Which kind it is."""
+    text: Name | None = None
+    """The feature that is encoded place by place. None where pooled features are all."""
+    features: list[Name] = Field(default_factory=list)
+    """Pooled and dense features that are joined to the encoded text, in order."""
+    encoder: Annotated[
+        Annotated[FlattenEncoder | PooledEncoder | ConvEncoder | RecurrentEncoder, Field(discriminator="kind")],
+        BeforeValidator(_as_kind),
+    ] = PooledEncoder(kind="mean")
+    """What makes one vector of a text."""
+    mlp: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Sizes of dense layers with ReLU, before the last one, which gives the classes' logits."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the joined numbers that is set to 0 in training; drawn by seed, step and row, alike in every world."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -446,7 +512,7 @@ class CustomModelConfig(Strict):
     """Handed to the factory as it is."""
 
 
-ModelConfig = Annotated[TwoTowerConfig | CustomModelConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[TwoTowerConfig | TextClassifierConfig | CustomModelConfig, Field(discriminator="kind")]
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -455,6 +521,17 @@ class PointwiseConfig(Strict):
 
     kind: Literal["mse", "bce"]
     """Which kind it is."""
+
+
+class CrossEntropyConfig(Strict):
+    """Cross entropy of the row's label, a whole number, among several classes."""
+
+    kind: Literal["cross_entropy"]
+    """Which kind it is."""
+    classes: int = Field(ge=2)
+    """Labels are from 0 to one less."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
 
 
 class InBatchSoftmaxConfig(Strict):
@@ -531,6 +608,7 @@ class CosineContrastiveConfig(DrawsNegatives):
 
 ObjectiveConfig = Annotated[
     PointwiseConfig
+    | CrossEntropyConfig
     | InBatchSoftmaxConfig
     | SampledSoftmaxConfig
     | BPRConfig
@@ -668,7 +746,7 @@ class EvaluateConfig(Strict):
     """What is measured, on what and how often."""
 
     metrics: list[str] = Field(default_factory=list)
-    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc."""
+    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc, accuracy, f1."""
     candidates: str = "catalogue"
     """`catalogue`: rank every item. Else the column of each row's negatives, against which its item is ranked."""
     filter_seen: bool = True

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.config import Config
+from embedshard.config import POINTWISE_METRICS, Config
 from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, SequenceFeature, WeightedBagFeature
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.findings import Action, Finding, Problem, Reason, shown
@@ -40,8 +40,6 @@ from embedshard.errors import DataError
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
 ListFeature = BagFeature | WeightedBagFeature | SequenceFeature
-
-_POINTWISE = ("rmse", "mae", "log_loss", "auc")
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,7 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
         table = None if isinstance(feature, DenseFeature) else feature.table
         second = feature.weights if isinstance(feature, WeightedBagFeature) else None
         specs.append(ColumnSpec(name, feature.column or name, feature, table, second))
-    needs_label = any(name in _POINTWISE for name in config.evaluate.metrics)
+    needs_label = any(name in POINTWISE_METRICS for name in config.evaluate.metrics)
     if role == "train" or (role == "evaluation" and needs_label):
         specs += [ColumnSpec(f"label:{name}", column) for name, column in config.data.label_columns.items()]
     if role == "train" and config.data.weight is not None:
