@@ -32,11 +32,15 @@ from embedshard.config.parts import (
     ShardingConfig,
     Strict,
     TableConfig,
+    TextFeature,
+    TokenizerVocabulary,
     TowerConfig,
     TrackingConfig,
     TrainConfig,
     TwoTowerConfig,
     WeightedBagFeature,
+    WordNgramsVocabulary,
+    WordsVocabulary,
 )
 from embedshard.config.placement import check_table_sharding
 from embedshard.errors import nearest
@@ -79,6 +83,7 @@ class Config(Strict):
     def _parts_agree(self) -> Config:
         self._check_batch()
         self._check_tables()
+        self._check_text()
         self._check_sharding()
         if isinstance(self.model, TwoTowerConfig):
             self._check_tower("user", self.model.user, self.model.biases)
@@ -115,6 +120,44 @@ class Config(Strict):
         for name in self.tables:
             if name not in used:
                 raise ValueError(f"tables.{name}: no feature looks it up. Remove it, or give a feature 'table: {name}'")
+
+    def _check_text(self) -> None:
+        """Checks that words are looked up by what has words."""
+        for name, table in self.tables.items():
+            vocabulary = table.vocabulary
+            if isinstance(vocabulary, WordNgramsVocabulary):
+                if vocabulary.of not in self.tables:
+                    hint = nearest(vocabulary.of, self.tables)
+                    raise ValueError(f"tables.{name}.vocabulary.of: there is no table '{vocabulary.of}'. {hint}")
+                if not isinstance(self.tables[vocabulary.of].vocabulary, TokenizerVocabulary):
+                    raise ValueError(
+                        f"tables.{name}.vocabulary.of: table '{vocabulary.of}' has no tokenizer to divide texts by. "
+                        f"Give it the vocabulary 'words' or 'bpe', or name a table that has one"
+                    )
+            elif isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None and not self.texts(name):
+                raise ValueError(
+                    f"tables.{name}.vocabulary: a tokenizer is made from texts, and no feature of kind 'text' looks this "
+                    f"table up. Give one, or a ready tokenizer (vocabulary.path)"
+                )
+        for name, feature in self.features.items():
+            if isinstance(feature, DenseFeature):
+                continue
+            vocabulary = self.tables[feature.table].vocabulary
+            has_words = isinstance(vocabulary, TokenizerVocabulary | WordNgramsVocabulary)
+            if isinstance(feature, TextFeature):
+                if not has_words:
+                    raise ValueError(
+                        f"features.{name} is a text, but table '{feature.table}' has the vocabulary '{vocabulary.kind}', "
+                        f"which knows whole ids. Give the table the vocabulary 'words', 'bpe' or 'word_ngrams'"
+                    )
+                if feature.pooling is None:
+                    raise ValueError(f"features.{name}: sequence lookups are not there yet. Give pooling 'mean' or 'sum'")
+            elif has_words and (isinstance(feature, IdFeature) or not isinstance(vocabulary, WordsVocabulary)):
+                raise ValueError(
+                    f"features.{name} is of kind '{feature.kind}', but table '{feature.table}' has the vocabulary "
+                    f"'{vocabulary.kind}', which is looked up by texts. Make it 'kind: text', or give the table the "
+                    f"vocabulary 'hash' or 'file'"
+                )
 
     def _check_sharding(self) -> None:
         for name, table in self.tables.items():
@@ -299,10 +342,20 @@ class Config(Strict):
                 found.append(BiasBaseline(kind="bias"))
         return found
 
-    def bags(self, table: str) -> list[BagFeature | WeightedBagFeature]:
-        """The bag features over a table."""
+    def bags(self, table: str) -> list[BagFeature | WeightedBagFeature | TextFeature]:
+        """The features over a table that pool, texts included."""
         return [
             feature
             for feature in self.features.values()
-            if isinstance(feature, BagFeature | WeightedBagFeature) and feature.table == table
+            if isinstance(feature, BagFeature | WeightedBagFeature | TextFeature)
+            and feature.table == table
+            and feature.pooling is not None
         ]
+
+    def texts(self, table: str) -> dict[str, TextFeature]:
+        """The text features over a table, by name."""
+        return {
+            name: feature
+            for name, feature in self.features.items()
+            if isinstance(feature, TextFeature) and feature.table == table
+        }
