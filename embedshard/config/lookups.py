@@ -143,7 +143,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
         for feature_name, feature in config.features.items():
             if isinstance(feature, DenseFeature) or feature.table != name:
                 continue
-            lookups.append(Lookup(feature_name, feature_name, is_sequence=isinstance(feature, SequenceFeature)))
+            lookups.append(Lookup(feature_name, feature_name, is_sequence=config.is_sequence(feature_name)))
             if feature_name in drawn:
                 lookups += [Lookup(negative_key(feature_name, slot), feature_name, slot) for slot in slots]
         weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling == "mean" for bag in config.bags(name))

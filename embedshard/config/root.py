@@ -36,11 +36,15 @@ from embedshard.config.parts import (
     Strict,
     TableConfig,
     TextClassifierConfig,
+    TextFeature,
+    TokenizerVocabulary,
     TowerConfig,
     TrackingConfig,
     TrainConfig,
     TwoTowerConfig,
     WeightedBagFeature,
+    WordNgramsVocabulary,
+    WordsVocabulary,
 )
 from embedshard.config.placement import check_table_sharding
 from embedshard.errors import nearest
@@ -87,6 +91,7 @@ class Config(Strict):
     def _parts_agree(self) -> Config:
         self._check_batch()
         self._check_tables()
+        self._check_text()
         self._check_sharding()
         if isinstance(self.model, TwoTowerConfig):
             self._check_tower("user", self.model.user, self.model.biases)
@@ -132,6 +137,42 @@ class Config(Strict):
             if name not in used:
                 raise ValueError(f"tables.{name}: no feature looks it up. Remove it, or give a feature 'table: {name}'")
 
+    def _check_text(self) -> None:
+        """Checks that words are looked up by what has words."""
+        for name, table in self.tables.items():
+            vocabulary = table.vocabulary
+            if isinstance(vocabulary, WordNgramsVocabulary):
+                if vocabulary.of not in self.tables:
+                    hint = nearest(vocabulary.of, self.tables)
+                    raise ValueError(f"tables.{name}.vocabulary.of: there is no table '{vocabulary.of}'. {hint}")
+                if not isinstance(self.tables[vocabulary.of].vocabulary, TokenizerVocabulary):
+                    raise ValueError(
+                        f"tables.{name}.vocabulary.of: table '{vocabulary.of}' has no tokenizer to divide texts by. "
+                        f"Give it the vocabulary 'words' or 'bpe', or name a table that has one"
+                    )
+            elif isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None and not self.texts(name):
+                raise ValueError(
+                    f"tables.{name}.vocabulary: a tokenizer is made from texts, and no feature of kind 'text' looks this "
+                    f"table up. Give one, or a ready tokenizer (vocabulary.path)"
+                )
+        for name, feature in self.features.items():
+            if isinstance(feature, DenseFeature):
+                continue
+            vocabulary = self.tables[feature.table].vocabulary
+            has_words = isinstance(vocabulary, TokenizerVocabulary | WordNgramsVocabulary)
+            if isinstance(feature, TextFeature):
+                if not has_words:
+                    raise ValueError(
+                        f"features.{name} is a text, but table '{feature.table}' has the vocabulary '{vocabulary.kind}', "
+                        f"which knows whole ids. Give the table the vocabulary 'words', 'bpe' or 'word_ngrams'"
+                    )
+            elif has_words and (isinstance(feature, IdFeature) or not isinstance(vocabulary, WordsVocabulary)):
+                raise ValueError(
+                    f"features.{name} is of kind '{feature.kind}', but table '{feature.table}' has the vocabulary "
+                    f"'{vocabulary.kind}', which is looked up by texts. Make it 'kind: text', or give the table the "
+                    f"vocabulary 'hash' or 'file'"
+                )
+
     def _check_sharding(self) -> None:
         for name, table in self.tables.items():
             optimizer = table.optimizer.kind or self.optimizer.tables.kind
@@ -144,7 +185,7 @@ class Config(Strict):
             if self.is_sequence(name):
                 raise ValueError(
                     f"model.{side}.features: '{name}' is a sequence, a vector a place; a tower joins one vector a feature. "
-                    f"Make it a 'bag', which is pooled"
+                    f"Make it a 'bag', or a 'text' with 'pooling'"
                 )
         dims = {name: self.width(name) for name in tower.features}
         if self.combines_by_sum(tower):
@@ -180,13 +221,13 @@ class Config(Strict):
         if model.text is not None and not self.is_sequence(model.text):
             raise ValueError(
                 f"model.text: feature '{model.text}' is pooled, and the encoder wants a vector a place. Make it a "
-                f"'sequence', or put it into model.features"
+                f"'sequence', or a 'text' without 'pooling', or put it into model.features"
             )
         for name in model.features:
             if self.is_sequence(name):
                 raise ValueError(
-                    f"model.features: '{name}' is a sequence, a vector a place. Make it a 'bag', which is pooled, or encode "
-                    f"it as model.text"
+                    f"model.features: '{name}' is a sequence, a vector a place. Make it a 'bag', or a 'text' with 'pooling', "
+                    f"or encode it as model.text"
                 )
         flattens = model.text is not None and isinstance(model.encoder, FlattenEncoder)
         if flattens and self.max_length(str(model.text)) is None:
@@ -374,7 +415,8 @@ class Config(Strict):
 
     def is_sequence(self, name: str) -> bool:
         """Whether a feature is a vector a place."""
-        return isinstance(self.features[name], SequenceFeature)
+        feature = self.features[name]
+        return isinstance(feature, SequenceFeature) or (isinstance(feature, TextFeature) and feature.pooling is None)
 
     def max_length(self, name: str) -> int | None:
         """The most ids that a row of a feature has; None where nothing bounds them."""
@@ -391,10 +433,20 @@ class Config(Strict):
             self.is_sequence(name) and getattr(feature, "table", None) == table for name, feature in self.features.items()
         )
 
-    def bags(self, table: str) -> list[BagFeature | WeightedBagFeature]:
-        """The bag features over a table."""
+    def bags(self, table: str) -> list[BagFeature | WeightedBagFeature | TextFeature]:
+        """The features over a table that pool, texts included."""
         return [
             feature
             for feature in self.features.values()
-            if isinstance(feature, BagFeature | WeightedBagFeature) and feature.table == table
+            if isinstance(feature, BagFeature | WeightedBagFeature | TextFeature)
+            and feature.table == table
+            and feature.pooling is not None
         ]
+
+    def texts(self, table: str) -> dict[str, TextFeature]:
+        """The text features over a table, by name."""
+        return {
+            name: feature
+            for name, feature in self.features.items()
+            if isinstance(feature, TextFeature) and feature.table == table
+        }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from embedshard.config import Config, TableSpec
-from embedshard.config.parts import InBatchSoftmaxConfig
+from embedshard.config.parts import InBatchSoftmaxConfig, TokenizerVocabulary
 from embedshard.config.placement import changed_optimizer
 from embedshard.models.embeddings import table_modules
 from embedshard.models.registry import build_model
@@ -76,7 +76,7 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
     model = build_model(config, specs)
     inside_tables = {id(parameter) for _, module in table_modules(model) for parameter in module.parameters()}
     return Summary(
-        tables=tuple(_table_row(spec) for spec in specs),
+        tables=tuple(_table_row(spec, config) for spec in specs),
         layers=tuple(
             _layer_row(name, parameter, config)
             for name, parameter in model.named_parameters()
@@ -86,7 +86,10 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
     )
 
 
-def _table_row(spec: TableSpec) -> Row:
+def _table_row(spec: TableSpec, config: Config) -> Row:
+    vocabulary = config.tables[spec.name].vocabulary if spec.name in config.tables else None
+    is_open = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None
+    most = "; so many rows at most: a run makes the tokenizer" if is_open else ""
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
     return Row(
@@ -95,7 +98,7 @@ def _table_row(spec: TableSpec) -> Row:
         parameters=spec.parameters,
         weight_bytes=spec.weight_bytes,
         state_bytes=spec.state_bytes,
-        note=f"{spec.dtype}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}",
+        note=f"{spec.dtype}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedshard.config import Config, Lookup, TableSpec
-from embedshard.config.parts import BagFeature, DrawsNegatives, SequenceFeature, WeightedBagFeature
+from embedshard.config.parts import BagFeature, DrawsNegatives, SequenceFeature, TextFeature, WeightedBagFeature
 from embedshard.data.id_counts import IdCounts
 from embedshard.data.lookup_sample import LookupSample
 
@@ -71,7 +71,7 @@ def _length(config: Config, lookup: Lookup, sample: LookupSample | None) -> floa
     feature = config.features[lookup.feature]
     if sample is not None:
         ids = sample.features[lookup.feature].ids_per_row
-    elif isinstance(feature, BagFeature | WeightedBagFeature | SequenceFeature):
+    elif isinstance(feature, BagFeature | WeightedBagFeature | SequenceFeature | TextFeature):
         ids = float(feature.max_length or ASSUMED_BAG_LENGTH)
     else:
         ids = 1.0
