@@ -6,7 +6,7 @@ feature's own key there are derived ones, with a colon in their names: `item_id:
 
 A table lives in one collection, and all pooling is a sum. Where one of its features is a sequence, all of them are looked up
 place by place, and the others are pooled afterwards. A table with a bag that is a mean is looked up with weights, 1 /
-length for a mean and 1 for the rest: TorchRec's own mean is wrong under GRID_SHARD (each piece divides by the ids that it
+length for a mean, 1 / its root for `sqrtn` and 1 for the rest: TorchRec's own mean is wrong under GRID_SHARD (each piece divides by the ids that it
 holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose sums are divided too).
 """
 
@@ -146,7 +146,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
             lookups.append(Lookup(feature_name, feature_name, is_sequence=config.is_sequence(feature_name)))
             if feature_name in drawn:
                 lookups += [Lookup(negative_key(feature_name, slot), feature_name, slot) for slot in slots]
-        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling == "mean" for bag in config.bags(name))
+        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling != "sum" for bag in config.bags(name))
         overrides = table.optimizer.model_dump(exclude_none=True)
         specs.append(
             TableSpec(

@@ -175,8 +175,8 @@ class BagFeature(Strict):
     """The table that it is looked up in."""
     column: str | None = None
     """The Parquet column; the feature's name where absent."""
-    pooling: Literal["sum", "mean"] = "mean"
-    """How a row's vectors become one."""
+    pooling: Literal["sum", "mean", "sqrtn"] = "mean"
+    """How a row's vectors become one; `sqrtn` divides their sum by the root of their number."""
     max_length: int | None = Field(None, ge=1)
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
@@ -246,8 +246,9 @@ class TextFeature(Strict):
     """The table that its words are looked up in; its vocabulary is `words`, `bpe` or `word_ngrams`."""
     column: str | None = None
     """The Parquet column of strings; the feature's name where absent."""
-    pooling: Literal["sum", "mean"] | None = None
-    """How a row's vectors become one. Absent: a vector for each word."""
+    pooling: Literal["sum", "mean", "sqrtn"] | None = None
+    """How a row's vectors become one; `sqrtn` divides their sum by the root of their number. Absent: a vector for each
+    word."""
     max_length: int | None = Field(None, ge=1)
     """Words kept of a text; all where absent."""
     truncation: Literal["pre", "post"] = "pre"

@@ -226,7 +226,7 @@ class Config(Strict):
         for name in model.features:
             if self.is_sequence(name):
                 raise ValueError(
-                    f"model.features: '{name}' is a sequence, a vector a place. Make it a 'bag', or a 'text' with 'pooling', "
+                    f"model.features: '{name}' is a sequence, a vector a place. Make it a 'bag', or a pooled 'text', "
                     f"or encode it as model.text"
                 )
         flattens = model.text is not None and isinstance(model.encoder, FlattenEncoder)

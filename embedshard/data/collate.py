@@ -13,7 +13,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.config import Config, Lookup, TableSpec
-from embedshard.config.parts import BagFeature, DenseFeature, TextFeature, WeightedBagFeature
+from embedshard.config.parts import DenseFeature
 from embedshard.data.batch import Batch, Draws
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.negatives import DrawnCandidates
@@ -150,8 +150,9 @@ class Collator:
         if column.weights is not None:
             return column.weights[span]
         bag = self._config.features[feature]
-        if isinstance(bag, BagFeature | WeightedBagFeature | TextFeature) and bag.pooling == "mean":
-            return np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+        power = {"mean": 1.0, "sqrtn": 0.5}.get(str(getattr(bag, "pooling", None)))
+        if power is not None:
+            return np.repeat((1.0 / np.maximum(lengths, 1) ** power).astype(np.float32), lengths)
         return np.ones(span.stop - span.start, dtype=np.float32)
 
     @staticmethod
