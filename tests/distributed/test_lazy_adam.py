@@ -223,9 +223,8 @@ PROGRAM = """
         keys = batch.to_dict()
         rows = {key: bags.to_dense()[rank * 6 // size : (rank + 1) * 6 // size] for key, bags in keys.items()}
         flat = [row for key in lab.FEATURES for row in rows[key]]
-        return KeyedJaggedTensor(
-            keys=list(lab.FEATURES), values=torch.cat(flat), lengths=torch.tensor([len(row) for row in flat], dtype=torch.int32)
-        )
+        lengths = torch.tensor([len(row) for row in flat], dtype=torch.int32)
+        return KeyedJaggedTensor(keys=list(lab.FEATURES), values=torch.cat(flat), lengths=lengths)
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
