@@ -213,7 +213,7 @@ def test_half_precision_tables_keep_state_in_full_and_follow_to_within_their_rou
 PROGRAM = """
     import json, os, sys
     import torch, torch.distributed as dist
-    rank, size, folder, sharding, is_pooled, tests = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+    rank, size, folder, sharding, tests = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
     os.environ["LOCAL_WORLD_SIZE"] = str(size)
     sys.path.insert(0, tests)
     import test_lazy_adam as lab
@@ -230,7 +230,7 @@ PROGRAM = """
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
     from torchrec.distributed.comm_ops import set_gradient_division
     set_gradient_division(False)  # the loss is a sum here
-    model = lab.shard(lab.make_collection(is_pooled=is_pooled == "True"), sharding)
+    model = lab.shard(lab.make_collection(is_pooled=False), sharding)
     lab.fill(model)
     steps = lab.AdamSteps(model, lab.TABLES)
     lab.train(model, map(mine, lab.lookups(False)), steps)
@@ -242,14 +242,12 @@ PROGRAM = """
 """
 
 
-@pytest.mark.parametrize(
-    ("size", "sharding", "is_pooled"),
-    [(2, "row_wise", False), (3, "table_wise", False), (2, "row_wise", True)],  # of three, one rank owns nothing
-)
-def test_in_several_processes_it_is_the_same(tmp_path, size, sharding, is_pooled):
-    expected, sparse_adam = reference(False, is_pooled)
+@pytest.mark.parametrize(("size", "sharding"), [(2, "row_wise"), (3, "table_wise")])  # of three, one rank owns nothing
+def test_sequences_in_several_processes_are_trained_as_in_one(tmp_path, size, sharding):
+    """Pooled lookups in several processes are in `test_parity.py`."""
+    expected, sparse_adam = reference(is_weighted=False, is_pooled=False)
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-    rest = [str(size), str(tmp_path), sharding, str(is_pooled), str(Path(__file__).parent)]
+    rest = [str(size), str(tmp_path), sharding, str(Path(__file__).parent)]
     workers = [subprocess.Popen([*command, str(rank), *rest], stderr=subprocess.PIPE) for rank in range(size)]
     try:
         words = [worker.communicate(timeout=120)[1].decode()[-1500:] for worker in workers]
