@@ -62,6 +62,11 @@ def set_process_environment() -> None:
     Call it before torch is imported. Spinning threads that want a busy core make small kernels up to 80 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # The library of tokenizers has threads of its own: as many as OpenMP is given, where that is said.
+    threads = os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdigit():
+        os.environ.setdefault("RAYON_NUM_THREADS", threads)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == "1" else "true")
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # The planner advises a factory that guesses what it is told here, and an estimate that is not asked for.

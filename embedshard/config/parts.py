@@ -14,8 +14,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 __all__ = [
     "BPRConfig",
     "BagFeature",
+    "BpeVocabulary",
     "CheckpointConfig",
+    "ConvEncoder",
     "CosineContrastiveConfig",
+    "CrossEntropyConfig",
     "CustomModelConfig",
     "DataConfig",
     "DenseFeature",
@@ -26,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "Feature",
     "FileVocabulary",
+    "FlattenEncoder",
     "HashVocabulary",
     "IdFeature",
     "IdentityVocabulary",
@@ -39,9 +43,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
+    "PooledEncoder",
     "PopularityBaseline",
+    "RecurrentEncoder",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
+    "SequenceFeature",
     "ShardingConfig",
     "ShardingType",
     "Strict",
@@ -49,12 +56,17 @@ __all__ = [
     "TableOptimizerConfig",
     "TableOptimizerOverride",
     "TableShardingConfig",
+    "TextClassifierConfig",
+    "TextFeature",
+    "TokenizerVocabulary",
     "TowerConfig",
     "TrackingConfig",
     "TrainConfig",
     "TwoTowerConfig",
     "Vocabulary",
     "WeightedBagFeature",
+    "WordNgramsVocabulary",
+    "WordsVocabulary",
 ]
 
 _NAME = r"^[A-Za-z_][A-Za-z0-9_\-]*$"
@@ -169,6 +181,30 @@ class BagFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
+
+
+class SequenceFeature(Strict):
+    """A list of ids a row, each looked up by itself: the model gets a vector a place, in order."""
+
+    kind: Literal["sequence"]
+    """Which kind it is."""
+    table: Name
+    """The table that they are looked up in."""
+    column: str | None = None
+    """The Parquet column; the feature's name where absent."""
+    max_length: int | None = Field(None, ge=1)
+    """Ids kept of a list; all where absent."""
+    keep: Literal["first", "last"] = "last"
+    """Which end of a longer list is kept."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
     unknown: Literal["error", "oov", "quarantine"] = "error"
     """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
     unknown ids (`oov`), or set its row aside (`quarantine`)."""
@@ -201,6 +237,28 @@ class WeightedBagFeature(Strict):
     weight (`empty`)."""
 
 
+class TextFeature(Strict):
+    """A text a row, whose words are looked up in a table. An empty text has none."""
+
+    kind: Literal["text"]
+    """Which kind it is."""
+    table: Name
+    """The table that its words are looked up in; its vocabulary is `words`, `bpe` or `word_ngrams`."""
+    column: str | None = None
+    """The Parquet column of strings; the feature's name where absent."""
+    pooling: Literal["sum", "mean"] | None = None
+    """How a row's vectors become one. Absent: a vector for each word."""
+    max_length: int | None = Field(None, ge=1)
+    """Words kept of a text; all where absent."""
+    truncation: Literal["pre", "post"] = "pre"
+    """Which end of a longer text is cut off: `pre` the first words, `post` the last."""
+    unknown: Literal["oov", "empty"] = "oov"
+    """What a word outside the vocabulary does: look up the table's row for unknown ids (`oov`), or fall out of the text
+    before it is cut (`empty`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null does: what `data.on_bad_row` says (`error`), or count as an empty text (`empty`)."""
+
+
 class DenseFeature(Strict):
     """A number a row."""
 
@@ -214,7 +272,9 @@ class DenseFeature(Strict):
     """What a null or NaN does: what `data.on_bad_row` says (`error`), or count as 0 after normalisation."""
 
 
-Feature = Annotated[IdFeature | BagFeature | WeightedBagFeature | DenseFeature, Field(discriminator="kind")]
+Feature = Annotated[
+    IdFeature | BagFeature | WeightedBagFeature | SequenceFeature | TextFeature | DenseFeature, Field(discriminator="kind")
+]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -247,8 +307,76 @@ class FileVocabulary(Strict):
     """The column of the ids; the file's only column where absent."""
 
 
+class TokenizerVocabulary(Strict):
+    """What tokenizers have in common: made from the training texts when a run begins, or read from a file."""
+
+    path: str | None = None
+    """A ready tokenizer, the JSON file of the library `tokenizers`; nothing is trained then, and nothing else is given."""
+    min_count: int = Field(1, ge=1)
+    """How often a word (`bpe`: a pair of neighbours) is met at least to have a row (`bpe`: to be joined)."""
+    lower: bool = True
+    """Whether upper case is lower case."""
+    strip_html: bool = False
+    """Whether HTML tags such as `<br />` are borders of words and nothing else."""
+    max_train_rows: int | None = Field(None, ge=1)
+    """Rows whose texts it is made from, in evenly spaced row groups; all where absent."""
+
+    @model_validator(mode="after")
+    def _a_ready_one_is_as_it_is(self) -> TokenizerVocabulary:
+        others = sorted(self.model_fields_set - {"kind", "path"})
+        if self.path is not None and others:
+            raise ValueError(f"'path' gives a ready tokenizer, which is as it is. Leave {', '.join(others)} out")
+        return self
+
+
+class WordsVocabulary(TokenizerVocabulary):
+    """The words of the training texts, most frequent first, equally frequent ones by their UTF-8 bytes."""
+
+    kind: Literal["words"]
+    """Which kind it is."""
+    num_words: int | None = Field(20_000, ge=1)
+    """Words that have a row at most; null: all."""
+    punctuation: Literal["remove", "separate", "keep"] = "remove"
+    """What is neither letter, digit, space nor an apostrophe within a word: a border (`remove`), a word of one character
+    (`separate`), or part of the word (`keep`, where words are what spaces divide)."""
+
+
+class BpeVocabulary(TokenizerVocabulary):
+    """Byte-pair encoding (Sennrich et al. 2016) over the bytes of words: every text can be written, none is unknown."""
+
+    kind: Literal["bpe"]
+    """Which kind it is."""
+    num_words: int = Field(8_000, ge=256)
+    """Pieces of words that have a row at most: the 256 bytes, and what is joined of them."""
+
+
+class WordNgramsVocabulary(Strict):
+    """Runs of neighbouring words of a text, hashed to rows by a stable 64-bit hash; two may share a row."""
+
+    kind: Literal["word_ngrams"]
+    """Which kind it is."""
+    of: Name
+    """The table whose tokenizer divides texts into words. All words it does not know count as one."""
+    n: list[int] = Field(default_factory=lambda: [2], min_length=1)
+    """Words of a run."""
+    rows: int | None = Field(None, ge=1)
+    """The table's rows, where `rows` of the table is not given."""
+    seed: int = Field(0, ge=0)
+    """Of the hash."""
+
+    @field_validator("n")
+    @classmethod
+    def _sizes(cls, n: list[int]) -> list[int]:
+        if not all(1 <= size <= 8 for size in n) or len(set(n)) < len(n):
+            raise ValueError("must be different numbers from 1 to 8")
+        return n
+
+
 Vocabulary = Annotated[
-    Annotated[IdentityVocabulary | HashVocabulary | FileVocabulary, Field(discriminator="kind")],
+    Annotated[
+        IdentityVocabulary | HashVocabulary | FileVocabulary | WordsVocabulary | BpeVocabulary | WordNgramsVocabulary,
+        Field(discriminator="kind"),
+    ],
     BeforeValidator(_as_kind),
 ]
 
@@ -329,7 +457,7 @@ class TableConfig(Strict):
     """An embedding table: rows that features look up."""
 
     rows: int | None = Field(None, ge=1)
-    """Ids that have a row of their own; unknown ids share one more. Known from the vocabulary for `file` and `hash`."""
+    """Ids that have a row of their own; unknown ids share one more. Known from the vocabulary but for `identity`."""
     dim: int = Field(gt=0)
     """Columns, a multiple of 4 (FBGEMM's vectors)."""
     vocabulary: Vocabulary = IdentityVocabulary(kind="identity")
@@ -357,20 +485,28 @@ class TableConfig(Strict):
     @model_validator(mode="after")
     def _rows_are_known(self) -> TableConfig:
         vocabulary = self.vocabulary
-        if isinstance(vocabulary, HashVocabulary):
+        if isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary):
             if self.rows is None and vocabulary.rows is None:
-                raise ValueError("a hash vocabulary needs 'rows', the number of rows to hash to")
+                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows to hash to")
             if self.rows is not None and vocabulary.rows is not None and self.rows != vocabulary.rows:
                 raise ValueError(f"rows={self.rows} and vocabulary.rows={vocabulary.rows} differ. Give one of them")
         elif isinstance(vocabulary, IdentityVocabulary) and self.rows is None:
             raise ValueError("an identity vocabulary needs 'rows', one more than the greatest id")
+        elif isinstance(vocabulary, TokenizerVocabulary) and self.rows is not None:
+            raise ValueError(
+                f"'rows' comes from the tokenizer of a {vocabulary.kind} vocabulary: leave it out. "
+                f"vocabulary.num_words says how many there are at most"
+            )
         return self
 
     @property
     def known_rows(self) -> int | None:
-        """The rows that the config itself tells; None where a vocabulary file does."""
-        if self.rows is None and isinstance(self.vocabulary, HashVocabulary):
-            return self.vocabulary.rows
+        """The rows that the config itself tells, at most so many for words; None where a file or the data do."""
+        vocabulary = self.vocabulary
+        if isinstance(vocabulary, WordsVocabulary | BpeVocabulary):
+            return vocabulary.num_words if vocabulary.path is None else None
+        if self.rows is None and isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary):
+            return vocabulary.rows
         return self.rows
 
 
@@ -405,6 +541,66 @@ class TwoTowerConfig(Strict):
     """The item tower's feature that names the item; its first `id` feature where absent."""
 
 
+class FlattenEncoder(Strict):
+    """A text's vectors side by side; its feature has a `max_length`, to which shorter ones are filled with zeros."""
+
+    kind: Literal["flatten"]
+    """Which kind it is."""
+    padding: Literal["pre", "post"] = "pre"
+    """Where the zeros are."""
+
+
+class PooledEncoder(Strict):
+    """A text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
+
+    kind: Literal["mean", "max", "attention"]
+    """Which kind it is."""
+
+
+class ConvEncoder(Strict):
+    """Convolutions of several widths, ReLU, and the greatest over all places (Kim 2014)."""
+
+    kind: Literal["conv"]
+    """Which kind it is."""
+    widths: list[Annotated[int, Field(ge=1)]] = Field([3, 4, 5], min_length=1)
+    """Places that a window covers."""
+    channels: int = Field(100, ge=1)
+    """Of each width."""
+
+
+class RecurrentEncoder(Strict):
+    """A recurrent network over the text, and the state that it ends with."""
+
+    kind: Literal["gru", "lstm"]
+    """Which kind it is."""
+    hidden: int = Field(64, ge=1)
+    """Numbers of its state."""
+    layers: int = Field(1, ge=1)
+    """One upon the other."""
+    bidirectional: bool = False
+    """Whether a second one reads from the end; their states are concatenated."""
+
+
+class TextClassifierConfig(Strict):
+    """A text's vectors through an encoder, beside other features, then dense layers to the class."""
+
+    kind: Literal["text_classifier"]
+    """Which kind it is."""
+    text: Name | None = None
+    """The feature that is encoded place by place. None where pooled features are all."""
+    features: list[Name] = Field(default_factory=list)
+    """Pooled and dense features that are joined to the encoded text, in order."""
+    encoder: Annotated[
+        Annotated[FlattenEncoder | PooledEncoder | ConvEncoder | RecurrentEncoder, Field(discriminator="kind")],
+        BeforeValidator(_as_kind),
+    ] = PooledEncoder(kind="mean")
+    """What makes one vector of a text."""
+    mlp: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Sizes of dense layers with ReLU, before the last one, which gives the classes' logits."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the joined numbers that is set to 0 in training; drawn by seed, step and row, alike in every world."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -422,7 +618,7 @@ class CustomModelConfig(Strict):
     """Handed to the factory as it is."""
 
 
-ModelConfig = Annotated[TwoTowerConfig | CustomModelConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[TwoTowerConfig | TextClassifierConfig | CustomModelConfig, Field(discriminator="kind")]
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -431,6 +627,17 @@ class PointwiseConfig(Strict):
 
     kind: Literal["mse", "bce"]
     """Which kind it is."""
+
+
+class CrossEntropyConfig(Strict):
+    """Cross entropy of the row's label, a whole number, among several classes."""
+
+    kind: Literal["cross_entropy"]
+    """Which kind it is."""
+    classes: int = Field(ge=2)
+    """Labels are from 0 to one less."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
 
 
 class InBatchSoftmaxConfig(Strict):
@@ -507,6 +714,7 @@ class CosineContrastiveConfig(DrawsNegatives):
 
 ObjectiveConfig = Annotated[
     PointwiseConfig
+    | CrossEntropyConfig
     | InBatchSoftmaxConfig
     | SampledSoftmaxConfig
     | BPRConfig
@@ -644,7 +852,7 @@ class EvaluateConfig(Strict):
     """What is measured, on what and how often."""
 
     metrics: list[str] = Field(default_factory=list)
-    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc."""
+    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc, accuracy, f1."""
     candidates: str = "catalogue"
     """`catalogue`: rank every item. Else the column of each row's negatives, against which its item is ranked."""
     filter_seen: bool = True

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.config import Config
-from embedshard.config.parts import DenseFeature
+from embedshard.config.parts import DenseFeature, TokenizerVocabulary, WordNgramsVocabulary
 from embedshard.data.check_report import ColumnReport, Known, ProblemReport, Refusal, Report, RowGroups, SetReport
 from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_specs
 from embedshard.data.distinct import DistinctIds
@@ -29,6 +29,7 @@ from embedshard.data.findings import Action, Finding, Problem, text_of
 from embedshard.data.parse import Parsed
 from embedshard.data.source import Source, data_files, open_file
 from embedshard.data.statistics import Statistics
+from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.errors import DataError
 from embedshard.storage import Location
@@ -48,12 +49,12 @@ def check_data(config: Config, progress: Progress | None = None) -> Report:
 
     Args:
         config: the config.
-        progress: hears how far it is.
+        progress: hears how far it is; of making tokenizers first, if the config has any.
 
     Raises:
         ConfigError: if a path cannot be understood, or vocabularies and tables disagree.
     """
-    vocabularies, refused = _load_vocabularies(config)
+    vocabularies, refused = _load_vocabularies(config, progress)
     sets = [_SetCheck(config, *named, vocabularies) for named in _sets(config)]
     counter = _Counter(sum(check.report.rows for check in sets), progress)
     with ThreadPoolExecutor(_READERS) as pool:
@@ -83,16 +84,26 @@ def _sets(config: Config) -> Iterable[tuple[str, Role, list[str]]]:
             yield name, role, patterns_or_none
 
 
-def _load_vocabularies(config: Config) -> tuple[dict[str, Vocabulary], list[str]]:
+def _load_vocabularies(config: Config, progress: Progress | None) -> tuple[dict[str, Vocabulary], list[str]]:
     """Loads what can be loaded of them, and says why the others cannot."""
     loaded: dict[str, Vocabulary] = {}
     refused = []
+    tokenizers: dict[str, str] = {}
+    try:
+        tokenizers = train_tokenizers(config, lambda _, done, total: None if progress is None else progress(done, total))
+    except DataError as error:
+        refused.append(str(error))
     for name, table in config.tables.items():
+        vocabulary = table.vocabulary
+        words = vocabulary.of if isinstance(vocabulary, WordNgramsVocabulary) else name
+        if isinstance(config.tables[words].vocabulary, TokenizerVocabulary) and words not in tokenizers:
+            continue
+        tables = {each: config.tables[each] for each in (words, name)}
         try:
-            loaded |= load_vocabularies(config.model_copy(update={"tables": {name: table}}))
+            loaded |= load_vocabularies(config.model_copy(update={"tables": tables}), tokenizers)
         except DataError as error:
             refused.append(str(error))
-    return loaded, refused
+    return loaded, list(dict.fromkeys(refused))
 
 
 class _Counter:
@@ -120,7 +131,7 @@ class _SetCheck:
         self._config = config
         specs = [spec for spec in column_specs(config, role) if spec.table is None or spec.table in vocabularies]
         self._decoder = Decoder(specs, vocabularies, Statistics(), config.data.on_bad_row)
-        self.columns = {(spec.name, spec.column): _ColumnCheck(spec) for spec in specs}
+        self.columns = {(spec.name, spec.column): (_TextCheck if spec.is_text else _ColumnCheck)(spec) for spec in specs}
         self.columns |= {(spec.name, spec.second): _WeightsCheck(spec) for spec in specs if spec.second is not None}
         self._problems: dict[Problem, ProblemReport] = {}
         self._examples: dict[Problem, list[tuple[tuple[str, int, int], str]]] = defaultdict(list)
@@ -319,6 +330,20 @@ class _ColumnCheck:
         if self.distinct is not None:
             self._report.distinct, self._report.distinct_is_exact = self.distinct.estimate(), self.distinct.is_exact
         return self._report
+
+
+class _TextCheck(_ColumnCheck):
+    """Adds up what a column of texts holds: values are what is looked up, words or runs of them."""
+
+    def add(self, parsed: Parsed, kind: pa.DataType, array: pa.Array) -> None:
+        """Adds a batch."""
+        assert self.distinct is not None, "a text looks rows of a table up"
+        assert parsed.lengths is not None, "a text has words"
+        known = parsed.values[parsed.values >= 0]
+        self._add(kind, parsed.values, parsed.among.null_count, None, len(parsed.values) - len(known))
+        self._add_lengths(parsed.lengths, parsed.among.null_count)
+        with self._lock:
+            self.distinct.add(pa.array(known))
 
 
 class _WeightsCheck(_ColumnCheck):

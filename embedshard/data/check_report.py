@@ -54,17 +54,17 @@ class ColumnReport:
     Attributes:
         name: of the decoded column: a feature, `label:<name>`, `weight` or `candidates`.
         column: of the Parquet files.
-        kind: `id`, `bag`, `weighted_bag`, `weights`, `dense`, `label`, `weight` or `candidates`.
+        kind: `id`, `bag`, `weighted_bag`, `weights`, `text`, `dense`, `label`, `weight` or `candidates`.
         table: whose rows ids become.
         types: Arrow's, of all files.
-        values: ids or numbers; those of lists one by one.
-        nulls: null or NaN among them.
+        values: ids or numbers; those of lists one by one; of texts, the words or runs of words that are looked up.
+        nulls: null or NaN among them; null texts.
         least: of ids or finite numbers.
         greatest: of ids or finite numbers.
         unknown: ids outside the vocabulary.
         distinct: different ids; None for numbers.
         distinct_is_exact: whether they are counted; else they are estimated, within about 0.1 %.
-        lists: rows that hold a list, null or not; 0 where a row holds one value.
+        lists: rows that hold a list or a text, null or not; 0 where a row holds one value.
         null_lists: null among them.
         least_length: of a list.
         greatest_length: of a list.
@@ -89,13 +89,14 @@ class ColumnReport:
 
     @property
     def null_share(self) -> float:
-        """Nulls among all values."""
-        return self.nulls / max(self.values, 1)
+        """Nulls among all values, or among all texts."""
+        return self.nulls / max(self.lists if self.kind == "text" else self.values, 1)
 
     @property
     def unknown_share(self) -> float:
         """Unknown ids among all that are not null."""
-        return self.unknown / max(self.values - self.nulls, 1)
+        nulls = 0 if self.kind == "text" else self.nulls
+        return self.unknown / max(self.values - nulls, 1)
 
     @property
     def mean_length(self) -> float:

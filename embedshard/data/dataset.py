@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.config import Config
-from embedshard.config.parts import DrawsNegatives, HashVocabulary
+from embedshard.config import POINTWISE_METRICS, Config
+from embedshard.config.parts import DrawsNegatives, HashVocabulary, TokenizerVocabulary
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
 from embedshard.data.decode import Decoder, column_specs
@@ -26,6 +26,7 @@ from embedshard.data.order import Order
 from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
 from embedshard.data.source import Inventory, Source, check_unchanged, fingerprint_of, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
+from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import DataError
 from embedshard.world import World
@@ -68,6 +69,7 @@ class Dataset:
         skipped_files: what lies among the data of all sets and is not read, since it is not Parquet.
         set_aside: what was wrong with the sets that were read whole so far: `validation`, `test` and `catalogue`.
         catalogue_bytes: that were read for the catalogue.
+        tokenizers: the JSON of each table's tokenizer, where it has one.
     """
 
     config: Config
@@ -83,6 +85,7 @@ class Dataset:
     skipped_files: list[str]
     set_aside: dict[str, SetAside] = field(default_factory=dict)
     catalogue_bytes: int = 0
+    tokenizers: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -107,6 +110,7 @@ class Dataset:
             "table_rows": dict(self.table_rows),
             "statistics": self.statistics.to_json(),
             "vocabularies": self.vocabulary_fingerprints(),
+            "tokenizers": dict(self.tokenizers),
             "partitions": [source.inventory.to_json() for source in self.train],
         }
 
@@ -159,19 +163,23 @@ class Dataset:
                 yield (users, items) if known.all() else (users[known], items[known])
 
 
-def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | None) -> Dataset:
+def open_dataset(
+    config: Config, world: World, resolved: Mapping[str, Any] | None, progress: PreparationProgress | None = None
+) -> Dataset:
     """Opens the data of a config. Collective: rank 0 finds out what has to be counted, for all.
 
     Args:
         config: the config.
         world: the processes that train together.
         resolved: what the run has kept of its data; None for a new run.
+        progress: hears on rank 0 how far it is with what takes long.
 
     Raises:
         DataError: if a file cannot be read, is not what the config says, or has changed since the run began.
         ConfigError: if vocabularies and tables disagree.
     """
-    vocabularies = load_vocabularies(config)
+    tokenizers = _tokenizers(config, world, resolved, progress)
+    vocabularies = load_vocabularies(config, tokenizers)
     rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
@@ -198,8 +206,20 @@ def open_dataset(config: Config, world: World, resolved: Mapping[str, Any] | Non
     held_out = _open_held_out(config, vocabularies, statistics)
     skipped = [location.uri for source in (*train, *held_out.values()) for location in source.skipped]
     dataset = Dataset(config, train, held_out, fits, order, rows, vocabularies, statistics, None, None, skipped)
+    dataset.tokenizers = tokenizers
     _open_items(dataset, world)
     return dataset
+
+
+def _tokenizers(
+    config: Config, world: World, resolved: Mapping[str, Any] | None, progress: PreparationProgress | None
+) -> dict[str, str]:
+    """Returns the tokenizers that the run has kept, or new ones where it has none."""
+    if resolved is not None:
+        return dict(resolved.get("tokenizers", {}))
+    if not any(isinstance(table.vocabulary, TokenizerVocabulary) for table in config.tables.values()):
+        return {}
+    return world.from_rank_zero(lambda: train_tokenizers(config, progress))
 
 
 def _open_held_out(config: Config, vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> dict[str, Source]:
@@ -234,7 +254,7 @@ def _check_resumable(resolved: Mapping[str, Any], train: Sequence[Source], vocab
 def _open_items(dataset: Dataset, world: World) -> None:
     """Opens the catalogue and the sampler, if anything asks for them."""
     config = dataset.config
-    ranks = any(name not in ("rmse", "mae", "log_loss", "auc") for name in config.evaluate.metrics)
+    ranks = any(name not in POINTWISE_METRICS for name in config.evaluate.metrics)
     objective = config.objective if isinstance(config.objective, DrawsNegatives) else None
     if not ranks and objective is None:
         return

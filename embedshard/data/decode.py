@@ -17,31 +17,36 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.config import Config
-from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, WeightedBagFeature
+from embedshard.config import POINTWISE_METRICS, Config
+from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, SequenceFeature, TextFeature, WeightedBagFeature
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.findings import Action, Finding, Problem, Reason, shown
 from embedshard.data.parse import (
     Parsed,
+    Words,
     add_weights,
     is_id,
     is_list,
     is_number,
+    is_text,
     offsets_of,
     parse_ids,
     parse_lists,
     parse_numbers,
+    parse_texts,
     row_of,
+    words_of,
 )
 from embedshard.data.statistics import Statistics
+from embedshard.data.text import TextVocabulary
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
-ListFeature = BagFeature | WeightedBagFeature
+ListFeature = BagFeature | WeightedBagFeature | SequenceFeature
 
-_POINTWISE = ("rmse", "mae", "log_loss", "auc")
+_BYTES_PER_WORD = 4
 
 
 @dataclass(frozen=True)
@@ -58,19 +63,29 @@ class ColumnSpec:
 
     name: str
     column: str
-    feature: IdFeature | BagFeature | WeightedBagFeature | DenseFeature | None = None
+    feature: IdFeature | ListFeature | TextFeature | DenseFeature | None = None
     table: str | None = None
     second: str | None = None
 
     @property
     def is_list(self) -> bool:
         """Whether a row holds a list."""
-        return isinstance(self.feature, BagFeature | WeightedBagFeature) or self.name == "candidates"
+        return isinstance(self.feature, ListFeature) or self.name == "candidates"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether a row holds a text."""
+        return isinstance(self.feature, TextFeature)
 
     @property
     def max_length(self) -> int | None:
-        """How much of a list is kept."""
-        return self.feature.max_length if isinstance(self.feature, BagFeature | WeightedBagFeature) else None
+        """How much of a list or a text is kept."""
+        return self.feature.max_length if isinstance(self.feature, ListFeature | TextFeature) else None
+
+    @property
+    def masks_zero(self) -> bool:
+        """Whether the id 0 is padding."""
+        return isinstance(self.feature, BagFeature | SequenceFeature) and self.feature.mask_zero
 
     @property
     def problems(self) -> list[Problem]:
@@ -80,6 +95,8 @@ class ColumnSpec:
             if self.name == "weight":
                 reasons.append("negative weight")
             return [Problem(self.name, self.column, reason) for reason in reasons]
+        if self.is_text:
+            return [Problem(self.name, self.column, "null text")]
         found = [Problem(self.name, self.column, "null id"), Problem(self.name, self.column, "unknown id")]
         if self.second is not None:
             found.append(Problem(self.name, self.column, "lengths differ"))
@@ -102,7 +119,7 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
         table = None if isinstance(feature, DenseFeature) else feature.table
         second = feature.weights if isinstance(feature, WeightedBagFeature) else None
         specs.append(ColumnSpec(name, feature.column or name, feature, table, second))
-    needs_label = any(name in _POINTWISE for name in config.evaluate.metrics)
+    needs_label = any(name in POINTWISE_METRICS for name in config.evaluate.metrics)
     if role == "train" or (role == "evaluation" and needs_label):
         specs += [ColumnSpec(f"label:{name}", column) for name, column in config.data.label_columns.items()]
     if role == "train" and config.data.weight is not None:
@@ -159,6 +176,9 @@ class Decoder:
         self._on_bad_row = on_bad_row
         self._wanted = [spec.name for spec in self.specs if wanted is None or spec.name in wanted]
         self._specs = {spec.name: spec for spec in self.specs}
+        texts = [spec.column for spec in self.specs if spec.is_text]
+        self._shared_texts = {column for column in texts if texts.count(column) > 1}
+        self._last_words: tuple[object, str, object, Words] | None = None
         self.problems: tuple[Problem, ...] = tuple(problem for spec in self.specs for problem in spec.problems)
         """All that can be wrong with a row; the column `bad` holds 1 + the place herein."""
         self._codes = {problem: code for code, problem in enumerate(self.problems, start=1)}
@@ -211,6 +231,12 @@ class Decoder:
         """Returns a decoder that standardises by these."""
         return Decoder(self.specs, self._vocabularies, statistics, self._on_bad_row, self._wanted)
 
+    def lookups_of_text(self, spec: ColumnSpec, size_bytes: int) -> int:
+        """Returns about how many rows of its table a text of a size looks up: somewhat more than in English."""
+        vocabulary = self._vocabularies[spec.table or ""]
+        assert isinstance(vocabulary, TextVocabulary), "the config checks that texts look words up"
+        return size_bytes // _BYTES_PER_WORD * vocabulary.lookups_per_word
+
     def check_type(self, spec: ColumnSpec, column: str, kind: pa.DataType) -> str | None:
         """Returns what a Parquet column must be, if its Arrow type cannot be decoded; None if it can."""
         if pa.types.is_null(kind):
@@ -221,6 +247,8 @@ class Decoder:
             if not is_list(kind):
                 return "a list of integers or strings"
             return None if is_id(kind.value_type) else "a list of integers or strings"
+        if spec.is_text:
+            return None if is_text(kind) else "a text, which is a string, in each row"
         if spec.table is not None:
             return None if is_id(kind) else "integers or strings"
         return None if is_number(kind) else "a number"
@@ -231,7 +259,7 @@ class Decoder:
         policy: Action = "error"
         if problem.reason == "unknown id" and isinstance(feature, IdFeature | ListFeature):
             policy = feature.unknown
-        elif problem.reason == "null id" and isinstance(feature, IdFeature | ListFeature):
+        elif problem.reason in ("null id", "null text") and isinstance(feature, IdFeature | ListFeature | TextFeature):
             policy = feature.null
         elif problem.reason == "missing number" and isinstance(feature, DenseFeature):
             policy = feature.missing
@@ -248,9 +276,12 @@ class Decoder:
             return parse_numbers(spec.name, spec.column, array)
         vocabulary = self._vocabularies[spec.table]
         try:
+            if spec.is_text:
+                assert isinstance(vocabulary, TextVocabulary), "the config checks that texts look words up"
+                return parse_texts(spec.name, spec.column, self._words(spec.column, table, vocabulary), vocabulary)
             if not spec.is_list:
                 return parse_ids(spec.name, spec.column, array, vocabulary)
-            parsed = parse_lists(spec.name, spec.column, array, vocabulary)
+            parsed = parse_lists(spec.name, spec.column, array, vocabulary, spec.masks_zero)
         except DataError as error:
             raise DataError(f"{where.uri}, column '{spec.column}': {error}") from error
         except pa.ArrowInvalid as error:
@@ -258,6 +289,16 @@ class Decoder:
         if spec.second is not None:
             add_weights(parsed, spec.name, spec.column, spec.second, table.column(spec.second))
         return parsed
+
+    def _words(self, column: str, table: pa.Table | pa.RecordBatch, vocabulary: TextVocabulary) -> Words:
+        """Returns the words of a column of texts. Where several features read it, they are found once."""
+        last = self._last_words
+        if last is not None and last[0] is table and last[1] == column and last[2] is vocabulary.encoder:
+            return last[3]
+        words = words_of(table.column(column), vocabulary)
+        if column in self._shared_texts:
+            self._last_words = (table, column, vocabulary.encoder, words)
+        return words
 
     def find(self, table: pa.Table | pa.RecordBatch, where: Where) -> list[Finding]:
         """Returns every value that does not fit, whatever the config does about it, in the order of the columns.
@@ -287,6 +328,7 @@ class Decoder:
                     bad[finding.rows] = np.where(bad[finding.rows], bad[finding.rows], self._codes[finding.problem])
             if spec.name in self._wanted:
                 decoded |= self._decoded(spec, parsed)
+        self._last_words = None
         if self.quarantines:
             if bad.any():
                 decoded = {name: _emptied(column, bad > 0) if name != "row" else column for name, column in decoded.items()}
@@ -297,6 +339,8 @@ class Decoder:
     def _decoded(self, spec: ColumnSpec, parsed: Parsed) -> Columns:
         if spec.table is None:
             return {spec.name: Flat(self._normalised(spec, parsed))}
+        if isinstance(spec.feature, TextFeature):
+            return self._decoded_text(spec, spec.feature, parsed)
         values, nulls = parsed.values, np.zeros(0, dtype=np.int64)
         for finding in parsed.findings:
             if self.action(finding.problem) == "oov":
@@ -315,18 +359,35 @@ class Decoder:
             if len(nulls):
                 values, lengths = np.delete(values, nulls), lengths - dropped
                 weights = None if weights is None else np.delete(weights, nulls)
-        offsets = offsets_of(lengths)
         if spec.max_length is not None and len(lengths) and int(lengths.max()) > spec.max_length:
-            kept = np.minimum(lengths, spec.max_length)
-            assert isinstance(spec.feature, BagFeature | WeightedBagFeature)
-            starts = offsets[:-1] if spec.feature.keep == "first" else offsets[1:] - kept
-            offsets = offsets_of(kept)
-            places = np.repeat(starts - offsets[:-1], kept) + np.arange(offsets[-1])
+            assert isinstance(spec.feature, ListFeature)
+            places, lengths = _kept(lengths, spec.max_length, keeps_first=spec.feature.keep == "first")
             values, weights = values[places], None if weights is None else weights[places]
-            lengths = kept
+        offsets = offsets_of(lengths)
         if weights is not None and isinstance(spec.feature, WeightedBagFeature) and spec.feature.pooling == "mean":
             weights = _scaled_to_one(weights, lengths)
         columns[spec.name] = Ragged(values, offsets, weights)
+        return columns
+
+    def _decoded_text(self, spec: ColumnSpec, feature: TextFeature, parsed: Parsed) -> Columns:
+        assert spec.table is not None, "a text is looked up"
+        assert parsed.lengths is not None, "a text has words"
+        values, lengths = parsed.values, parsed.lengths
+        is_unknown = values < 0
+        if feature.unknown == "oov":
+            values = np.where(is_unknown, self._vocabularies[spec.table].rows, values)
+        elif is_unknown.any():
+            unknown = np.bincount(row_of(np.flatnonzero(is_unknown), lengths), minlength=len(lengths))
+            values, lengths = values[~is_unknown], lengths - unknown
+        if feature.max_length is not None and len(lengths) and int(lengths.max()) > feature.max_length:
+            places, lengths = _kept(lengths, feature.max_length, keeps_first=feature.truncation == "post")
+            values = values[places]
+        columns: Columns = {spec.name: Ragged(values, offsets_of(lengths))}
+        if feature.null == "empty":
+            is_null = np.zeros(len(lengths), dtype=np.int32)
+            for finding in parsed.findings:
+                is_null[finding.rows] = 1
+            columns[f"null:{spec.name}"] = Flat(is_null)
         return columns
 
     def _normalised(self, spec: ColumnSpec, parsed: Parsed) -> npt.NDArray[np.floating]:
@@ -366,6 +427,11 @@ class Decoder:
                 f"{where.row(row)}: the list in column '{column}' holds a null at place {place}; '{name}' needs ids. "
                 f"Remove nulls from the lists (a null or empty list is fine), or {advice}."
             )
+        if finding.problem.reason == "null text":
+            return (
+                f"{where.row(row)}: column '{column}' is null ({counts} rows read here are); '{name}' needs a text in each "
+                f"row, which may be empty. Fill or remove these rows, or set features.{name}.null to 'empty' or {aside}."
+            )
         if finding.problem.reason == "unknown id":
             assert spec.table is not None
             policy = f"features.{name}.unknown to 'oov' or 'quarantine'" if spec.feature is not None else aside
@@ -391,6 +457,14 @@ class Decoder:
             f"{met} ({counts} rows read here are so); '{name}' needs {need} in each row. "
             f"Correct the rows, or set {zero}{aside}."
         )
+
+
+def _kept(lengths: IntArray, most: int, keeps_first: bool) -> tuple[IntArray, IntArray]:
+    """Returns which of all lists' values are kept where a list keeps so many at most, and the lengths then."""
+    offsets, kept = offsets_of(lengths), np.minimum(lengths, most)
+    starts = offsets[:-1] if keeps_first else offsets[1:] - kept
+    ends = offsets_of(kept)
+    return np.repeat(starts - ends[:-1], kept) + np.arange(ends[-1]), kept
 
 
 def _emptied(column: Flat | Ragged, rows: npt.NDArray[np.bool_]) -> Flat | Ragged:

@@ -16,7 +16,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.data.vocabulary import hash_integers, hash_strings, integers
+from embedshard.data.hashing import hash_integers, hash_strings
+from embedshard.data.vocabulary import integers
 
 IntArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]

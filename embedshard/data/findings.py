@@ -13,7 +13,9 @@ import pyarrow as pa
 
 IntArray = npt.NDArray[np.int64]
 
-Reason = Literal["null id", "unknown id", "lengths differ", "missing number", "infinite number", "negative weight"]
+Reason = Literal[
+    "null id", "null text", "unknown id", "lengths differ", "missing number", "infinite number", "negative weight"
+]
 """`lengths differ`: of a row's ids and weights. `missing number`: null or NaN. `infinite number`: as float32."""
 
 Action = Literal["error", "quarantine", "oov", "empty", "zero"]

@@ -19,8 +19,8 @@ from embedshard.data.columns import Flat, good_rows
 from embedshard.data.decode import Decoder, column_specs
 from embedshard.data.id_counts import FeatureIds, IdCounts
 from embedshard.data.source import open_source
+from embedshard.data.spacing import evenly_spaced
 from embedshard.data.statistics import Statistics
-from embedshard.data.survey import evenly_spaced
 from embedshard.data.vocabulary import Vocabulary, table_rows
 
 _SAMPLED_ROWS: Final = 1_000_000

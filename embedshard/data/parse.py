@@ -8,15 +8,19 @@ from __future__ import annotations
 
 __all__ = [
     "Parsed",
+    "Words",
     "add_weights",
     "is_id",
     "is_list",
     "is_number",
+    "is_text",
     "offsets_of",
     "parse_ids",
     "parse_lists",
     "parse_numbers",
+    "parse_texts",
     "row_of",
+    "words_of",
 ]
 
 from collections.abc import Iterable
@@ -29,6 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.data.findings import Finding, Problem, Reason
+from embedshard.data.text import TextVocabulary
 from embedshard.data.vocabulary import Vocabulary, integers
 from embedshard.errors import DataError
 
@@ -43,10 +48,10 @@ class Parsed:
 
     Attributes:
         values: rows of the table, int64, -1 for null and unknown ids; or numbers, float64, NaN for nulls. Those of lists
-            one after another.
-        among: the same as they are in the file.
+            and of texts one after another.
+        among: the same as they are in the file; of texts, the texts.
         findings: those that do not fit.
-        lengths: of the lists, (n,) int64; None where there are none.
+        lengths: of the lists or the texts, (n,) int64; None where there are none.
         weights: of the values, float64, 0 where they are bad; None without weights.
     """
 
@@ -55,6 +60,21 @@ class Parsed:
     findings: list[Finding]
     lengths: IntArray | None = None
     weights: npt.NDArray[np.float64] | None = None
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words of texts, before any table's rows.
+
+    Attributes:
+        texts: as they are in the file.
+        ids: of all texts' words one after another, -1 for unknown ones.
+        lengths: how many each text has; a null has none.
+    """
+
+    texts: pa.Array
+    ids: IntArray
+    lengths: IntArray
 
 
 def parse_ids(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary) -> Parsed:
@@ -74,9 +94,13 @@ def parse_ids(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabul
     return Parsed(rows, ids, [Finding(Problem(name, column, reason), places, places, ids) for reason, places in wrong])
 
 
-def parse_lists(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary) -> Parsed:
-    """Parses a list of ids a row, as `parse_ids` does."""
+def parse_lists(
+    name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary, masks_zero: bool = False
+) -> Parsed:
+    """Parses a list of ids a row, as `parse_ids` does; without the zeros if those are padding."""
     ids, lengths = _flattened(_as_lists(_one_array(array), pa.int64()))
+    if masks_zero:
+        ids, lengths = _without_zeros(ids, lengths)
     rows, wrong = _rows_of(ids, vocabulary)
     return Parsed(
         rows,
@@ -84,6 +108,31 @@ def parse_lists(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocab
         [Finding(Problem(name, column, reason), row_of(places, lengths), places, ids) for reason, places in wrong],
         lengths,
     )
+
+
+def words_of(array: pa.ChunkedArray | pa.Array, vocabulary: TextVocabulary) -> Words:
+    """Returns the words of a text a row; a null has none.
+
+    Raises:
+        pa.ArrowInvalid: if a text is not UTF-8.
+    """
+    if pa.types.is_null(array.type):
+        array = array.cast(pa.large_string())
+    if isinstance(array, pa.ChunkedArray) and array.num_chunks > 1 and pa.types.is_string(array.type):
+        array = array.cast(pa.large_string())  # together they may be longer than a string's offsets can hold
+    texts = _one_array(array)
+    if pa.types.is_dictionary(texts.type):
+        texts = texts.dictionary_decode()
+    ids, lengths = vocabulary.encoder.encode(texts.fill_null("") if texts.null_count else texts)
+    return Words(texts, ids, lengths)
+
+
+def parse_texts(name: str, column: str, words: Words, vocabulary: TextVocabulary) -> Parsed:
+    """Parses a text a row, given its words. Unknown words are nothing to find: they are -1 among the values."""
+    values, lengths = vocabulary.rows_of(words.ids, words.lengths)
+    nulls = np.flatnonzero(words.texts.is_null().to_numpy(zero_copy_only=False))
+    findings = [Finding(Problem(name, column, "null text"), nulls, nulls, words.texts)] if len(nulls) else []
+    return Parsed(values, words.texts, findings, lengths)
 
 
 def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.ChunkedArray | pa.Array) -> None:
@@ -209,6 +258,21 @@ def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
     return _plain(array.flatten()), lengths.astype(np.int64, copy=False)
 
 
+def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray]:
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    if not (pa.types.is_integer(ids.type) or not len(ids)):
+        raise DataError(
+            f"holds lists of {ids.type}, but its feature says mask_zero: integers, of which 0 is padding. "
+            f"Leave mask_zero out."
+        )
+    is_padding = pc.equal(ids, pa.scalar(0, ids.type)).fill_null(False).to_numpy(zero_copy_only=False)
+    if not is_padding.any():
+        return ids, lengths
+    padding = np.bincount(row_of(np.flatnonzero(is_padding), lengths), minlength=len(lengths))
+    return ids.filter(pa.array(~is_padding)), lengths - padding
+
+
 def offsets_of(lengths: IntArray) -> IntArray:
     """Returns where each list begins among the values of all, and where the last ends, (n + 1,) int64."""
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
@@ -242,8 +306,14 @@ def is_id(kind: pa.DataType) -> bool:
         return True
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return bool(pa.types.is_integer(kind) or is_string)
+    return bool(pa.types.is_integer(kind)) or is_text(kind)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Returns whether values of a type are strings."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_number(kind: pa.DataType) -> bool:

@@ -226,6 +226,11 @@ class Source:
                 place = _place_of(metadata, spec.column)
                 for group in range(metadata.num_row_groups):
                     rows = metadata.row_group(group).num_rows
+                    if spec.is_text:
+                        size = 0 if place is None else metadata.row_group(group).column(place).total_uncompressed_size
+                        words = self.decoder.lookups_of_text(spec, size)
+                        total += rows * 8 + 8 * (words if spec.max_length is None else min(words, rows * spec.max_length))
+                        continue
                     if not spec.is_list:
                         total += rows * (8 if spec.table is not None else 4)
                         continue

@@ -7,9 +7,9 @@ Rows that are set aside do not exist here.
 
 from __future__ import annotations
 
-__all__ = ["Interactions", "Survey", "Wanted", "evenly_spaced", "take_survey"]
+__all__ = ["Interactions", "Survey", "Wanted", "take_survey"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from embedshard.config.parts import DenseFeature
 from embedshard.data.columns import Columns, Flat, good_rows
 from embedshard.data.dataset import Dataset
 from embedshard.data.id_counts import FeatureIds, IdCounts
+from embedshard.data.spacing import evenly_spaced
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
@@ -128,20 +129,6 @@ def take_survey(dataset: Dataset, wanted: Wanted) -> Survey:
         label_weight=parts.label_weight,
         ids={name: counts.result() for name, counts in parts.id_counts.items()} if counted else {},
     )
-
-
-def evenly_spaced(group_rows: Sequence[int], limit: int) -> set[int]:
-    """Returns the numbers of row groups that lie evenly spaced and have about `limit` rows together.
-
-    All where they have no more than that; at least one, unless the limit is 0.
-    """
-    total, num_groups = sum(group_rows), len(group_rows)
-    if limit == 0:
-        return set()
-    if total <= limit:
-        return set(range(num_groups))
-    num_chosen = max(1, num_groups * limit // total)
-    return {(2 * i + 1) * num_groups // (2 * num_chosen) for i in range(num_chosen)}
 
 
 class _Parts:

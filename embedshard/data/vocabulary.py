@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Vocabulary", "hash_integers", "hash_strings", "integers", "load_vocabularies", "table_rows"]
+__all__ = ["Vocabulary", "integers", "load_vocabularies", "table_rows"]
 
 import hashlib
 from collections.abc import Mapping
@@ -15,15 +15,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedshard.config import Config
-from embedshard.config.parts import FileVocabulary, HashVocabulary
+from embedshard.config.parts import FileVocabulary, HashVocabulary, TokenizerVocabulary, WordNgramsVocabulary
+from embedshard.data.hashing import hash_integers, hash_strings
+from embedshard.data.text import NgramVocabulary, TextVocabulary, UntrainedVocabulary, WordVocabulary, read_tokenizer
+from embedshard.data.tokenizer import Tokenizer
 from embedshard.errors import ConfigError, DataError
 from embedshard.storage import locate
 
 IntArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]
-
-_GOLDEN = 0x9E3779B97F4A7C15
-_FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
 class Vocabulary(Protocol):
@@ -52,38 +52,6 @@ class Vocabulary(Protocol):
     def describe(self) -> str:
         """Returns what is known, for messages."""
         ...
-
-
-def hash_integers(ids: IntArray | WordArray, seed: int) -> WordArray:
-    """Returns a 64-bit hash of each id: splitmix64 (Steele et al. 2014) of id + (seed + 1) * its golden constant."""
-    return _finalised(ids.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64))
-
-
-def hash_strings(ids: pa.Array, seed: int) -> WordArray:
-    """Returns a 64-bit hash of each string: FNV-1a over its UTF-8 bytes, then as for an integer.
-
-    All strings advance one byte at a time together, so the cost is one pass an array for each byte of the longest.
-    """
-    binary = ids.cast(pa.large_string()).cast(pa.large_binary())
-    _, offsets_buffer, data_buffer = binary.buffers()
-    offsets = np.frombuffer(offsets_buffer, dtype=np.int64)[binary.offset : binary.offset + len(binary) + 1]
-    data = np.frombuffer(data_buffer, dtype=np.uint8) if data_buffer is not None else np.zeros(0, dtype=np.uint8)
-    words = np.full(len(binary), _FNV_OFFSET, dtype=np.uint64)
-    lengths = np.diff(offsets)
-    by_length = np.argsort(-lengths, kind="stable")
-    sorted_starts, sorted_lengths = offsets[:-1][by_length], lengths[by_length]
-    hashed = words[by_length]
-    for place in range(int(sorted_lengths[0]) if len(sorted_lengths) else 0):
-        count = int(np.searchsorted(-sorted_lengths, -place, side="left"))  # strings longer than `place`
-        hashed[:count] = (hashed[:count] ^ data[sorted_starts[:count] + place]) * np.uint64(_FNV_PRIME)
-    words[by_length] = hashed
-    return _finalised(words + np.uint64((seed + 1) * _GOLDEN % 2**64))
-
-
-def _finalised(words: WordArray) -> WordArray:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))
 
 
 class _Identity:
@@ -172,8 +140,13 @@ class _File:
         return f"the {self.rows} ids of {self._where}"
 
 
-def load_vocabularies(config: Config) -> dict[str, Vocabulary]:
+def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = None) -> dict[str, Vocabulary]:
     """Returns the vocabulary of each of the config's tables.
+
+    Args:
+        config: the config.
+        tokenizers: the JSON of each table's tokenizer, as `train_tokenizers` returns it or a run has kept it. Without one
+            that is not ready as a file, its table's vocabulary finds no words and has the most rows that there can be.
 
     Raises:
         DataError: if a vocabulary's file is not what it must be.
@@ -191,15 +164,34 @@ def load_vocabularies(config: Config) -> dict[str, Vocabulary]:
                 )
             loaded[name] = from_file
             continue
+        if isinstance(vocabulary, TokenizerVocabulary):
+            loaded[name] = _load_words(name, vocabulary, table.known_rows, (tokenizers or {}).get(name))
+            continue
+        if isinstance(vocabulary, WordNgramsVocabulary):
+            continue  # when the words are there
         rows = table.known_rows
         assert rows is not None, "the config checks that rows are known without a file"
         loaded[name] = _Hash(rows, vocabulary.seed) if isinstance(vocabulary, HashVocabulary) else _Identity(rows)
-    return loaded
+    for name, table in config.tables.items():
+        if isinstance(table.vocabulary, WordNgramsVocabulary):
+            words, rows = loaded[table.vocabulary.of], table.known_rows
+            assert isinstance(words, TextVocabulary), "the config checks that it has a tokenizer"
+            assert rows is not None, "the config checks that rows are known without a file"
+            loaded[name] = NgramVocabulary(words, table.vocabulary.n, rows, table.vocabulary.seed)
+    return {name: loaded[name] for name in config.tables}
 
 
 def table_rows(vocabularies: Mapping[str, Vocabulary]) -> dict[str, int]:
     """Returns how many ids each table has rows for."""
     return {name: vocabulary.rows for name, vocabulary in vocabularies.items()}
+
+
+def _load_words(table: str, vocabulary: TokenizerVocabulary, most: int | None, text: str | None) -> TextVocabulary:
+    if text is None and vocabulary.path is None:
+        return UntrainedVocabulary(most or 0)
+    if text is None:
+        text = read_tokenizer(table, vocabulary)
+    return WordVocabulary(Tokenizer(text, f"tables.{table}.vocabulary: {vocabulary.path or 'what the run has kept'}"))
 
 
 def _load_file(table: str, vocabulary: FileVocabulary) -> _File:

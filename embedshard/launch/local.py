@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from embedshard.config import Config, Loaded, load_config, table_specs
+from embedshard.config.parts import WordsVocabulary
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
@@ -208,4 +209,10 @@ def summarise_config(config_path: Path, overrides: Sequence[str], environment: M
         EmbedshardError: what a user can act on.
     """
     config = load_config(config_path, environment, overrides).config
+    for name, table in config.tables.items():
+        if isinstance(table.vocabulary, WordsVocabulary) and table.vocabulary.path is None and table.known_rows is None:
+            raise ConfigError(
+                f"tables.{name}.vocabulary.num_words is null, so its rows are known when a run has counted the words. To "
+                f"see the rest, take a number for it: --set tables.{name}.vocabulary.num_words=100000."
+            )
     return summarise(config, table_specs(config, table_rows(load_vocabularies(config))))

@@ -389,6 +389,9 @@ class _BoardReporter(Reporter):
         self._waiting: list[tuple[str, tuple[Any, ...]]] = []
         self._told = 0.0
 
+    def prepared(self, what: str, done: int, total: int) -> None:
+        self._tell("prepared", what, done, total, now=done in (0, total))
+
     def started(self, first_step: int, num_steps: int) -> None:
         self._tell("started", first_step, num_steps)
 

@@ -22,6 +22,7 @@ from rich.table import Table
 from embedshard.config import Config, TableSpec, table_specs
 from embedshard.config.parts import EvaluateConfig, InBatchSoftmaxConfig, ShardingConfig, TableShardingConfig
 from embedshard.config.placement import ALL_TYPES, changed_optimizer, impossible
+from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import ConfigError, DataError, PlanError, nearest
 from embedshard.launch.rehearsing import CaseError, LocalGroup, Outcome
@@ -121,7 +122,7 @@ def verify_plans(
         if kind not in ALL_TYPES:
             raise ConfigError(f"there is no sharding type '{kind}'. {nearest(kind, ALL_TYPES)}")
     wanted = [AS_CONFIGURED, *ALL_TYPES] if types is None else list(types)
-    specs = table_specs(config, table_rows(load_vocabularies(config)))
+    specs = table_specs(config, table_rows(load_vocabularies(config, train_tokenizers(config))))
     plain = _bare(config)
     found = Verification(steps, beyond=_beyond(config))
     with ExitStack() as stack:
@@ -203,7 +204,9 @@ def _variant(config: Config, sharding: str) -> Config:
     tables = {}
     for name, table in config.tables.items():
         optimizer = table.optimizer.kind or config.optimizer.tables.kind
-        is_out = changed_optimizer(sharding, optimizer) or impossible(sharding, optimizer, table.dtype)
+        is_out = changed_optimizer(sharding, optimizer) or impossible(
+            sharding, optimizer, table.dtype, config.is_sequence_table(name)
+        )
         kind = "table_wise" if is_out else sharding
         tables[name] = table.model_copy(update={"sharding": TableShardingConfig.model_validate({"type": kind})})
     return config.model_copy(update={"tables": tables, "sharding": ShardingConfig(planner="explicit")})
@@ -224,7 +227,9 @@ def _not_covered(config: Config, specs: Sequence[TableSpec], sharding: str, worl
         if spec.name not in config.tables:
             continue
         for kind in spec.sharding.asked if sharding == AS_CONFIGURED else [sharding]:
-            why = changed_optimizer(kind, spec.optimizer.kind) or impossible(kind, spec.optimizer.kind, spec.dtype)
+            why = changed_optimizer(kind, spec.optimizer.kind) or impossible(
+                kind, spec.optimizer.kind, spec.dtype, spec.is_sequence
+            )
             if why:
                 reasons.setdefault(why, []).append(spec.name)
     out = [name for name in names if any(name in tables for tables in reasons.values())]

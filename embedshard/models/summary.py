@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embedshard.config import Config, TableSpec
-from embedshard.config.parts import InBatchSoftmaxConfig
+from embedshard.config.parts import InBatchSoftmaxConfig, TokenizerVocabulary
 from embedshard.config.placement import changed_optimizer
+from embedshard.models.embeddings import table_modules
 from embedshard.models.registry import build_model
 
 _DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
@@ -74,14 +74,9 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
         ConfigError: if a custom model cannot be built.
     """
     model = build_model(config, specs)
-    inside_tables = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, EmbeddingBagCollection)
-        for parameter in module.parameters()
-    }
+    inside_tables = {id(parameter) for _, module in table_modules(model) for parameter in module.parameters()}
     return Summary(
-        tables=tuple(_table_row(spec) for spec in specs),
+        tables=tuple(_table_row(spec, config) for spec in specs),
         layers=tuple(
             _layer_row(name, parameter, config)
             for name, parameter in model.named_parameters()
@@ -91,7 +86,10 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
     )
 
 
-def _table_row(spec: TableSpec) -> Row:
+def _table_row(spec: TableSpec, config: Config) -> Row:
+    vocabulary = config.tables[spec.name].vocabulary if spec.name in config.tables else None
+    is_open = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None
+    most = "; so many rows at most: a run makes the tokenizer" if is_open else ""
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
     optimizer = "adam (lazy kernel on CPU, FBGEMM's on CUDA)" if spec.optimizer.kind == "adam" else spec.optimizer.kind
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
@@ -101,7 +99,7 @@ def _table_row(spec: TableSpec) -> Row:
         parameters=spec.parameters,
         weight_bytes=spec.weight_bytes,
         state_bytes=spec.state_bytes,
-        note=f"{spec.dtype}, {optimizer} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}",
+        note=f"{spec.dtype}, {optimizer} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
     )
 
 

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -25,6 +24,7 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from embedshard.errors import ConfigError
+from embedshard.models.embeddings import table_modules, table_weights
 from embedshard.sharding.lazy_adam import AdamSteps, tell_fbgemm
 from embedshard.sharding.ownership import TABLE_CLASSES, check_ownership
 from embedshard.sharding.shards import Shard, replicated_tables
@@ -63,15 +63,13 @@ def _arguments(optimizer: TableOptimizerConfig) -> dict[str, Any]:
 def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec]) -> None:
     """Tells each unsharded table which optimizer its kernel is to fuse."""
     by_name = {spec.name: spec for spec in specs}
-    for module in model.modules():
-        if not isinstance(module, EmbeddingBagCollection):
-            continue
-        for name, bag in module.embedding_bags.items():
+    for _, module in table_modules(model):
+        for name, weight in table_weights(module).items():
             optimizer = by_name[name].optimizer
             # A dict of its own: sharding writes into it.
-            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [bag.weight], _arguments(optimizer))
+            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [weight], _arguments(optimizer))
             if optimizer.kind == "adam":
-                tell_fbgemm(bag.weight, optimizer)
+                tell_fbgemm(weight, optimizer)
 
 
 class Optimizers:

@@ -22,7 +22,7 @@ from embedshard.config import TableSpec
 from embedshard.config.placement import changed_optimizer
 from embedshard.errors import PlanError
 from embedshard.sharding.lazy_adam import LazyAdamTables
-from embedshard.sharding.shards import fused_kernels, num_column_blocks
+from embedshard.sharding.shards import TABLE_HOLDERS, fused_kernels, num_column_blocks
 from embedshard.world import World
 
 TABLE_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
@@ -68,7 +68,8 @@ def check_ownership(
             fused[table].add(optimizer)
     blocks = num_column_blocks(model)
     for spec in specs:
-        by_dense = any(f".embedding_bags.{spec.name}." in f".{name}." for name in dense_parameters)
+        of_table = tuple(f".{holder}.{spec.name}.weight" for holder in TABLE_HOLDERS)
+        by_dense = any(f".{name}".endswith(of_table) for name in dense_parameters)
         _check_owner(spec, bool(fused[spec.name]), spec.name in replicated, by_dense)
         is_lazy = spec.optimizer.kind == "adam" and world.device.type == "cpu"
         needed = _LAZY_ADAM if is_lazy else _FUSED_TYPES[spec.optimizer.kind].value

@@ -15,6 +15,7 @@ from embedshard.data.collate import Collator
 from embedshard.data.dataset import Dataset, open_dataset
 from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
+from embedshard.data.tokenizer_training import PreparationProgress
 from embedshard.evaluate.evaluator import Evaluator
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
@@ -78,16 +79,18 @@ def assemble(
     resolved: dict[str, Any] | None = None,
     dataset: Dataset | None = None,
     plan: RecordedPlan | None = None,
+    progress: PreparationProgress | None = None,
 ) -> Assembly:
     """Opens the data and builds everything else. Collective.
 
     Args:
         config: the config.
         world: the processes that train together.
-        resolved: what a run has kept of its data (inventory, window lengths, statistics): the data must not have changed
-            since. None for a new run.
+        resolved: what a run has kept of its data (inventory, window lengths, statistics, tokenizers): the data must not
+            have changed since. None for a new run.
         dataset: one that is open already, of the same data; it is opened where it is None.
         plan: to be replayed; None makes one.
+        progress: hears on rank 0 how far it is with what takes long.
 
     Raises:
         ConfigError, DataError, PlanError: as the parts do.
@@ -95,7 +98,7 @@ def assemble(
     if config.train.deterministic and world.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
     if dataset is None:
-        dataset = open_dataset(config, world, resolved)
+        dataset = open_dataset(config, world, resolved, progress)
     specs = table_specs(config, dataset.table_rows)
     model = shard_model(build_model(config, specs), config, specs, world, plan)
     objective = build_objective(config, specs, world).to(world.device)

@@ -76,13 +76,15 @@ def train(
         ConfigError, DataError, PlanError, CheckpointError, TrainingError: what a user can act on.
     """
     begin = time.monotonic()
-    parts = assemble(config, world, run.read_json("inventory.json"), plan=plan or _own_plan(world, run))
+    kept, own_plan = run.read_json("inventory.json"), plan or _own_plan(world, run)
+    parts = assemble(config, world, kept, plan=own_plan, progress=reporter.prepared)
     state = TrainState()
     if resume_from is not None:
         restore(resume_from, parts.model, parts.optimizers, parts.objective)
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
+        run.write_tokenizers(parts.dataset.tokenizers)
         run.write_json("plan.json", parts.plan.to_json())
     _say_skipped(parts.dataset.skipped_files, reporter)
     for exception in sharding_exceptions(config, parts.specs):

@@ -266,6 +266,14 @@ class RunDirectory:
                 f"run."
             ) from error
 
+    def write_tokenizers(self, tokenizers: Mapping[str, str]) -> None:
+        """Writes the JSON of each table's tokenizer, as the library reads it: tokenizers/<table>.json."""
+        folder = self.folder.join("tokenizers")
+        with reaching(folder):
+            for table, text in tokenizers.items():
+                folder.make_dirs()
+                folder.join(f"{table}.json").write_text_atomically(text)
+
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file into the folder."""
         location = self.folder.join(name)

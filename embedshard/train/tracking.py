@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from embedshard.data.quarantine import BadRowCounts
@@ -58,6 +58,9 @@ def _without_nan(value: Any) -> Any:
 class Reporter:
     """Hears what happens in a run. Every method may be left as it is: a reporter that ignores all."""
 
+    def prepared(self, what: str, done: int, total: int) -> None:
+        """Something is made before training: so many rows of so many were read for it."""
+
     def started(self, first_step: int, num_steps: int) -> None:
         """Training begins at a step, of so many."""
 
@@ -88,6 +91,11 @@ class Reporters(Reporter):
 
     def __init__(self, reporters: Sequence[Reporter]) -> None:
         self._reporters = list(reporters)
+
+    def prepared(self, what: str, done: int, total: int) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.prepared(what, done, total)
 
     def started(self, first_step: int, num_steps: int) -> None:
         """Tells all."""
@@ -145,6 +153,22 @@ class ConsoleReporter(Reporter):
         self._first_step = self._num_steps = 0
         self._begin = time.monotonic()
         self._bad = ""
+
+    def prepared(self, what: str, done: int, total: int) -> None:
+        """Shows a bar of its own while it lasts, else a line at its beginning."""
+        if not self._console.is_terminal:
+            if not done:
+                self._console.print(f"making the {what} from {total:,} rows", highlight=False, soft_wrap=True)
+            return
+        if self._progress is None:
+            columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn()
+            self._progress = Progress(*columns, console=self._console, transient=True)
+            self._task = self._progress.add_task("", total=total)
+            self._progress.start()
+        assert self._task is not None, "a bar has a task"
+        self._progress.update(self._task, completed=done)
+        if done == total:
+            self.finished()
 
     def started(self, first_step: int, num_steps: int) -> None:
         """Shows the bar."""

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from embedshard.config import build_config
 from embedshard.data.decode import Decoder, Where, column_specs
+from embedshard.data.hashing import hash_integers
 from embedshard.data.statistics import Statistics
-from embedshard.data.vocabulary import hash_integers, load_vocabularies
+from embedshard.data.vocabulary import load_vocabularies
 from embedshard.errors import DataError
 
 WHERE = Where("data/part-3.parquet", 2, 100, 5000)

@@ -7,7 +7,7 @@ import pytest
 
 from embedshard.data import id_counts
 from embedshard.data.id_counts import IdCounts
-from embedshard.data.survey import evenly_spaced
+from embedshard.data.spacing import evenly_spaced
 
 
 @pytest.mark.parametrize("pending", [1, 40, 2**22])

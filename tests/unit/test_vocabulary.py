@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedshard.config import build_config
-from embedshard.data.vocabulary import hash_integers, hash_strings, load_vocabularies, table_rows
+from embedshard.data.hashing import hash_integers, hash_strings
+from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import ConfigError, DataError
 
 MASK = 2**64 - 1
