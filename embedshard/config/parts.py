@@ -391,8 +391,11 @@ class InitConfig(Strict):
     """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TableOptimizerConfig(Strict):
-    """The fused optimizer of a table."""
+    """The fused optimizer of a table. `adam` is lazy: it moves the rows of the batch alone."""
 
     kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
     """Which kind it is."""
@@ -400,8 +403,8 @@ class TableOptimizerConfig(Strict):
     """Learning rate, before the schedule's factor."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the statistic (Adagrad, row-wise Adagrad, Adam)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's: what its running means of the gradient and of its square keep at each step."""
 
 
 class TableOptimizerOverride(Strict):
@@ -413,7 +416,7 @@ class TableOptimizerOverride(Strict):
     """Learning rate, before the schedule's factor."""
     eps: float | None = Field(None, gt=0)
     """Added to the root of the statistic."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Beta, Beta] | None = None
     """Adam's."""
 
 

@@ -91,6 +91,7 @@ def _table_row(spec: TableSpec, config: Config) -> Row:
     is_open = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None
     most = "; so many rows at most: a run makes the tokenizer" if is_open else ""
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
+    optimizer = "adam (lazy kernel on CPU, FBGEMM's on CUDA)" if spec.optimizer.kind == "adam" else spec.optimizer.kind
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
     return Row(
         name=spec.name,
@@ -98,7 +99,7 @@ def _table_row(spec: TableSpec, config: Config) -> Row:
         parameters=spec.parameters,
         weight_bytes=spec.weight_bytes,
         state_bytes=spec.state_bytes,
-        note=f"{spec.dtype}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
+        note=f"{spec.dtype}, {optimizer} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
     )
 
 
@@ -121,6 +122,11 @@ def _exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]:
     if isinstance(objective, InBatchSoftmaxConfig) and objective.negatives == "local":
         found.append("objective.negatives is 'local': each worker sees its own rows' items, so the world changes the loss.")
     found += sharding_exceptions(config, specs)
+    if names := ", ".join(spec.name for spec in specs if spec.optimizer.kind == "adam"):
+        found.append(
+            f"Tables under adam ({names}): eps counts before the bias correction on a CPU, as in torch's SparseAdam, and "
+            f"after it on CUDA, where FBGEMM has a kernel of its own."
+        )
     if not config.train.deterministic:
         found.append("On CUDA without train.deterministic, sums are added in any order. (On a CPU they are not.)")
     return found

@@ -132,7 +132,7 @@ class _Maker:
         self._batch_size = config.train.global_batch_size // cluster.world_size
         self._lengths = key_lengths(config, specs, sample)
         self._model = build_model(config, specs)
-        attach_table_optimizers(self._model, specs, device)
+        attach_table_optimizers(self._model, specs)
         self._sharders = make_sharders(config, device)
         self.dense = _dense_cost(config, specs, self._model, cluster, sample)
         dense = self.dense

@@ -15,6 +15,7 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
 from embedshard.config import Config, TableSpec
 from embedshard.errors import ConfigError
 from embedshard.sharding.initialise import initialise_tables
+from embedshard.sharding.lazy_adam import pose_as_sgd, take_over
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, SequenceSharder, Sharders, make_plan
 from embedshard.sharding.recorded import RecordedPlan
@@ -36,12 +37,14 @@ def shard_model(
 
     Raises:
         PlanError: if there is no plan within what the config allows, or the recorded one is another config's.
-        ConfigError: if a table's optimizer, or the communication's precision, is not to be had on this device.
+        ConfigError: if the communication's precision is not to be had on this device.
     """
-    attach_table_optimizers(model, specs, world.device)
+    attach_table_optimizers(model, specs)
     sharders = make_sharders(config, world.device)
     batch_size = config.train.global_batch_size // world.world_size
     plan = make_plan(model, specs, sharders, config.sharding.planner, world, batch_size, recorded)
+    if world.device.type == "cpu":
+        pose_as_sgd(model)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(world.group),
@@ -53,6 +56,7 @@ def shard_model(
         # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
+    take_over(sharded)
     initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
 
