@@ -150,11 +150,6 @@ class Config(Strict):
                         f"tables.{name}.vocabulary.of: table '{vocabulary.of}' has no tokenizer to divide texts by. "
                         f"Give it the vocabulary 'words' or 'bpe', or name a table that has one"
                     )
-            elif isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None and not self.texts(name):
-                raise ValueError(
-                    f"tables.{name}.vocabulary: a tokenizer is made from texts, and no feature of kind 'text' looks this "
-                    f"table up. Give one, or a ready tokenizer (vocabulary.path)"
-                )
         for name, feature in self.features.items():
             if isinstance(feature, DenseFeature):
                 continue
@@ -171,6 +166,13 @@ class Config(Strict):
                     f"features.{name} is of kind '{feature.kind}', but table '{feature.table}' has the vocabulary "
                     f"'{vocabulary.kind}', which is looked up by texts. Make it 'kind: text', or give the table the "
                     f"vocabulary 'hash' or 'file'"
+                )
+        for name, table in self.tables.items():
+            vocabulary = table.vocabulary
+            if isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None and not self.texts(name):
+                raise ValueError(
+                    f"tables.{name}.vocabulary: a tokenizer is made from texts, and no feature of kind 'text' looks this "
+                    f"table up. Give one, or a ready tokenizer (vocabulary.path)"
                 )
 
     def _check_sharding(self) -> None:

@@ -84,14 +84,14 @@ def negatives_for(users: IntArray, rated_users: IntArray, rated_items: IntArray,
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(drawn.ravel()))
 
 
-def write_sets(sets: Mapping[str, pa.Table], out: Path) -> dict[str, int]:
+def write_sets(sets: Mapping[str, pa.Table], out: Path, row_group_rows: int = ROW_GROUP_ROWS) -> dict[str, int]:
     """Writes a folder of Parquet for each set, each complete or not at all; returns their rows."""
     counts = {}
     for name, table in sets.items():
         partial = out / f".{name}.part"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        pq.write_table(table, partial / "part-00000.parquet", compression="zstd", row_group_size=ROW_GROUP_ROWS)
+        pq.write_table(table, partial / "part-00000.parquet", compression="zstd", row_group_size=row_group_rows)
         shutil.rmtree(out / name, ignore_errors=True)
         partial.rename(out / name)
         counts[name] = table.num_rows
