@@ -4,10 +4,11 @@ The data floor fills the keys, the model floor builds the tables; both read them
 feature's own key there are derived ones, with a colon in their names: `item_id:bias` (the 4-column table of a bias) and
 `item_id:negative0` (ids drawn beside the rows, in as many slots as they need).
 
-A table lives in one collection, and all pooling is a sum. Where one of its features is a sequence, all of them are looked up
-place by place, and the others are pooled afterwards. A table with a bag that is no sum is looked up with weights: 1 / length for
-a mean, 1 / its root for `sqrtn`, 1 for the rest. TorchRec's own mean is wrong under GRID_SHARD (each piece divides by the ids
-that it holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose sums are divided too).
+A table lives in one collection, and all pooling is a sum. Where one of its features is a sequence, all of them are looked
+up place by place, and the others are pooled afterwards. A table with a bag that is no sum is looked up with weights: 1 /
+length for a mean, 1 / its root for `sqrtn`, 1 for the rest. TorchRec's own mean is wrong under GRID_SHARD (each piece
+divides by the ids that it holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose
+sums are divided too).
 """
 
 from __future__ import annotations
