@@ -68,9 +68,9 @@ class TableSpec:
         optimizer: the fused optimizer, overrides applied.
         l2_lookup: penalty on looked-up vectors.
         weighted: whether it is looked up with weights; pooling is always a sum.
-        is_sequence: whether a vector a place is asked of it, by one feature at least.
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
+        is_sequence: whether a vector a place is asked of it, by one feature at least.
     """
 
     name: str
@@ -81,9 +81,9 @@ class TableSpec:
     optimizer: TableOptimizerConfig
     l2_lookup: float
     weighted: bool
-    is_sequence: bool
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
+    is_sequence: bool = False
 
     @property
     def num_embeddings(self) -> int:
@@ -190,7 +190,6 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                 optimizer=specs[feature.table].optimizer,
                 l2_lookup=0.0,
                 weighted=False,
-                is_sequence=False,
                 lookups=(
                     Lookup(key, feature_name),
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),

@@ -346,7 +346,7 @@ def test_a_line_beyond_the_restart_does_not_count_even_where_no_later_one_has_it
     shutil.rmtree(crashed_and_resumed / "ledger")  # without it, the first step that was logged again tells as much
     run = read(crashed_and_resumed)
     assert 9 not in dict(run.curves["train/loss"])
-    assert [attempt.resumed_after for attempt in run.attempts] == [0, None]
+    assert [attempt.resumed_after for attempt in run.attempts] == [0, 7], "as attempts.jsonl tells"
 
 
 def test_a_crashed_run_has_a_report_without_a_result(crashed_and_resumed, trained, tmp_path):
