@@ -54,9 +54,9 @@ def test_the_command_line_writes_every_set(tmp_path):
     train = pq.ParquetFile(out / "train" / "part-00000.parquet")
     assert [train.metadata.row_group(group).num_rows for group in range(train.num_row_groups)] == [2500, 2500, 400]
     assert train.schema_arrow.field("label").type == pa.int8()
-    again = subprocess.run([*command[:-1], "-1"], capture_output=True, text=True, cwd=ROOT, check=False)
+    again = subprocess.run([*command, "--validation-share", "1.5"], capture_output=True, text=True, cwd=ROOT, check=False)
     assert again.returncode == 1
-    assert "prepare.py: " in again.stderr
+    assert "prepare.py: --validation-share 1.5 is no share" in again.stderr
 
 
 def test_the_real_reviews_are_split_evenly(prepare, data_set):
