@@ -12,9 +12,10 @@ from embedshard.config.load import (
     variables,
 )
 from embedshard.config.lookups import Lookup, TableSpec, bias_key, negative_key, num_negative_slots, table_specs
-from embedshard.config.root import Config
+from embedshard.config.root import POINTWISE_METRICS, Config
 
 __all__ = [
+    "POINTWISE_METRICS",
     "Config",
     "Loaded",
     "Lookup",

@@ -4,9 +4,11 @@ The data floor fills the keys, the model floor builds the tables; both read them
 feature's own key there are derived ones, with a colon in their names: `item_id:bias` (the 4-column table of a bias) and
 `item_id:negative0` (ids drawn beside the rows, in as many slots as they need).
 
-A table lives in one collection, and all pooling is a sum. A table with a bag that is a mean is looked up with weights, 1 /
-length for a mean and 1 for the rest: TorchRec's own mean is wrong under GRID_SHARD (each piece divides by the ids that it
-holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose sums are divided too).
+A table lives in one collection, and all pooling is a sum. Where one of its features is a sequence, all of them are looked
+up place by place, and the others are pooled afterwards. A table with a bag that is no sum is looked up with weights: 1 /
+length for a mean, 1 / its root for `sqrtn`, 1 for the rest. TorchRec's own mean is wrong under GRID_SHARD (each piece
+divides by the ids that it holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose
+sums are divided too).
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from embedshard.config.parts import (
     DenseFeature,
     DrawsNegatives,
     InitConfig,
+    SequenceFeature,
     TableOptimizerConfig,
     TableShardingConfig,
     TwoTowerConfig,
@@ -43,11 +46,13 @@ class Lookup:
         key: its name there.
         feature: the config's feature whose ids travel under it.
         slot: None for the row's own ids; i for the i-th slot of drawn ids.
+        is_sequence: whether a vector a place is asked for.
     """
 
     key: str
     feature: str
     slot: int | None = None
+    is_sequence: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,7 @@ class TableSpec:
         optimizer: the fused optimizer, overrides applied.
         l2_lookup: penalty on looked-up vectors.
         weighted: whether it is looked up with weights; pooling is always a sum.
+        is_sequence: whether a vector a place is asked of it, by one feature at least.
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
     """
@@ -75,6 +81,7 @@ class TableSpec:
     optimizer: TableOptimizerConfig
     l2_lookup: float
     weighted: bool
+    is_sequence: bool
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
 
@@ -137,10 +144,10 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
         for feature_name, feature in config.features.items():
             if isinstance(feature, DenseFeature) or feature.table != name:
                 continue
-            lookups.append(Lookup(feature_name, feature_name))
+            lookups.append(Lookup(feature_name, feature_name, is_sequence=config.is_sequence(feature_name)))
             if feature_name in drawn:
                 lookups += [Lookup(negative_key(feature_name, slot), feature_name, slot) for slot in slots]
-        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling == "mean" for bag in config.bags(name))
+        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling != "sum" for bag in config.bags(name))
         overrides = table.optimizer.model_dump(exclude_none=True)
         specs.append(
             TableSpec(
@@ -152,6 +159,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 optimizer=config.optimizer.tables.model_copy(update=overrides),
                 l2_lookup=table.l2_lookup,
                 weighted=weighted,
+                is_sequence=config.is_sequence_table(name),
                 lookups=tuple(lookups),
                 sharding=table.sharding,
             )
@@ -169,7 +177,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
         feature_name = config.identity(f"{side}_id")
         assert feature_name is not None, "the config checks that a bias has an id feature"
         feature = config.features[feature_name]
-        assert not isinstance(feature, DenseFeature | BagFeature)
+        assert not isinstance(feature, DenseFeature | BagFeature | SequenceFeature)
         key = bias_key(feature_name)
         slots = range(num_negative_slots(config)) if side == "item" else ()
         biases.append(
@@ -182,6 +190,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                 optimizer=specs[feature.table].optimizer,
                 l2_lookup=0.0,
                 weighted=False,
+                is_sequence=False,
                 lookups=(
                     Lookup(key, feature_name),
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),

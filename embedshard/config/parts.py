@@ -16,7 +16,9 @@ __all__ = [
     "BagFeature",
     "BpeVocabulary",
     "CheckpointConfig",
+    "ConvEncoder",
     "CosineContrastiveConfig",
+    "CrossEntropyConfig",
     "CustomModelConfig",
     "DataConfig",
     "DenseFeature",
@@ -27,6 +29,7 @@ __all__ = [
     "EvaluateConfig",
     "Feature",
     "FileVocabulary",
+    "FlattenEncoder",
     "HashVocabulary",
     "IdFeature",
     "IdentityVocabulary",
@@ -40,9 +43,12 @@ __all__ = [
     "ObjectiveConfig",
     "OptimizerConfig",
     "PointwiseConfig",
+    "PooledEncoder",
     "PopularityBaseline",
+    "RecurrentEncoder",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
+    "SequenceFeature",
     "ShardingConfig",
     "ShardingType",
     "Strict",
@@ -50,6 +56,7 @@ __all__ = [
     "TableOptimizerConfig",
     "TableOptimizerOverride",
     "TableShardingConfig",
+    "TextClassifierConfig",
     "TextFeature",
     "TokenizerVocabulary",
     "TowerConfig",
@@ -168,12 +175,36 @@ class BagFeature(Strict):
     """The table that it is looked up in."""
     column: str | None = None
     """The Parquet column; the feature's name where absent."""
-    pooling: Literal["sum", "mean"] = "mean"
-    """How a row's vectors become one."""
+    pooling: Literal["sum", "mean", "sqrtn"] = "mean"
+    """How a row's vectors become one; `sqrtn` divides their sum by the root of their number."""
     max_length: int | None = Field(None, ge=1)
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
+    unknown: Literal["error", "oov", "quarantine"] = "error"
+    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
+    unknown ids (`oov`), or set its row aside (`quarantine`)."""
+    null: Literal["error", "empty"] = "error"
+    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
+
+
+class SequenceFeature(Strict):
+    """A list of ids a row, each looked up by itself: the model gets a vector a place, in order."""
+
+    kind: Literal["sequence"]
+    """Which kind it is."""
+    table: Name
+    """The table that they are looked up in."""
+    column: str | None = None
+    """The Parquet column; the feature's name where absent."""
+    max_length: int | None = Field(None, ge=1)
+    """Ids kept of a list; all where absent."""
+    keep: Literal["first", "last"] = "last"
+    """Which end of a longer list is kept."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
     unknown: Literal["error", "oov", "quarantine"] = "error"
     """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
     unknown ids (`oov`), or set its row aside (`quarantine`)."""
@@ -215,8 +246,9 @@ class TextFeature(Strict):
     """The table that its words are looked up in; its vocabulary is `words`, `bpe` or `word_ngrams`."""
     column: str | None = None
     """The Parquet column of strings; the feature's name where absent."""
-    pooling: Literal["sum", "mean"] | None = None
-    """How a row's vectors become one. Absent: a vector for each word."""
+    pooling: Literal["sum", "mean", "sqrtn"] | None = None
+    """How a row's vectors become one; `sqrtn` divides their sum by the root of their number. Absent: a vector for each
+    word."""
     max_length: int | None = Field(None, ge=1)
     """Words kept of a text; all where absent."""
     truncation: Literal["pre", "post"] = "pre"
@@ -241,7 +273,9 @@ class DenseFeature(Strict):
     """What a null or NaN does: what `data.on_bad_row` says (`error`), or count as 0 after normalisation."""
 
 
-Feature = Annotated[IdFeature | BagFeature | WeightedBagFeature | TextFeature | DenseFeature, Field(discriminator="kind")]
+Feature = Annotated[
+    IdFeature | BagFeature | WeightedBagFeature | SequenceFeature | TextFeature | DenseFeature, Field(discriminator="kind")
+]
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -357,8 +391,11 @@ class InitConfig(Strict):
     """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TableOptimizerConfig(Strict):
-    """The fused optimizer of a table."""
+    """The fused optimizer of a table. `adam` is lazy: it moves the rows of the batch alone."""
 
     kind: Literal["sgd", "adagrad", "rowwise_adagrad", "adam"] = "rowwise_adagrad"
     """Which kind it is."""
@@ -366,8 +403,8 @@ class TableOptimizerConfig(Strict):
     """Learning rate, before the schedule's factor."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the statistic (Adagrad, row-wise Adagrad, Adam)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Adam's."""
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    """Adam's: what its running means of the gradient and of its square keep at each step."""
 
 
 class TableOptimizerOverride(Strict):
@@ -379,7 +416,7 @@ class TableOptimizerOverride(Strict):
     """Learning rate, before the schedule's factor."""
     eps: float | None = Field(None, gt=0)
     """Added to the root of the statistic."""
-    betas: tuple[float, float] | None = None
+    betas: tuple[Beta, Beta] | None = None
     """Adam's."""
 
 
@@ -505,6 +542,66 @@ class TwoTowerConfig(Strict):
     """The item tower's feature that names the item; its first `id` feature where absent."""
 
 
+class FlattenEncoder(Strict):
+    """A text's vectors side by side; its feature has a `max_length`, to which shorter ones are filled with zeros."""
+
+    kind: Literal["flatten"]
+    """Which kind it is."""
+    padding: Literal["pre", "post"] = "pre"
+    """Where the zeros are."""
+
+
+class PooledEncoder(Strict):
+    """A text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
+
+    kind: Literal["mean", "max", "attention"]
+    """Which kind it is."""
+
+
+class ConvEncoder(Strict):
+    """Convolutions of several widths, ReLU, and the greatest over all places (Kim 2014)."""
+
+    kind: Literal["conv"]
+    """Which kind it is."""
+    widths: list[Annotated[int, Field(ge=1)]] = Field([3, 4, 5], min_length=1)
+    """Places that a window covers."""
+    channels: int = Field(100, ge=1)
+    """Of each width."""
+
+
+class RecurrentEncoder(Strict):
+    """A recurrent network over the text, and the state that it ends with."""
+
+    kind: Literal["gru", "lstm"]
+    """Which kind it is."""
+    hidden: int = Field(64, ge=1)
+    """Numbers of its state."""
+    layers: int = Field(1, ge=1)
+    """One upon the other."""
+    bidirectional: bool = False
+    """Whether a second one reads from the end; their states are concatenated."""
+
+
+class TextClassifierConfig(Strict):
+    """A text's vectors through an encoder, beside other features, then dense layers to the class."""
+
+    kind: Literal["text_classifier"]
+    """Which kind it is."""
+    text: Name | None = None
+    """The feature that is encoded place by place. None where pooled features are all."""
+    features: list[Name] = Field(default_factory=list)
+    """Pooled and dense features that are joined to the encoded text, in order."""
+    encoder: Annotated[
+        Annotated[FlattenEncoder | PooledEncoder | ConvEncoder | RecurrentEncoder, Field(discriminator="kind")],
+        BeforeValidator(_as_kind),
+    ] = PooledEncoder(kind="mean")
+    """What makes one vector of a text."""
+    mlp: list[Annotated[int, Field(ge=1)]] = Field(default_factory=list)
+    """Sizes of dense layers with ReLU, before the last one, which gives the classes' logits."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the joined numbers that is set to 0 in training; drawn by seed, step and row, alike in every world."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -522,7 +619,7 @@ class CustomModelConfig(Strict):
     """Handed to the factory as it is."""
 
 
-ModelConfig = Annotated[TwoTowerConfig | CustomModelConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[TwoTowerConfig | TextClassifierConfig | CustomModelConfig, Field(discriminator="kind")]
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -531,6 +628,17 @@ class PointwiseConfig(Strict):
 
     kind: Literal["mse", "bce"]
     """Which kind it is."""
+
+
+class CrossEntropyConfig(Strict):
+    """Cross entropy of the row's label, a whole number, among several classes."""
+
+    kind: Literal["cross_entropy"]
+    """Which kind it is."""
+    classes: int = Field(ge=2)
+    """Labels are from 0 to one less."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
 
 
 class InBatchSoftmaxConfig(Strict):
@@ -607,6 +715,7 @@ class CosineContrastiveConfig(DrawsNegatives):
 
 ObjectiveConfig = Annotated[
     PointwiseConfig
+    | CrossEntropyConfig
     | InBatchSoftmaxConfig
     | SampledSoftmaxConfig
     | BPRConfig
@@ -744,7 +853,7 @@ class EvaluateConfig(Strict):
     """What is measured, on what and how often."""
 
     metrics: list[str] = Field(default_factory=list)
-    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc."""
+    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc, accuracy, f1."""
     candidates: str = "catalogue"
     """`catalogue`: rank every item. Else the column of each row's negatives, against which its item is ranked."""
     filter_seen: bool = True

@@ -11,6 +11,7 @@ __all__ = [
     "ALL_TYPES",
     "COLUMN_TYPES",
     "DEFAULT_TYPES",
+    "SEQUENCE_TYPES",
     "changed_optimizer",
     "check_table_sharding",
     "impossible",
@@ -25,6 +26,8 @@ ALL_TYPES: tuple[ShardingType, ...] = get_args(ShardingType)
 COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")
 DEFAULT_TYPES: tuple[ShardingType, ...] = ("table_wise", "row_wise", "table_row_wise")
 """What the planner may choose where a table names nothing: every optimizer and dtype is the same under them."""
+SEQUENCE_TYPES: tuple[ShardingType, ...] = ("table_wise", "column_wise", "row_wise")
+"""What works for tables that are looked up place by place."""
 
 _VECTOR = 4
 """Columns that FBGEMM handles at once: blocks of columns are multiples of it."""
@@ -44,8 +47,12 @@ def changed_optimizer(sharding_type: str, optimizer: str) -> str | None:
     return None
 
 
-def impossible(sharding_type: str, optimizer: str, dtype: str) -> str | None:
+def impossible(sharding_type: str, optimizer: str, dtype: str, is_sequence: bool) -> str | None:
     """Returns why a table cannot be trained under a sharding type at all, if so."""
+    if is_sequence and sharding_type not in SEQUENCE_TYPES:
+        if sharding_type == "data_parallel":
+            return "FBGEMM's kernel of data_parallel tables pools on a CPU, and a sequence wants a vector a place"
+        return f"TorchRec has no {sharding_type} for tables that a sequence looks up"
     if sharding_type != "data_parallel":
         return None
     if optimizer == "adam":
@@ -55,7 +62,7 @@ def impossible(sharding_type: str, optimizer: str, dtype: str) -> str | None:
     return None
 
 
-def check_table_sharding(name: str, table: TableConfig, optimizer: str, planner: str) -> None:
+def check_table_sharding(name: str, table: TableConfig, optimizer: str, planner: str, is_sequence: bool) -> None:
     """Checks a table's `sharding` by itself: what it depends on the world for is checked when a plan is made.
 
     Raises:
@@ -73,7 +80,7 @@ def check_table_sharding(name: str, table: TableConfig, optimizer: str, planner:
             f"give '{where}.types', what the planner may choose"
         )
     for kind in sharding.asked:
-        if why := impossible(kind, optimizer, table.dtype):
+        if why := impossible(kind, optimizer, table.dtype, is_sequence):
             raise ValueError(f"{where}: {why}. Choose another type, such as row_wise")
         why = changed_optimizer(kind, optimizer)
         if why and not sharding.allow_changed_optimizer:

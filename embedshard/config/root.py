@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Config"]
+__all__ = ["POINTWISE_METRICS", "Config"]
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from pydantic import Field, model_validator
 
@@ -15,12 +16,13 @@ from embedshard.config.parts import (
     BiasBaseline,
     CheckpointConfig,
     CosineContrastiveConfig,
-    CustomModelConfig,
+    CrossEntropyConfig,
     DataConfig,
     DenseFeature,
     DrawsNegatives,
     EvaluateConfig,
     Feature,
+    FlattenEncoder,
     IdFeature,
     MeanBaseline,
     ModelConfig,
@@ -29,9 +31,11 @@ from embedshard.config.parts import (
     OptimizerConfig,
     PointwiseConfig,
     PopularityBaseline,
+    SequenceFeature,
     ShardingConfig,
     Strict,
     TableConfig,
+    TextClassifierConfig,
     TextFeature,
     TokenizerVocabulary,
     TowerConfig,
@@ -45,7 +49,11 @@ from embedshard.config.parts import (
 from embedshard.config.placement import check_table_sharding
 from embedshard.errors import nearest
 
-_POINTWISE_METRICS = frozenset({"rmse", "mae", "log_loss", "auc"})
+POINTWISE_METRICS: Final = ("rmse", "mae", "log_loss", "auc", "accuracy", "f1")
+"""The metrics that compare a row's prediction with its label; all others rank items."""
+
+_OF_CLASSES: Final = ("log_loss", "accuracy", "f1")
+_OF_ODDS: Final = ("log_loss", "auc", "accuracy", "f1")
 
 
 class Config(Strict):
@@ -89,6 +97,8 @@ class Config(Strict):
             self._check_tower("user", self.model.user, self.model.biases)
             self._check_tower("item", self.model.item, self.model.biases)
             self._check_tower_sizes(self.model)
+        if isinstance(self.model, TextClassifierConfig):
+            self._check_text_classifier(self.model)
         for role in ("user_id", "item_id"):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
@@ -111,6 +121,12 @@ class Config(Strict):
             )
 
     def _check_tables(self) -> None:
+        for name, table in self.tables.items():
+            if table.l2_lookup and self.is_sequence_table(name):
+                raise ValueError(
+                    f"tables.{name}.l2_lookup is a penalty on pooled vectors, and a sequence looks the table up. Leave it "
+                    f"out"
+                )
         for name, feature in self.features.items():
             if not isinstance(feature, DenseFeature) and feature.table not in self.tables:
                 raise ValueError(
@@ -145,8 +161,6 @@ class Config(Strict):
                         f"features.{name} is a text, but table '{feature.table}' has the vocabulary '{vocabulary.kind}', "
                         f"which knows whole ids. Give the table the vocabulary 'words', 'bpe' or 'word_ngrams'"
                     )
-                if feature.pooling is None:
-                    raise ValueError(f"features.{name}: sequence lookups are not there yet. Give pooling 'mean' or 'sum'")
             elif has_words and (isinstance(feature, IdFeature) or not isinstance(vocabulary, WordsVocabulary)):
                 raise ValueError(
                     f"features.{name} is of kind '{feature.kind}', but table '{feature.table}' has the vocabulary "
@@ -164,13 +178,18 @@ class Config(Strict):
     def _check_sharding(self) -> None:
         for name, table in self.tables.items():
             optimizer = table.optimizer.kind or self.optimizer.tables.kind
-            check_table_sharding(name, table, optimizer, self.sharding.planner)
+            check_table_sharding(name, table, optimizer, self.sharding.planner, self.is_sequence_table(name))
 
     def _check_tower(self, side: str, tower: TowerConfig, biases: Sequence[str]) -> None:
         for name in tower.features:
             if name not in self.features:
                 raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}")
-        dims = {name: self._width(name) for name in tower.features}
+            if self.is_sequence(name):
+                raise ValueError(
+                    f"model.{side}.features: '{name}' is a sequence, a vector a place; a tower joins one vector a feature. "
+                    f"Make it a 'bag', or a 'text' with 'pooling'"
+                )
+        dims = {name: self.width(name) for name in tower.features}
         if self.combines_by_sum(tower):
             dense = [name for name in tower.features if isinstance(self.features[name], DenseFeature)]
             if dense:
@@ -195,8 +214,36 @@ class Config(Strict):
                 f"a dot product needs as many of each. Change a table's dim or the last size of an mlp"
             )
 
+    def _check_text_classifier(self, model: TextClassifierConfig) -> None:
+        for name in (*([] if model.text is None else [model.text]), *model.features):
+            if name not in self.features:
+                raise ValueError(f"model: there is no feature '{name}'. {nearest(name, self.features)}")
+        if model.text is None and not model.features:
+            raise ValueError("model: it reads nothing. Give 'text' the feature that is encoded, or 'features' pooled ones")
+        if model.text is not None and not self.is_sequence(model.text):
+            raise ValueError(
+                f"model.text: feature '{model.text}' is pooled, and the encoder wants a vector a place. Make it a "
+                f"'sequence', or a 'text' without 'pooling', or put it into model.features"
+            )
+        for name in model.features:
+            if self.is_sequence(name):
+                raise ValueError(
+                    f"model.features: '{name}' is a sequence, a vector a place. Make it a 'bag', or a pooled 'text', "
+                    f"or encode it as model.text"
+                )
+        flattens = model.text is not None and isinstance(model.encoder, FlattenEncoder)
+        if flattens and self.max_length(str(model.text)) is None:
+            raise ValueError(
+                f"model.encoder 'flatten' has as many inputs as the longest text: give features.{model.text}.max_length"
+            )
+        if not isinstance(self.objective, PointwiseConfig | CrossEntropyConfig):
+            raise ValueError(
+                f"objective '{self.objective.kind}' compares items, and a text_classifier has none. Choose 'bce' for a "
+                f"label of 0 or 1, 'cross_entropy' for several classes, 'mse' for a number"
+            )
+
     def _check_identity(self, role: str) -> None:
-        name = getattr(self.model, role)
+        name = getattr(self.model, role, None)
         if name is None:
             return
         if name not in self.features:
@@ -206,7 +253,9 @@ class Config(Strict):
 
     def _check_objective(self) -> None:
         objective, labels = self.objective, self.data.label_columns
-        if isinstance(objective, PointwiseConfig):
+        if isinstance(objective, PointwiseConfig | CrossEntropyConfig):
+            if isinstance(objective, CrossEntropyConfig) and isinstance(self.model, TwoTowerConfig):
+                raise ValueError("objective 'cross_entropy' wants a logit a class, and a two_tower has one. Choose 'bce'")
             if len(labels) != 1:
                 raise ValueError(
                     f"objective '{objective.kind}' learns one label, data names {len(labels)}. "
@@ -245,10 +294,23 @@ class Config(Strict):
             )
 
     def _check_metrics(self) -> None:
-        from_ranking = [name for name in self.evaluate.metrics if name not in _POINTWISE_METRICS]
-        pointwise = [name for name in self.evaluate.metrics if name in _POINTWISE_METRICS]
+        from_ranking = [name for name in self.evaluate.metrics if name not in POINTWISE_METRICS]
+        pointwise = [name for name in self.evaluate.metrics if name in POINTWISE_METRICS]
         if pointwise and len(self.data.label_columns) != 1:
             raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
+        allowed = (
+            _OF_CLASSES
+            if isinstance(self.objective, CrossEntropyConfig)
+            else POINTWISE_METRICS[:4]
+            if isinstance(self.objective, PointwiseConfig) and self.objective.kind == "mse"
+            else POINTWISE_METRICS
+        )
+        for name in pointwise:
+            if name not in allowed:
+                raise ValueError(
+                    f"evaluate.metrics: '{name}' does not go with objective '{self.objective.kind}'. Those that do: "
+                    f"{', '.join(allowed)}"
+                )
         if from_ranking:
             for role in ("user_id", "item_id"):
                 if self.identity(role) is None:
@@ -276,7 +338,11 @@ class Config(Strict):
             if kinds.count(baseline.kind) > 1:
                 raise ValueError(f"{name} is there twice. Keep one of them")
             predicts = isinstance(baseline, MeanBaseline | BiasBaseline)
-            if not any((metric in _POINTWISE_METRICS) == predicts for metric in metrics):
+            if predicts and isinstance(self.objective, CrossEntropyConfig):
+                raise ValueError(
+                    f"{name} predicts one number, and objective 'cross_entropy' has several classes. Leave it out"
+                )
+            if not any((metric in POINTWISE_METRICS) == predicts for metric in metrics):
                 does = "predicts labels" if predicts else "ranks items"
                 raise ValueError(
                     f"{name} {does}, and no metric of evaluate.metrics looks at that. Leave it out, or add a metric "
@@ -297,7 +363,8 @@ class Config(Strict):
             )
 
     # ---------------------------------------------------------------------------------------- what others ask of it
-    def _width(self, name: str) -> int:
+    def width(self, name: str) -> int:
+        """The size of a feature's vector, or of each of its vectors."""
         feature = self.features[name]
         return 1 if isinstance(feature, DenseFeature) else self.tables[feature.table].dim
 
@@ -312,37 +379,61 @@ class Config(Strict):
 
     def joined_width(self, tower: TowerConfig) -> int:
         """The size of a tower's features as they are joined."""
-        widths = [self._width(name) for name in tower.features]
+        widths = [self.width(name) for name in tower.features]
         return widths[0] if self.combines_by_sum(tower) else sum(widths)
 
     def identity(self, role: str) -> str | None:
         """The feature that names the user (`user_id`) or the item (`item_id`), if there is one."""
-        named = getattr(self.model, role)
+        named = getattr(self.model, role, None)
         if named is not None:
             return named
-        if isinstance(self.model, CustomModelConfig):
+        if not isinstance(self.model, TwoTowerConfig):
             return None
         tower = self.model.user if role == "user_id" else self.model.item
         return next((name for name in tower.features if isinstance(self.features[name], IdFeature)), None)
 
     def item_features(self) -> list[str]:
         """The features that describe an item, in order: what is looked up for a candidate."""
-        if isinstance(self.model, CustomModelConfig):
-            identity = self.identity("item_id")
-            return list(self.model.item_features) or ([identity] if identity else [])
-        return list(self.model.item.features)
+        if isinstance(self.model, TwoTowerConfig):
+            return list(self.model.item.features)
+        identity = self.identity("item_id")
+        return list(getattr(self.model, "item_features", [])) or ([identity] if identity else [])
 
     def baselines(self) -> list[Baseline]:
         """The baselines that the test set's metrics are seen beside: the chosen ones, or what `auto` means."""
         if self.evaluate.baselines != "auto":
             return list(self.evaluate.baselines)
-        pointwise = [name in _POINTWISE_METRICS for name in self.evaluate.metrics]
+        pointwise = [name in POINTWISE_METRICS for name in self.evaluate.metrics]
         found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
-        if any(pointwise):
+        if any(pointwise) and not isinstance(self.objective, CrossEntropyConfig):
             found.append(MeanBaseline(kind="mean"))
             if self._knows_user_and_item():
                 found.append(BiasBaseline(kind="bias"))
         return found
+
+    def pooled_width(self, names: Sequence[str]) -> int:
+        """The size of features' vectors side by side."""
+        return sum(self.width(name) for name in names)
+
+    def is_sequence(self, name: str) -> bool:
+        """Whether a feature is a vector a place."""
+        feature = self.features[name]
+        return isinstance(feature, SequenceFeature) or (isinstance(feature, TextFeature) and feature.pooling is None)
+
+    def max_length(self, name: str) -> int | None:
+        """The most ids that a row of a feature has; None where nothing bounds them."""
+        return getattr(self.features[name], "max_length", None)
+
+    @property
+    def num_logits(self) -> int:
+        """The logits that a row's label needs: one for each class, one where there are two or it is a number."""
+        return self.objective.classes if isinstance(self.objective, CrossEntropyConfig) else 1
+
+    def is_sequence_table(self, table: str) -> bool:
+        """Whether a feature asks a table for a vector a place."""
+        return any(
+            self.is_sequence(name) and getattr(feature, "table", None) == table for name, feature in self.features.items()
+        )
 
     def bags(self, table: str) -> list[BagFeature | WeightedBagFeature | TextFeature]:
         """The features over a table that pool, texts included."""

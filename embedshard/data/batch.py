@@ -55,6 +55,8 @@ class Batch(Pipelineable):
     Attributes:
         sparse: ids of the features over unweighted tables; None if there are none.
         weighted: ids and weights of the features over weighted tables; None if there are none.
+        sequences: ids of the features over tables that are looked up place by place, with the weights by which those of
+            them are pooled that are no sequences; None if there are none.
         dense: (B, F) float32, dense features in config order.
         labels: (B, L) float32, labels in config order.
         weights: (B,) float32, at least 0.
@@ -78,6 +80,7 @@ class Batch(Pipelineable):
     position: Position | None = None
     bad: torch.Tensor | None = None
     tally: torch.Tensor | None = None
+    sequences: KeyedJaggedTensor | None = None
 
     @property
     def training_position(self) -> Position:
@@ -98,6 +101,7 @@ class Batch(Pipelineable):
             self,
             sparse=None if self.sparse is None else self.sparse.to(device, non_blocking=non_blocking),
             weighted=None if self.weighted is None else self.weighted.to(device, non_blocking=non_blocking),
+            sequences=None if self.sequences is None else self.sequences.to(device, non_blocking=non_blocking),
             dense=self.dense.to(device, non_blocking=non_blocking),
             labels=self.labels.to(device, non_blocking=non_blocking),
             weights=self.weights.to(device, non_blocking=non_blocking),
@@ -107,7 +111,7 @@ class Batch(Pipelineable):
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""
-        for part in (self.sparse, self.weighted, self.draws):
+        for part in (self.sparse, self.weighted, self.sequences, self.draws):
             if part is not None:
                 part.record_stream(stream)
         for tensor in (self.dense, self.labels, self.weights, *self.ids.values()):

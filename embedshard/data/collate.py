@@ -13,7 +13,7 @@ import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.config import Config, Lookup, TableSpec
-from embedshard.config.parts import BagFeature, DenseFeature, TextFeature, WeightedBagFeature
+from embedshard.config.parts import DenseFeature
 from embedshard.data.batch import Batch, Draws
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.negatives import DrawnCandidates
@@ -35,8 +35,11 @@ class Collator:
 
     def __init__(self, config: Config, specs: Sequence[TableSpec], tally: Tally | None = None) -> None:
         self._config, self._tally = config, tally
-        self._plain = [lookup for spec in specs if not spec.weighted for lookup in spec.lookups]
-        self._weighted = [lookup for spec in specs if spec.weighted for lookup in spec.lookups]
+        pooled, sequences = ([spec for spec in specs if spec.is_sequence is kind] for kind in (False, True))
+        self._plain = [lookup for spec in pooled if not spec.weighted for lookup in spec.lookups]
+        self._weighted = [lookup for spec in pooled if spec.weighted for lookup in spec.lookups]
+        self._sequences = [lookup for spec in sequences for lookup in spec.lookups]
+        self._pools_by_weights = any(spec.weighted for spec in sequences)
         self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
         self._labels = [f"label:{name}" for name in config.data.label_columns]
         self._identities = list(
@@ -73,6 +76,7 @@ class Collator:
         return Batch(
             sparse=self._jagged(self._plain, columns, first, last, draws, with_weights=False),
             weighted=self._jagged(self._weighted, columns, first, last, draws, with_weights=True),
+            sequences=self._jagged(self._sequences, columns, first, last, draws, with_weights=self._pools_by_weights),
             dense=torch.from_numpy(self._stack(self._dense, columns, first, last)),
             labels=torch.from_numpy(self._stack(self._labels, columns, first, last)),
             weights=torch.from_numpy(weights),
@@ -146,9 +150,9 @@ class Collator:
         if column.weights is not None:
             return column.weights[span]
         bag = self._config.features[feature]
-        assert isinstance(bag, BagFeature | WeightedBagFeature | TextFeature), "only bags are ragged"
-        if bag.pooling == "mean":
-            return np.repeat((1.0 / np.maximum(lengths, 1)).astype(np.float32), lengths)
+        power = {"mean": 1.0, "sqrtn": 0.5}.get(str(getattr(bag, "pooling", None)))
+        if power is not None:
+            return np.repeat((1.0 / np.maximum(lengths, 1) ** power).astype(np.float32), lengths)
         return np.ones(span.stop - span.start, dtype=np.float32)
 
     @staticmethod

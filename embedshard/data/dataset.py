@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.config import Config
+from embedshard.config import POINTWISE_METRICS, Config
 from embedshard.config.parts import DrawsNegatives, HashVocabulary, TokenizerVocabulary
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
@@ -254,7 +254,7 @@ def _check_resumable(resolved: Mapping[str, Any], train: Sequence[Source], vocab
 def _open_items(dataset: Dataset, world: World) -> None:
     """Opens the catalogue and the sampler, if anything asks for them."""
     config = dataset.config
-    ranks = any(name not in ("rmse", "mae", "log_loss", "auc") for name in config.evaluate.metrics)
+    ranks = any(name not in POINTWISE_METRICS for name in config.evaluate.metrics)
     objective = config.objective if isinstance(config.objective, DrawsNegatives) else None
     if not ranks and objective is None:
         return

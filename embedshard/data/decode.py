@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.config import Config
-from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, TextFeature, WeightedBagFeature
+from embedshard.config import POINTWISE_METRICS, Config
+from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, SequenceFeature, TextFeature, WeightedBagFeature
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.findings import Action, Finding, Problem, Reason, shown
 from embedshard.data.parse import (
@@ -44,10 +44,9 @@ from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
-ListFeature = BagFeature | WeightedBagFeature
+ListFeature = BagFeature | WeightedBagFeature | SequenceFeature
 
 _BYTES_PER_WORD = 4
-_POINTWISE = ("rmse", "mae", "log_loss", "auc")
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,14 @@ class ColumnSpec:
 
     name: str
     column: str
-    feature: IdFeature | BagFeature | WeightedBagFeature | TextFeature | DenseFeature | None = None
+    feature: IdFeature | ListFeature | TextFeature | DenseFeature | None = None
     table: str | None = None
     second: str | None = None
 
     @property
     def is_list(self) -> bool:
         """Whether a row holds a list."""
-        return isinstance(self.feature, BagFeature | WeightedBagFeature) or self.name == "candidates"
+        return isinstance(self.feature, ListFeature) or self.name == "candidates"
 
     @property
     def is_text(self) -> bool:
@@ -82,6 +81,11 @@ class ColumnSpec:
     def max_length(self) -> int | None:
         """How much of a list or a text is kept."""
         return self.feature.max_length if isinstance(self.feature, ListFeature | TextFeature) else None
+
+    @property
+    def masks_zero(self) -> bool:
+        """Whether the id 0 is padding."""
+        return isinstance(self.feature, BagFeature | SequenceFeature) and self.feature.mask_zero
 
     @property
     def problems(self) -> list[Problem]:
@@ -115,7 +119,7 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
         table = None if isinstance(feature, DenseFeature) else feature.table
         second = feature.weights if isinstance(feature, WeightedBagFeature) else None
         specs.append(ColumnSpec(name, feature.column or name, feature, table, second))
-    needs_label = any(name in _POINTWISE for name in config.evaluate.metrics)
+    needs_label = any(name in POINTWISE_METRICS for name in config.evaluate.metrics)
     if role == "train" or (role == "evaluation" and needs_label):
         specs += [ColumnSpec(f"label:{name}", column) for name, column in config.data.label_columns.items()]
     if role == "train" and config.data.weight is not None:
@@ -277,7 +281,7 @@ class Decoder:
                 return parse_texts(spec.name, spec.column, self._words(spec.column, table, vocabulary), vocabulary)
             if not spec.is_list:
                 return parse_ids(spec.name, spec.column, array, vocabulary)
-            parsed = parse_lists(spec.name, spec.column, array, vocabulary)
+            parsed = parse_lists(spec.name, spec.column, array, vocabulary, spec.masks_zero)
         except DataError as error:
             raise DataError(f"{where.uri}, column '{spec.column}': {error}") from error
         except pa.ArrowInvalid as error:
@@ -356,7 +360,7 @@ class Decoder:
                 values, lengths = np.delete(values, nulls), lengths - dropped
                 weights = None if weights is None else np.delete(weights, nulls)
         if spec.max_length is not None and len(lengths) and int(lengths.max()) > spec.max_length:
-            assert isinstance(spec.feature, BagFeature | WeightedBagFeature)
+            assert isinstance(spec.feature, ListFeature)
             places, lengths = _kept(lengths, spec.max_length, keeps_first=spec.feature.keep == "first")
             values, weights = values[places], None if weights is None else weights[places]
         offsets = offsets_of(lengths)

@@ -94,9 +94,13 @@ def parse_ids(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabul
     return Parsed(rows, ids, [Finding(Problem(name, column, reason), places, places, ids) for reason, places in wrong])
 
 
-def parse_lists(name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary) -> Parsed:
-    """Parses a list of ids a row, as `parse_ids` does."""
+def parse_lists(
+    name: str, column: str, array: pa.ChunkedArray | pa.Array, vocabulary: Vocabulary, masks_zero: bool = False
+) -> Parsed:
+    """Parses a list of ids a row, as `parse_ids` does; without the zeros if those are padding."""
     ids, lengths = _flattened(_as_lists(_one_array(array), pa.int64()))
+    if masks_zero:
+        ids, lengths = _without_zeros(ids, lengths)
     rows, wrong = _rows_of(ids, vocabulary)
     return Parsed(
         rows,
@@ -252,6 +256,21 @@ def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
     """Returns the values of all lists and the lists' lengths; a null list is empty, whatever it hides."""
     lengths = pc.list_value_length(array).fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
     return _plain(array.flatten()), lengths.astype(np.int64, copy=False)
+
+
+def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray]:
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.dictionary_decode()
+    if not (pa.types.is_integer(ids.type) or not len(ids)):
+        raise DataError(
+            f"holds lists of {ids.type}, but its feature says mask_zero: integers, of which 0 is padding. "
+            f"Leave mask_zero out."
+        )
+    is_padding = pc.equal(ids, pa.scalar(0, ids.type)).fill_null(False).to_numpy(zero_copy_only=False)
+    if not is_padding.any():
+        return ids, lengths
+    padding = np.bincount(row_of(np.flatnonzero(is_padding), lengths), minlength=len(lengths))
+    return ids.filter(pa.array(~is_padding)), lengths - padding
 
 
 def offsets_of(lengths: IntArray) -> IntArray:

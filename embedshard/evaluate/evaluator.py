@@ -13,11 +13,12 @@ import torch
 from torch import nn
 
 from embedshard.config import Config
-from embedshard.config.parts import PointwiseConfig
+from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
 from embedshard.data.dataset import Dataset
 from embedshard.errors import ConfigError
+from embedshard.evaluate.classes import ClassSums
 from embedshard.evaluate.held_out import HeldOutSets, Split
 from embedshard.evaluate.pointwise import Link, PointwiseSums
 from embedshard.evaluate.ranking import parse_metric
@@ -79,8 +80,8 @@ class Evaluator:
         finally:
             plain.train(was_training)
         names = self._config.evaluate.metrics
-        self.counts[split] = {name: int(value) for name, value in values.items() if name not in names}
-        return {name: values[name] for name in names}
+        self.counts[split] = {name: int(value) for name, value in values.items() if name not in names and ":" not in name}
+        return {name: values[name] for asked in names for name in values if name == asked or name.startswith(f"{asked}:")}
 
     def _unwrapped(self, model: nn.Module) -> Any:
         inner = getattr(model, "module", model)
@@ -107,10 +108,18 @@ class Evaluator:
 
     # ----------------------------------------------------------------------------------------------------- pointwise
     def _score(self, model: Any, split: Split) -> dict[str, float]:
+        columns, objective = self.sets.read(split), self._config.objective
+        batches = (
+            self._collator.batch(columns, first, last).to(self._world.device)
+            for first, last in self._spans(num_rows(columns))
+        )
+        if isinstance(objective, CrossEntropyConfig):
+            of_classes = ClassSums(self._pointwise, objective.classes)
+            for batch in batches:
+                of_classes.update(model(batch).logits_BC, batch.labels[:, 0], batch.weights)
+            return of_classes.result()
         sums = PointwiseSums(self._pointwise, prediction_link(self._config))
-        columns = self.sets.read(split)
-        for first, last in self._spans(num_rows(columns)):
-            batch = self._collator.batch(columns, first, last).to(self._world.device)
+        for batch in batches:
             sums.update(model(batch).logits, batch.labels[:, 0], batch.weights)
         return sums.result()
 

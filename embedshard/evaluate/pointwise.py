@@ -1,4 +1,4 @@
-"""Metrics that compare each row's prediction with its label: rmse, mae, log loss and AUC.
+"""Metrics that compare each row's prediction with its label: rmse, mae, log loss, AUC, accuracy and F1.
 
 Sums are kept in float64 over batches, AUC keeps its rows, and parts of several workers add up to the same result. Rows
 of weight 0 (padding, quarantined rows) do not exist here: they are neither counted nor checked.
@@ -19,8 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from embedshard.config import POINTWISE_METRICS
 from embedshard.errors import ConfigError, DataError, TrainingError, nearest
-from embedshard.evaluate.ranking import POINTWISE_METRICS, FloatArray
+from embedshard.evaluate.classes import Confusion
+from embedshard.evaluate.ranking import FloatArray
 
 Link = Literal["identity", "sigmoid"]
 """`identity` where logits are predictions (ratings), `sigmoid` where they are log odds."""
@@ -55,8 +57,8 @@ class PointwiseSums:
     """Sums from which pointwise metrics follow; batches and other workers' sums are added in any order.
 
     rmse and mae compare the label with link(logit). log_loss takes logits as they are, so a logit of 1000 costs 1000
-    and not infinity. auc needs only the logits' order, and keeps every counted row (a logit, a weight and a byte). All
-    are weighted.
+    and not infinity. accuracy and f1 take log odds above 0 as the class 1. auc needs only the logits' order, and keeps
+    every counted row (a logit, a weight and a byte). All are weighted.
 
     Attributes:
         metrics: the names, in the order of the result.
@@ -77,6 +79,7 @@ class PointwiseSums:
         self._squares = 0.0
         self._absolutes = 0.0
         self._log_losses = 0.0
+        self._confusion = Confusion(2)
         self._kept: list[tuple[npt.NDArray[np.floating], npt.NDArray[np.bool_], FloatArray]] = []
 
     def update(self, logits_B: ArrayLike, labels_B: ArrayLike, weights_B: ArrayLike | None = None) -> None:
@@ -84,7 +87,7 @@ class PointwiseSums:
 
         Args:
             logits_B: (B,) floats, what the model said before the link function.
-            labels_B: (B,) numbers; in [0, 1] for log_loss, 0 or 1 for auc.
+            labels_B: (B,) numbers; in [0, 1] for log_loss, 0 or 1 for auc, accuracy and f1.
             weights_B: (B,) at least 0; None weighs every row 1.
 
         Raises:
@@ -115,6 +118,8 @@ class PointwiseSums:
             wrong_share = np.where(wide < 0, labels, 1.0 - labels)
             linear = np.multiply(np.abs(wide), wrong_share, out=np.zeros_like(wide), where=wrong_share != 0)
             self._log_losses += float(np.dot(weights, linear + np.log1p(np.exp(-np.abs(wide)))))
+        if "accuracy" in self.metrics or "f1" in self.metrics:
+            self._confusion.update(wide > 0, labels == 1, weights)
         if "auc" in self.metrics:
             self._kept.append((logits, labels == 1, weights))
 
@@ -126,6 +131,7 @@ class PointwiseSums:
         self._squares += other._squares
         self._absolutes += other._absolutes
         self._log_losses += other._log_losses
+        self._confusion.add(other._confusion)
         self._kept.extend(other._kept)
 
     def result(self) -> dict[str, float]:
@@ -144,10 +150,10 @@ class PointwiseSums:
                 values[name] = self._absolutes / self.total_weight
             elif name == "log_loss":
                 values[name] = self._log_losses / self.total_weight
-            else:
+            elif name == "auc":
                 scores, is_positive, weights = (np.concatenate(part) for part in zip(*self._kept, strict=True))
                 values[name] = weighted_auc(scores, is_positive, weights)
-        return values | {"rows": self.num_rows}
+        return values | self._confusion.values(self.metrics) | {"rows": self.num_rows}
 
     def _check(self, logits: npt.NDArray[np.floating], labels: FloatArray) -> None:
         if np.isnan(logits).any():
@@ -156,8 +162,9 @@ class PointwiseSums:
                 "the learning rate, or go back to an earlier checkpoint."
             )
         good, need, metric = np.isfinite(labels), "finite", "every pointwise metric"
-        if "auc" in self.metrics:
-            good, need, metric = (labels == 0) | (labels == 1), "0 or 1", "auc"
+        exact = [name for name in ("auc", "accuracy", "f1") if name in self.metrics]
+        if exact:
+            good, need, metric = (labels == 0) | (labels == 1), "0 or 1", exact[0]
         elif "log_loss" in self.metrics:
             good, need, metric = (labels >= 0) & (labels <= 1), "in [0, 1]", "log_loss"
         if not good.all():

@@ -31,6 +31,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.config import POINTWISE_METRICS
 from embedshard.errors import ConfigError, nearest
 
 IntArray = npt.NDArray[np.int64]
@@ -38,9 +39,6 @@ FloatArray = npt.NDArray[np.float64]
 
 UNRANKED: Final = int(np.iinfo(np.int64).max)
 """The position of an item that is too far down to earn anything."""
-
-POINTWISE_METRICS: Final = ("rmse", "mae", "log_loss", "auc")
-"""The metrics of `pointwise.py`, which compare a prediction with a label."""
 
 _CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
 _UNCUT_METRICS: Final = ("mrr", *POINTWISE_METRICS)
@@ -73,7 +71,7 @@ def parse_metric(text: str) -> Metric:
 
     Args:
         text: recall@k, precision@k, ndcg@k, hit_rate@k, map@k or coverage@k with a whole k of at least 1; or mrr, rmse,
-            mae, log_loss, auc.
+            mae, log_loss, auc, accuracy, f1.
 
     Raises:
         ConfigError: there is no such metric, or its k is missing, superfluous or not a whole number above 0.

@@ -27,6 +27,8 @@ def show(report: PlanReport, console: Console) -> None:
     draft = report.draft
     console.print(f"[bold]{escape(report.name)}[/] for {escape(_cluster(draft))}", highlight=False, soft_wrap=True)
     console.print(_tables(draft))
+    for line in _lazy(draft):
+        console.print(escape(line), highlight=False, soft_wrap=True)
     for name, reason in draft.reasons.items():
         kind = draft.plan.tables[name].sharding_type
         console.print(f"  [bold]{escape(name)}[/] {kind}: {escape(_why(reason))}", highlight=False, soft_wrap=True)
@@ -73,6 +75,15 @@ def _tables(draft: Draft) -> Table:
             f"{draft.footprint.skew[name].max_to_mean:.2f}" if len(set(placed.ranks)) > 1 else "",
         )
     return table
+
+
+def _lazy(draft: Draft) -> Iterator[str]:
+    names = [name for name, table in draft.plan.depends_on.items() if table["optimizer"] == "adam"]
+    if names and draft.cluster.machine.device == "cpu":
+        yield (
+            f"  adam ({', '.join(names)}): embedshard's lazy kernel, since FBGEMM has none on a CPU; it moves the rows of "
+            f"the batch alone, and keeps two float32 for each weight."
+        )
 
 
 def _why(reason: Reason) -> str:

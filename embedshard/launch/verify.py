@@ -204,7 +204,9 @@ def _variant(config: Config, sharding: str) -> Config:
     tables = {}
     for name, table in config.tables.items():
         optimizer = table.optimizer.kind or config.optimizer.tables.kind
-        is_out = changed_optimizer(sharding, optimizer) or impossible(sharding, optimizer, table.dtype)
+        is_out = changed_optimizer(sharding, optimizer) or impossible(
+            sharding, optimizer, table.dtype, config.is_sequence_table(name)
+        )
         kind = "table_wise" if is_out else sharding
         tables[name] = table.model_copy(update={"sharding": TableShardingConfig.model_validate({"type": kind})})
     return config.model_copy(update={"tables": tables, "sharding": ShardingConfig(planner="explicit")})
@@ -225,7 +227,9 @@ def _not_covered(config: Config, specs: Sequence[TableSpec], sharding: str, worl
         if spec.name not in config.tables:
             continue
         for kind in spec.sharding.asked if sharding == AS_CONFIGURED else [sharding]:
-            why = changed_optimizer(kind, spec.optimizer.kind) or impossible(kind, spec.optimizer.kind, spec.dtype)
+            why = changed_optimizer(kind, spec.optimizer.kind) or impossible(
+                kind, spec.optimizer.kind, spec.dtype, spec.is_sequence
+            )
             if why:
                 reasons.setdefault(why, []).append(spec.name)
     out = [name for name in names if any(name in tables for tables in reasons.values())]

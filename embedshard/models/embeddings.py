@@ -2,18 +2,21 @@
 
 A model asks for vectors by key and never for a collection's concatenated values, whose column order depends on the plan.
 Tables are made on the meta device: they get memory when they are sharded, and values from `sharding/initialise.py`.
+
+Shapes: B rows on this rank, V values of a key in all rows, D dim.
 """
 
 from __future__ import annotations
 
-__all__ = ["EmbeddingLookup"]
+__all__ = ["EmbeddingLookup", "table_modules", "table_weights"]
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
-from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, PoolingType
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.modules.embedding_configs import DataType, EmbeddingBagConfig, EmbeddingConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection, EmbeddingCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.config import TableSpec
 from embedshard.data.batch import Batch
@@ -21,8 +24,22 @@ from embedshard.data.batch import Batch
 _DATA_TYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
 
+def table_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the collections of an unsharded model, with their paths."""
+    for path, module in model.named_modules():
+        if isinstance(module, EmbeddingBagCollection | EmbeddingCollection):
+            yield path, module
+
+
+def table_weights(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Returns the weight of each table of a collection, (rows, D), by the table's name."""
+    tables = module.embedding_bags if isinstance(module, EmbeddingBagCollection) else module.embeddings
+    assert isinstance(tables, nn.ModuleDict), f"{type(module).__name__} is no collection of tables"
+    return {name: table.get_parameter("weight") for name, table in tables.items()}
+
+
 class EmbeddingLookup(nn.Module):
-    """All tables of a model: one collection of those looked up with weights, one of the others.
+    """All tables of a model: collections of those that are pooled, with weights or without, and of sequences.
 
     Args:
         specs: the tables.
@@ -30,33 +47,88 @@ class EmbeddingLookup(nn.Module):
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
         super().__init__()
-        self.plain = self._collection([spec for spec in specs if not spec.weighted], is_weighted=False)
-        self.weighted = self._collection([spec for spec in specs if spec.weighted], is_weighted=True)
-
-    @staticmethod
-    def _collection(specs: Sequence[TableSpec], is_weighted: bool) -> EmbeddingBagCollection | None:
-        if not specs:
-            return None
-        return EmbeddingBagCollection(
-            device=torch.device("meta"),
-            is_weighted=is_weighted,
-            tables=[
-                EmbeddingBagConfig(
-                    name=spec.name,
-                    num_embeddings=spec.num_embeddings,
-                    embedding_dim=spec.dim,
-                    data_type=_DATA_TYPE[spec.dtype],
-                    pooling=PoolingType.SUM,
-                    feature_names=[lookup.key for lookup in spec.lookups],
-                )
-                for spec in specs
-            ],
-        )
+        pooled = [spec for spec in specs if not spec.is_sequence]
+        self.plain = _bags([spec for spec in pooled if not spec.weighted], is_weighted=False)
+        self.weighted = _bags([spec for spec in pooled if spec.weighted], is_weighted=True)
+        by_dim: dict[int, list[TableSpec]] = {}
+        for spec in specs:
+            if spec.is_sequence:
+                by_dim.setdefault(spec.dim, []).append(spec)
+        # TorchRec wants the tables of one such collection to have the same dim.
+        self.sequences = nn.ModuleDict({f"dim{dim}": _sequences(of_dim) for dim, of_dim in by_dim.items()})
+        self._sequence_keys = {
+            f"dim{dim}": [lookup.key for spec in of_dim for lookup in spec.lookups] for dim, of_dim in by_dim.items()
+        }
+        self._pooled_keys = {
+            lookup.key for spec in specs if spec.is_sequence for lookup in spec.lookups if not lookup.is_sequence
+        }
 
     def forward(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """Returns the pooled vectors of each key, (B, dim) float32. Collective where tables are sharded."""
+        """Returns vectors by key, float32. Collective where tables are sharded.
+
+        (B, D) of a key that is pooled; (V, D) of a sequence, whose lengths are those of `batch.sequences[key]`.
+        """
         vectors: dict[str, torch.Tensor] = {}
         for collection, ids in ((self.plain, batch.sparse), (self.weighted, batch.weighted)):
             if collection is not None:
                 vectors.update(collection(ids).to_dict())
+        if batch.sequences is not None:
+            for name, collection in self.sequences.items():
+                vectors.update(self._looked_up(collection, _of_keys(batch.sequences, self._sequence_keys[name])))
         return vectors
+
+    def _looked_up(self, collection: nn.Module, ids: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        without_weights = KeyedJaggedTensor(keys=ids.keys(), values=ids.values(), lengths=ids.lengths())
+        found = collection(without_weights)
+        return {key: self._pooled(key, found[key].values(), ids) for key in ids.keys()}  # noqa: SIM118 (no mapping)
+
+    def _pooled(self, key: str, vectors_VD: torch.Tensor, ids: KeyedJaggedTensor) -> torch.Tensor:
+        if key not in self._pooled_keys:
+            return vectors_VD
+        jagged = ids[key]
+        if ids.weights_or_none() is not None:
+            vectors_VD = vectors_VD * jagged.weights().unsqueeze(1)
+        lengths_B = jagged.lengths()
+        rows_V = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
+        return vectors_VD.new_zeros(len(lengths_B), vectors_VD.shape[1]).index_add(0, rows_V, vectors_VD)
+
+
+def _of_keys(ids: KeyedJaggedTensor, keys: list[str]) -> KeyedJaggedTensor:
+    known = list(ids.keys())
+    return ids if known == keys else ids.permute([known.index(key) for key in keys])
+
+
+def _bags(specs: Sequence[TableSpec], is_weighted: bool) -> EmbeddingBagCollection | None:
+    if not specs:
+        return None
+    return EmbeddingBagCollection(
+        device=torch.device("meta"),
+        is_weighted=is_weighted,
+        tables=[
+            EmbeddingBagConfig(
+                name=spec.name,
+                num_embeddings=spec.num_embeddings,
+                embedding_dim=spec.dim,
+                data_type=_DATA_TYPE[spec.dtype],
+                pooling=PoolingType.SUM,
+                feature_names=[lookup.key for lookup in spec.lookups],
+            )
+            for spec in specs
+        ],
+    )
+
+
+def _sequences(specs: Sequence[TableSpec]) -> EmbeddingCollection:
+    return EmbeddingCollection(
+        device=torch.device("meta"),
+        tables=[
+            EmbeddingConfig(
+                name=spec.name,
+                num_embeddings=spec.num_embeddings,
+                embedding_dim=spec.dim,
+                data_type=_DATA_TYPE[spec.dtype],
+                feature_names=[lookup.key for lookup in spec.lookups],
+            )
+            for spec in specs
+        ],
+    )

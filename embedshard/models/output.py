@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Output", "RetrievalOutput"]
+__all__ = ["ClassOutput", "Output", "RetrievalOutput"]
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -23,6 +23,25 @@ class Output(Protocol):
     def logits(self) -> torch.Tensor:
         """One number a row, before any link function, (B,)."""
         ...
+
+
+@dataclass
+class ClassOutput:
+    """Logits of classes.
+
+    Attributes:
+        logits_BC: one for each class; one alone, the log odds of the label 1, where there are two.
+        lookups: looked-up vectors by key, for penalties.
+    """
+
+    logits_BC: torch.Tensor
+    lookups: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The log odds of the label 1, (B,)."""
+        assert self.logits_BC.shape[1] == 1, "several classes have no one logit"
+        return self.logits_BC[:, 0]
 
 
 @dataclass

@@ -16,20 +16,23 @@ from embedshard.config import Config, TableSpec
 from embedshard.config.parts import (
     BPRConfig,
     CosineContrastiveConfig,
+    CrossEntropyConfig,
     CustomModelConfig,
     DenseFeature,
     InBatchSoftmaxConfig,
     NegativeSamplingConfig,
     PointwiseConfig,
     SampledSoftmaxConfig,
+    TextClassifierConfig,
     TwoTowerConfig,
 )
 from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
-from embedshard.models.objectives.pointwise import Pointwise
+from embedshard.models.objectives.pointwise import CrossEntropy, Pointwise
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
+from embedshard.models.text_classifier import TextClassifier
 from embedshard.models.two_tower import TwoTower
 from embedshard.world import World
 
@@ -69,6 +72,8 @@ def build_model(config: Config, specs: Sequence[TableSpec]) -> nn.Module:
         match config.model:
             case TwoTowerConfig():
                 return TwoTower(config, specs)
+            case TextClassifierConfig():
+                return TextClassifier(config, specs)
             case CustomModelConfig():
                 return _custom(config, config.model, specs)
 
@@ -78,6 +83,8 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
     match config.objective:
         case PointwiseConfig():
             return Pointwise(config.objective.kind)
+        case CrossEntropyConfig():
+            return CrossEntropy(config.objective)
         case InBatchSoftmaxConfig():
             return InBatchSoftmax(config.objective, *_item(config, specs), world)
         case SampledSoftmaxConfig():

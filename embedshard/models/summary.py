@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import InBatchSoftmaxConfig, TokenizerVocabulary
 from embedshard.config.placement import changed_optimizer
+from embedshard.models.embeddings import table_modules
 from embedshard.models.registry import build_model
 
 _DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
@@ -74,12 +74,7 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
         ConfigError: if a custom model cannot be built.
     """
     model = build_model(config, specs)
-    inside_tables = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, EmbeddingBagCollection)
-        for parameter in module.parameters()
-    }
+    inside_tables = {id(parameter) for _, module in table_modules(model) for parameter in module.parameters()}
     return Summary(
         tables=tuple(_table_row(spec, config) for spec in specs),
         layers=tuple(
@@ -96,6 +91,7 @@ def _table_row(spec: TableSpec, config: Config) -> Row:
     is_open = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None
     most = "; so many rows at most: a run makes the tokenizer" if is_open else ""
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
+    optimizer = "adam (lazy kernel on CPU, FBGEMM's on CUDA)" if spec.optimizer.kind == "adam" else spec.optimizer.kind
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
     return Row(
         name=spec.name,
@@ -103,7 +99,7 @@ def _table_row(spec: TableSpec, config: Config) -> Row:
         parameters=spec.parameters,
         weight_bytes=spec.weight_bytes,
         state_bytes=spec.state_bytes,
-        note=f"{spec.dtype}, {spec.optimizer.kind} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
+        note=f"{spec.dtype}, {optimizer} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
     )
 
 
@@ -126,6 +122,11 @@ def _exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]:
     if isinstance(objective, InBatchSoftmaxConfig) and objective.negatives == "local":
         found.append("objective.negatives is 'local': each worker sees its own rows' items, so the world changes the loss.")
     found += sharding_exceptions(config, specs)
+    if names := ", ".join(spec.name for spec in specs if spec.optimizer.kind == "adam"):
+        found.append(
+            f"Tables under adam ({names}): eps counts before the bias correction on a CPU, as in torch's SparseAdam, and "
+            f"after it on CUDA, where FBGEMM has a kernel of its own."
+        )
     if not config.train.deterministic:
         found.append("On CUDA without train.deterministic, sums are added in any order. (On a CPU they are not.)")
     return found

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedshard.config import Config, Lookup, TableSpec
-from embedshard.config.parts import BagFeature, DrawsNegatives, TextFeature, WeightedBagFeature
+from embedshard.config.parts import BagFeature, DrawsNegatives, SequenceFeature, TextFeature, WeightedBagFeature
 from embedshard.data.id_counts import IdCounts
 from embedshard.data.lookup_sample import LookupSample
 
@@ -30,13 +30,17 @@ class Demand:
     """What one row of a batch asks of a table.
 
     Attributes:
-        vectors: pooled vectors: one for each key.
+        keys: under which ids travel, with a length each.
+        vectors: that come back: one for each key, one for each id of a table that is looked up place by place.
+        is_pooled: whether a rank that has some of the rows sends a part of each vector, and not some of them.
         ids: looked up for them, on average.
         id_bytes: what an id is on its way, its weight included.
         shares: a function from ascending row bounds to the share of the lookups between each two of them.
     """
 
-    vectors: int
+    keys: int
+    vectors: float
+    is_pooled: bool
     ids: float
     id_bytes: int
     shares: Callable[[Sequence[int]], Shares]
@@ -52,9 +56,11 @@ def table_demands(config: Config, specs: Sequence[TableSpec], sample: LookupSamp
     lengths = key_lengths(config, specs, sample)
     return {
         spec.name: Demand(
-            vectors=len(spec.lookups),
+            keys=len(spec.lookups),
+            vectors=sum(lengths[lookup.key] if spec.is_sequence else 1 for lookup in spec.lookups),
+            is_pooled=not spec.is_sequence,
             ids=sum(lengths[lookup.key] for lookup in spec.lookups),
-            id_bytes=12 if spec.weighted else 8,
+            id_bytes=12 if spec.weighted and not spec.is_sequence else 8,
             shares=_shares(config, spec, lengths, sample),
         )
         for spec in specs
@@ -65,7 +71,7 @@ def _length(config: Config, lookup: Lookup, sample: LookupSample | None) -> floa
     feature = config.features[lookup.feature]
     if sample is not None:
         ids = sample.features[lookup.feature].ids_per_row
-    elif isinstance(feature, BagFeature | WeightedBagFeature | TextFeature):
+    elif isinstance(feature, BagFeature | WeightedBagFeature | SequenceFeature | TextFeature):
         ids = float(feature.max_length or ASSUMED_BAG_LENGTH)
     else:
         ids = 1.0

@@ -26,7 +26,7 @@ from embedshard.sharding.hardware import Cluster
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import RESERVE, Planned, plan_tables, possible_types
 from embedshard.sharding.recorded import RecordedPlan, record_plan
-from embedshard.sharding.shard import make_sharder
+from embedshard.sharding.shard import make_sharders
 
 _OF_AN_EVEN_SHARE: Final = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3.2, 4, 6, 10, 30, 100, 1e4)
 """Where nothing fits, the memory of a rank that a plan is looked for with, in even shares of all tables, step by step."""
@@ -132,8 +132,8 @@ class _Maker:
         self._batch_size = config.train.global_batch_size // cluster.world_size
         self._lengths = key_lengths(config, specs, sample)
         self._model = build_model(config, specs)
-        attach_table_optimizers(self._model, specs, device)
-        self._sharder = make_sharder(config, device)
+        attach_table_optimizers(self._model, specs)
+        self._sharders = make_sharders(config, device)
         self.dense = _dense_cost(config, specs, self._model, cluster, sample)
         dense = self.dense
         fixed = 2 * dense.weight_bytes + dense.state_bytes + dense.process_bytes
@@ -159,7 +159,7 @@ class _Maker:
             raise PlanError("the dense part and its activations alone take a rank's memory.")
         planner = self._config.sharding.planner
         return plan_tables(
-            self._model, specs, self._sharder, planner, self._cluster, self._batch_size, self._lengths, usable
+            self._model, specs, self._sharders, planner, self._cluster, self._batch_size, self._lengths, usable
         )
 
     def reasons(self, plan: RecordedPlan, planned: Planned, fits: bool) -> dict[str, Reason]:

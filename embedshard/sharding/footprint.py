@@ -1,6 +1,6 @@
 """What a plan takes of each rank: bytes of memory, and bytes that travel each step. Pure functions of sizes.
 
-Weights and optimizer state are exact. Activations and buffers are the large ones: the pooled vectors and their gradients,
+Weights and optimizer state are exact. Activations and buffers are the large ones: the looked-up vectors and their gradients,
 the outputs of linear layers, the ids on their way and the lookups' outputs before they are sent. What remains (kernels'
 workspaces, the allocator's gaps, what NCCL keeps) is for the reserve.
 """
@@ -55,7 +55,7 @@ class RankMemory:
     Attributes:
         weights: of its shards.
         state: of the optimizers of its shards.
-        activations: pooled vectors and layers' outputs, with their gradients.
+        activations: looked-up vectors and layers' outputs, with their gradients.
         communication: ids on their way, and lookups' outputs before they are sent.
         dense: replicated parameters, their gradients (DDP's buckets) and optimizer state; gradients of replicated tables.
         process: program and decoded data, on a cpu machine.
@@ -80,7 +80,7 @@ class Traffic:
 
     Attributes:
         ids: on their way to the rows.
-        vectors: of pooled vectors forward and of their gradients backward.
+        vectors: of looked-up vectors forward and of their gradients backward.
         gradients: of dense parameters and replicated tables, in an all-reduce.
         between: how much of it all goes to other machines.
         milliseconds: at the hardware's bandwidths, if nothing overlaps.
@@ -164,7 +164,7 @@ class _Ledger:
 
     def add(self, spec: TableSpec, table: RecordedTable, demand: Demand) -> None:
         self._pooled += self._local_batch * demand.vectors * spec.dim * _FLOAT
-        self._batch_ids += self._local_batch * (demand.ids * demand.id_bytes + demand.vectors * _LENGTH)
+        self._batch_ids += self._local_batch * (demand.ids * demand.id_bytes + demand.keys * _LENGTH)
         shares = self._shares(table, demand)
         lookups: dict[int, float] = {}
         for shard, share in zip(table.shards, shares, strict=True):
@@ -176,8 +176,9 @@ class _Ledger:
             if table.is_replicated:
                 self._replicated[shard.rank] += shard.num_rows * shard.num_columns * _FLOAT
             else:
-                self._move_ids(shard.rank, ids * demand.id_bytes + self._batch * demand.vectors * _LENGTH)
-                self._move_vectors(table, shard.rank, demand.vectors * shard.num_columns)
+                self._move_ids(shard.rank, ids * demand.id_bytes + self._batch * demand.keys * _LENGTH)
+                vectors = demand.vectors if demand.is_pooled else demand.vectors * share
+                self._move_vectors(table, shard.rank, vectors * shard.num_columns)
         mean = sum(lookups.values()) / len(lookups)
         self._skew[spec.name] = TableSkew(lookups, max(lookups.values()) / mean if mean else 1.0)
 
@@ -195,7 +196,7 @@ class _Ledger:
         self._ids_out += each * peers
         self._buffers[owner] += size
 
-    def _move_vectors(self, table: RecordedTable, owner: int, numbers: int) -> None:
+    def _move_vectors(self, table: RecordedTable, owner: int, numbers: float) -> None:
         """Moves what a rank has looked up, whole or a part of a sum, to those whose rows they are."""
         self._buffers[owner] += self._batch * numbers * (_FLOAT + (self._wire if self._wire < _FLOAT else 0))
         each, peers = self._local_batch * numbers * self._wire, self._peers(owner)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizerWrapper
 from torchrec.optim.optimizers import in_backward_optimizer_filter
@@ -25,11 +24,12 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from embedshard.errors import ConfigError
+from embedshard.models.embeddings import table_modules, table_weights
+from embedshard.sharding.lazy_adam import AdamSteps, tell_fbgemm
 from embedshard.sharding.ownership import TABLE_CLASSES, check_ownership
 from embedshard.sharding.shards import Shard, replicated_tables
 from embedshard.world import World
 
-_ON_CPU = ("sgd", "adagrad", "rowwise_adagrad")
 _DENSE_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adagrad": torch.optim.Adagrad,
@@ -60,26 +60,16 @@ def _arguments(optimizer: TableOptimizerConfig) -> dict[str, Any]:
     return arguments
 
 
-def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec], device: torch.device) -> None:
-    """Tells each unsharded table which optimizer its kernel is to fuse.
-
-    Raises:
-        ConfigError: if FBGEMM does not have the optimizer on this device.
-    """
-    for spec in specs:
-        if device.type == "cpu" and spec.optimizer.kind not in _ON_CPU:
-            raise ConfigError(
-                f"table '{spec.name}': FBGEMM has no fused '{spec.optimizer.kind}' on CPU. "
-                f"Choose one of {', '.join(_ON_CPU)}, or train on CUDA."
-            )
+def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec]) -> None:
+    """Tells each unsharded table which optimizer its kernel is to fuse."""
     by_name = {spec.name: spec for spec in specs}
-    for module in model.modules():
-        if not isinstance(module, EmbeddingBagCollection):
-            continue
-        for name, bag in module.embedding_bags.items():
+    for _, module in table_modules(model):
+        for name, weight in table_weights(module).items():
             optimizer = by_name[name].optimizer
             # A dict of its own: sharding writes into it.
-            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [bag.weight], _arguments(optimizer))
+            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [weight], _arguments(optimizer))
+            if optimizer.kind == "adam":
+                tell_fbgemm(weight, optimizer)
 
 
 class Optimizers:
@@ -105,6 +95,7 @@ class Optimizers:
         owned = {name for optimizer in self._replicated.values() for name in optimizer.params}
         self._dense_parameters = {name: parameter for name, parameter in rest.items() if name not in owned}
         check_ownership(model, specs, self._replicated, self._dense_parameters, world)
+        self._adam_steps = AdamSteps(model, [spec.name for spec in specs if spec.optimizer.kind == "adam"])
         self.dense = _dense_optimizer(config.optimizer.dense, self._dense_parameters)
         groups = [group for _, fused in self._fused.optimizers for group in fused.param_groups]
         groups += [group for optimizer in self._unfused for group in optimizer.param_groups]
@@ -151,8 +142,13 @@ class Optimizers:
                     state = values["sum"].squeeze(1) if isinstance(optimizer._optimizer, RowWiseAdagrad) else values["sum"]
                     yield Shard(table, "momentum1", state, (0,) * state.dim(), tuple(state.shape), is_replicated=True)
 
+    def adam_steps(self) -> dict[str, torch.Tensor]:
+        """Returns how many steps each table under Adam has taken, as live views, by `<table>/step`."""
+        return {f"{table}/step": taken for table, taken in self._adam_steps.taken.items()}
+
     def zero_grad(self) -> None:
-        """Forgets the gradients of all that is not fused."""
+        """Makes ready for a step: forgets the gradients of all that is not fused."""
+        self._adam_steps.tell()
         for optimizer in self._unfused:
             optimizer.zero_grad(set_to_none=False)
 
@@ -162,6 +158,7 @@ class Optimizers:
             torch.nn.utils.clip_grad_norm_(self._dense_parameters.values(), self._clip_norm)
         for optimizer in self._unfused:
             optimizer.step()
+        self._adam_steps.add()
 
     @property
     def _unfused(self) -> list[KeyedOptimizerWrapper]:

@@ -10,7 +10,6 @@ __all__ = ["TABLE_CLASSES", "check_ownership"]
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -22,7 +21,8 @@ from torchrec.optim.keyed import KeyedOptimizerWrapper
 from embedshard.config import TableSpec
 from embedshard.config.placement import changed_optimizer
 from embedshard.errors import PlanError
-from embedshard.sharding.shards import num_column_blocks
+from embedshard.sharding.lazy_adam import LazyAdamTables
+from embedshard.sharding.shards import TABLE_HOLDERS, fused_kernels, num_column_blocks
 from embedshard.world import World
 
 TABLE_CLASSES: dict[str, type[torch.optim.Optimizer]] = {
@@ -39,6 +39,7 @@ _FUSED_TYPES = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "adam": EmbOptimType.ADAM,
 }
+_LAZY_ADAM = "lazy_adam"
 _REPORT = "This is a bug of embedshard or a new release of TorchRec: please report it with 'embedshard doctor'."
 
 
@@ -67,10 +68,17 @@ def check_ownership(
             fused[table].add(optimizer)
     blocks = num_column_blocks(model)
     for spec in specs:
-        by_dense = any(f".embedding_bags.{spec.name}." in f".{name}." for name in dense_parameters)
+        of_table = tuple(f".{holder}.{spec.name}.weight" for holder in TABLE_HOLDERS)
+        by_dense = any(f".{name}".endswith(of_table) for name in dense_parameters)
         _check_owner(spec, bool(fused[spec.name]), spec.name in replicated, by_dense)
-        for name, eps in fused[spec.name]:
-            _check_optimizer(spec, f"FBGEMM's '{name}'", name == _FUSED_TYPES[spec.optimizer.kind].value, eps)
+        is_lazy = spec.optimizer.kind == "adam" and world.device.type == "cpu"
+        needed = _LAZY_ADAM if is_lazy else _FUSED_TYPES[spec.optimizer.kind].value
+        for name, eps, betas in fused[spec.name]:
+            _check_optimizer(spec, f"FBGEMM's '{name}'" if name != _LAZY_ADAM else "the lazy Adam", name == needed, eps)
+            if spec.optimizer.kind == "adam" and betas != spec.optimizer.betas:
+                raise PlanError(
+                    f"table '{spec.name}' is trained with betas={betas}, its config names {spec.optimizer.betas}. {_REPORT}"
+                )
         if spec.name in replicated:
             optimizer = replicated[spec.name]._optimizer
             eps = float(optimizer.defaults.get("eps", 0.0))
@@ -115,19 +123,10 @@ def _check_columns(spec: TableSpec, num_blocks: int) -> None:
         )
 
 
-def _fused_tables(model: nn.Module) -> Iterator[tuple[str, tuple[str, float]]]:
-    """Yields each table whose fused kernel is on this rank, with its optimizer's type and eps."""
-    for kernel in _fused_kernels(model):
-        optimizer_type = kernel.emb_module.optimizer
-        eps = float(kernel.emb_module.optimizer_args.eps)
+def _fused_tables(model: nn.Module) -> Iterator[tuple[str, tuple[str, float, tuple[float, float]]]]:
+    """Yields each table whose kernel is on this rank, with the kernel's optimizer, eps and betas."""
+    for kernel in fused_kernels(model):
+        tables, numbers = kernel.emb_module, kernel.emb_module.optimizer_args
+        name = _LAZY_ADAM if isinstance(tables, LazyAdamTables) else tables.optimizer.value
         for table in kernel.config.embedding_tables:
-            yield table.name, (optimizer_type.value, eps)
-
-
-def _fused_kernels(model: nn.Module) -> Iterator[Any]:
-    """Yields TorchRec's fused kernels on this rank. They hang on lookups, which `modules()` does not reach."""
-    for module in model.modules():
-        for lookup in getattr(module, "_lookups", ()):
-            for kernel in lookup.modules():
-                if hasattr(kernel, "fused_optimizer") and hasattr(kernel, "emb_module"):
-                    yield kernel
+            yield table.name, (name, float(numbers.eps), (float(numbers.beta1), float(numbers.beta2)))

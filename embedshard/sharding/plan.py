@@ -7,15 +7,25 @@ planner may pick on a CPU otherwise, it cannot price.
 
 from __future__ import annotations
 
-__all__ = ["RESERVE", "AnyTypeSharder", "Planned", "make_plan", "plan_tables", "possible_types"]
+__all__ = [
+    "RESERVE",
+    "AnyTypeSharder",
+    "Planned",
+    "SequenceSharder",
+    "Sharders",
+    "make_plan",
+    "plan_tables",
+    "possible_types",
+]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import nn
 from torch.distributed._shard.metadata import ShardMetadata
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner
@@ -31,11 +41,11 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embedshard.config import TableSpec
-from embedshard.config.placement import ALL_TYPES, DEFAULT_TYPES
+from embedshard.config.placement import ALL_TYPES, DEFAULT_TYPES, SEQUENCE_TYPES
 from embedshard.errors import PlanError
+from embedshard.models.embeddings import table_modules, table_weights
 from embedshard.sharding.explicit import Placement, leaves_empty_pieces, place_tables
 from embedshard.sharding.hardware import Cluster, this_cluster
 from embedshard.sharding.recorded import RecordedPlan
@@ -60,6 +70,18 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
         return [_kernel(sharding_type)]
 
 
+class SequenceSharder(EmbeddingCollectionSharder):
+    """TorchRec's sharder of sequences, with the same kernels as `AnyTypeSharder` has."""
+
+    def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
+        """Returns the one kernel of a sharding type."""
+        return [_kernel(sharding_type)]
+
+
+Sharders = Sequence[ModuleSharder[Any]]
+"""What shards the collections of a model: one for each kind of them."""
+
+
 @dataclass(frozen=True)
 class Planned:
     """A plan, and what the planner makes of it.
@@ -76,7 +98,7 @@ class Planned:
 def make_plan(
     model: nn.Module,
     specs: Sequence[TableSpec],
-    sharder: EmbeddingBagCollectionSharder,
+    sharders: Sharders,
     planner: str,
     world: World,
     batch_size: int,
@@ -87,7 +109,7 @@ def make_plan(
     Args:
         model: unsharded.
         specs: its tables.
-        sharder: what will shard it.
+        sharders: what will shard it.
         planner: `auto` or `explicit`.
         world: whose ranks share the tables.
         batch_size: rows of one rank.
@@ -99,7 +121,7 @@ def make_plan(
     if recorded is not None and recorded.applies(specs, planner, world.world_size, world.local_world_size):
         return recorded.to_torchrec(model, world.device.type)
     found, problem = world.broadcast_object(
-        _planned(model, specs, sharder, planner, this_cluster(world), batch_size) if world.is_rank_zero else None
+        _planned(model, specs, sharders, planner, this_cluster(world), batch_size) if world.is_rank_zero else None
     )
     if problem is not None:
         raise PlanError(problem)
@@ -109,7 +131,7 @@ def make_plan(
 def plan_tables(
     model: nn.Module,
     specs: Sequence[TableSpec],
-    sharder: EmbeddingBagCollectionSharder,
+    sharders: Sharders,
     planner: str,
     cluster: Cluster,
     batch_size: int,
@@ -121,7 +143,7 @@ def plan_tables(
     Args:
         model: unsharded, its tables on any device, also meta.
         specs: its tables.
-        sharder: what will shard it.
+        sharders: what will shard it.
         planner: `auto` or `explicit`.
         cluster: the workers and their machines.
         batch_size: rows of one rank.
@@ -138,10 +160,9 @@ def plan_tables(
             ShardingPlan(
                 {
                     path: EmbeddingModuleShardingPlan(
-                        {name: _parameter(bag.weight, places[name], cluster) for name, bag in module.embedding_bags.items()}
+                        {name: _parameter(weight, places[name], cluster) for name, weight in table_weights(module).items()}
                     )
-                    for path, module in model.named_modules()
-                    if isinstance(module, EmbeddingBagCollection)
+                    for path, module in table_modules(model)
                 }
             )
         )
@@ -168,9 +189,8 @@ def plan_tables(
         callbacks=[note],
         debug=False,
     )
-    sharders: list[ModuleSharder[nn.Module]] = [sharder]
     try:
-        plan = found.plan(model, sharders)
+        plan = found.plan(model, list(sharders))
     except PlannerError as error:
         raise PlanError(
             f"TorchRec's planner finds no place for the tables on {cluster.world_size} workers: {error} "
@@ -182,14 +202,14 @@ def plan_tables(
 def _planned(
     model: nn.Module,
     specs: Sequence[TableSpec],
-    sharder: EmbeddingBagCollectionSharder,
+    sharders: Sharders,
     planner: str,
     cluster: Cluster,
     batch_size: int,
 ) -> tuple[ShardingPlan | None, str | None]:
     """Returns the plan, or why there is none: all ranks must know, or the others wait in vain."""
     try:
-        return plan_tables(model, specs, sharder, planner, cluster, batch_size).plan, None
+        return plan_tables(model, specs, sharders, planner, cluster, batch_size).plan, None
     except PlanError as error:
         return None, str(error)
 
@@ -198,7 +218,7 @@ def possible_types(spec: TableSpec, cluster: Cluster) -> list[str]:
     """Returns the types that the planner may choose: `table_wise` instead of those that would leave a piece empty."""
     local = cluster.local_world_size
     pieces = {"row_wise": cluster.world_size, "table_row_wise": local, "grid_shard": local}
-    allowed = spec.sharding.types or DEFAULT_TYPES
+    allowed = spec.sharding.types or [kind for kind in DEFAULT_TYPES if not spec.is_sequence or kind in SEQUENCE_TYPES]
     is_out = {kind: kind in pieces and leaves_empty_pieces(spec.num_embeddings, pieces[kind]) for kind in allowed}
     return list(dict.fromkeys("table_wise" if is_out[kind] else kind for kind in allowed))
 

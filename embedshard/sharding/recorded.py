@@ -25,11 +25,11 @@ from torchrec.distributed.types import (
     ShardingPlan,
     ShardingType,
 )
-from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from embedshard.config import TableSpec, differences
 from embedshard.config.placement import DEFAULT_TYPES
 from embedshard.errors import PlanError
+from embedshard.models.embeddings import table_modules, table_weights
 from embedshard.sharding.explicit import leaves_empty_pieces
 from embedshard.storage import locate
 
@@ -166,10 +166,9 @@ class RecordedPlan:
         return ShardingPlan(
             {
                 path: EmbeddingModuleShardingPlan(
-                    {name: self._parameter(self.tables[name], device_type) for name in module.embedding_bags}
+                    {name: self._parameter(self.tables[name], device_type) for name in table_weights(module)}
                 )
-                for path, module in model.named_modules()
-                if isinstance(module, EmbeddingBagCollection)
+                for path, module in table_modules(model)
             }
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["make_sharder", "shard_model"]
+__all__ = ["make_sharders", "shard_model"]
 
 from collections.abc import Sequence
 
@@ -15,8 +15,9 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
 from embedshard.config import Config, TableSpec
 from embedshard.errors import ConfigError
 from embedshard.sharding.initialise import initialise_tables
+from embedshard.sharding.lazy_adam import pose_as_sgd, take_over
 from embedshard.sharding.optimizers import attach_table_optimizers
-from embedshard.sharding.plan import AnyTypeSharder, make_plan
+from embedshard.sharding.plan import AnyTypeSharder, SequenceSharder, Sharders, make_plan
 from embedshard.sharding.recorded import RecordedPlan
 from embedshard.sharding.shards import weight_shards
 from embedshard.world import World
@@ -36,35 +37,42 @@ def shard_model(
 
     Raises:
         PlanError: if there is no plan within what the config allows, or the recorded one is another config's.
-        ConfigError: if a table's optimizer, or the communication's precision, is not to be had on this device.
+        ConfigError: if the communication's precision is not to be had on this device.
     """
-    attach_table_optimizers(model, specs, world.device)
-    sharder = make_sharder(config, world.device)
+    attach_table_optimizers(model, specs)
+    sharders = make_sharders(config, world.device)
     batch_size = config.train.global_batch_size // world.world_size
-    plan = make_plan(model, specs, sharder, config.sharding.planner, world, batch_size, recorded)
+    plan = make_plan(model, specs, sharders, config.sharding.planner, world, batch_size, recorded)
+    if world.device.type == "cpu":
+        pose_as_sgd(model)
     sharded = DistributedModelParallel(
         model,
         env=ShardingEnv.from_process_group(world.group),
         device=world.device,
         plan=plan,
-        sharders=[sharder],
+        sharders=list(sharders),
         # The output is a dataclass, into which a static graph's hooks do not look. Where it looks for unused parameters, DDP
         # leaves its buckets as they are; else it orders them anew after its first step, and with them the sums over more
         # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
+    take_over(sharded)
     initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
 
 
-def make_sharder(config: Config, device: torch.device) -> AnyTypeSharder:
+def make_sharders(config: Config, device: torch.device) -> Sharders:
     """Returns what shards the tables on a device, which need not be there.
 
     Raises:
         ConfigError: if the communication's precision is not to be had on the device.
     """
     # Rounding at random would make the result depend on more than (config, data, seed).
-    return AnyTypeSharder(fused_params={"stochastic_rounding": False}, qcomm_codecs_registry=_codecs(config, device))
+    fused, codecs = {"stochastic_rounding": False}, _codecs(config, device)
+    return (
+        AnyTypeSharder(fused_params=fused, qcomm_codecs_registry=codecs),
+        SequenceSharder(fused_params=fused, qcomm_codecs_registry=codecs),
+    )
 
 
 def _codecs(config: Config, device: torch.device) -> dict[str, QuantizedCommCodecs] | None:

@@ -6,15 +6,28 @@ size of the whole. A table that is replicated (data-parallel) is one piece, the 
 
 from __future__ import annotations
 
-__all__ = ["Shard", "num_column_blocks", "optimizer_shards", "replicated_tables", "weight_shards"]
+__all__ = [
+    "TABLE_HOLDERS",
+    "Shard",
+    "fused_kernels",
+    "num_column_blocks",
+    "optimizer_shards",
+    "replicated_tables",
+    "weight_shards",
+]
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import torch
+from torch import nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingType
+
+TABLE_HOLDERS: Final = ("embedding_bags", "embeddings")
+"""Where TorchRec's collections, of bags and of sequences, hold their tables: `<path>.<holder>.<table>.weight`."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +61,23 @@ class Shard:
 
 def replicated_tables(model: DistributedModelParallel) -> dict[str, str]:
     """Returns the data-parallel tables, by the names of their parameters."""
-    return {
-        f"{path}.embedding_bags.{table}.weight": table
+    replicated = {
+        f"{path}.{holder}.{table}.weight": table
         for path, module_plan in model.plan.plan.items()
         for table, sharding in module_plan.items()
         if sharding.sharding_type == ShardingType.DATA_PARALLEL.value
+        for holder in TABLE_HOLDERS
     }
+    return {name: replicated[name] for name, _ in model.named_parameters() if name in replicated}
+
+
+def fused_kernels(model: nn.Module) -> Iterator[Any]:
+    """Yields TorchRec's fused kernels on this rank. They hang on lookups, which `modules()` does not reach."""
+    for module in model.modules():
+        for lookup in getattr(module, "_lookups", ()):
+            for kernel in lookup.modules():
+                if hasattr(kernel, "fused_optimizer") and hasattr(kernel, "emb_module"):
+                    yield kernel
 
 
 def num_column_blocks(model: DistributedModelParallel) -> dict[str, int]:
@@ -86,7 +110,7 @@ def optimizer_shards(model: DistributedModelParallel) -> Iterator[Shard]:
     for parameter, values in sorted(model.fused_optimizer.state_dict()["state"].items()):
         table = _table(parameter)
         for key, value in sorted(values.items()):
-            kind = key.removeprefix(f"{table}.")
+            kind = key.removeprefix(f"{table}.").replace("exp_avg_sq", "momentum2")  # TorchRec's name of fused Adam's
             if not isinstance(value, ShardedTensor):
                 raise AssertionError(f"the fused state {key} is a {type(value).__name__}, not a ShardedTensor")
             for shard in _local(table, kind, value):
@@ -109,5 +133,5 @@ def _local(table: str, kind: str, value: ShardedTensor) -> Iterator[Shard]:
 
 
 def _table(parameter: str) -> str:
-    """Returns the table of ...embedding_bags.<table>.weight."""
-    return parameter.split(".embedding_bags.")[1].rsplit(".", 1)[0]
+    """Returns the table of <path>.<holder>.<table>.weight."""
+    return parameter.rsplit(".", 2)[1]

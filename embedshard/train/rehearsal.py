@@ -173,7 +173,7 @@ def _block(piece: Piece, rows: Mapping[str, Array] | None) -> Block:
 
 def _looked_up(parts: Assembly, batch: Batch) -> Iterator[tuple[str, Array]]:
     for spec in parts.specs:
-        ids = batch.weighted if spec.weighted else batch.sparse
+        ids = batch.sequences if spec.is_sequence else batch.weighted if spec.weighted else batch.sparse
         assert ids is not None, "the collator fills what tables are looked up by"
         for lookup in spec.lookups:
             yield spec.name, ids[lookup.key].values().cpu().numpy()

@@ -1,6 +1,6 @@
 """A run's state as named pieces: what a checkpoint holds, and how it comes back.
 
-Names belong to no world size: `tables/<table>/<weight or state>`, `dense/<parameter>`,
+Names belong to no world size: `tables/<table>/<weight or state>`, `tables/<table>/step` (under Adam), `dense/<parameter>`,
 `dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; of a table that
 is replicated each rank writes some rows. The rest is replicated, and rank 0 writes it.
 """
@@ -17,6 +17,7 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.errors import CheckpointError
 from embedshard.models.objectives.objective import Objective
+from embedshard.sharding.lazy_adam import lazy_adam_shards
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.shards import Shard, optimizer_shards, replicated_tables, weight_shards
 from embedshard.train.checkpoint import Checkpoint, Piece
@@ -28,6 +29,7 @@ def pieces(model: DistributedModelParallel, optimizers: Optimizers, objective: O
     for shard in _tables(model, optimizers):
         yield _piece(shard.part(world.rank, world.world_size))
     if world.is_rank_zero:
+        yield from _whole("tables", optimizers.adam_steps())
         yield from _whole("dense", _dense_parameters(model))
         yield from _whole("dense_optimizer", optimizers.dense_state())
         yield from _whole("objective", dict(objective.named_buffers()))
@@ -47,6 +49,7 @@ def restore(checkpoint: Checkpoint, model: DistributedModelParallel, optimizers:
         checkpoint,
         [
             *map(_piece, tables),
+            *_whole("tables", optimizers.adam_steps()),
             *_whole("dense", _dense_parameters(model)),
             *_whole("dense_optimizer", optimizers.dense_state()),
             *_whole("objective", dict(objective.named_buffers())),
@@ -80,6 +83,7 @@ def _check_state(checkpoint: Checkpoint, shard: Shard) -> None:
 def _tables(model: DistributedModelParallel, optimizers: Optimizers) -> Iterator[Shard]:
     yield from weight_shards(model)
     yield from optimizer_shards(model)
+    yield from lazy_adam_shards(model)
     yield from optimizers.replicated_state()
 
 

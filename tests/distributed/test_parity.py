@@ -4,6 +4,7 @@ One group of processes for each world size runs all of its cases.
 """
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ TYPES = ("table_wise", "row_wise", "table_row_wise", "column_wise", "table_colum
 CASES = [
     *[("adagrad", kind) for kind in TYPES],
     *[("sgd", kind) for kind in ("row_wise", "column_wise", "grid_shard", "data_parallel")],
+    *[("adam", kind) for kind in ("table_wise", "row_wise", "table_row_wise", "grid_shard", "piled")],
     *[("rowwise_adagrad", kind) for kind in ("table_wise", "row_wise", "table_row_wise", "data_parallel", "mixed", "piled")],
 ]
 
@@ -90,7 +92,7 @@ def lab(interactions, tmp_path_factory):
             },
             "objective": {"kind": "in_batch_softmax", "temperature": 0.5},
             "optimizer": {
-                "tables": {"kind": optimizer, "lr": 0.05},
+                "tables": {"kind": optimizer, "lr": 0.01 if optimizer == "adam" else 0.05},
                 "dense": {"kind": "sgd", "lr": 0.05, "clip_norm": 1.0},
                 "schedule": {"warmup_steps": 3, "decay": "linear", "final": 0.1},
             },
@@ -112,10 +114,10 @@ def assert_same_result(found, expected, optimizer):
     assert found.after.keys() == expected.after.keys()
     for name, values in found.after.items():
         difference = np.abs(values.astype(np.float64) - expected.after[name])
-        if name.startswith(("tables/", "dense/")) and "momentum1" not in name:
-            by_element = optimizer == "adagrad"
+        if name.startswith(("tables/", "dense/")) and "momentum" not in name:
+            by_element = optimizer in ("adagrad", "adam")
             assert np.quantile(difference, 0.999 if by_element else 1.0) <= (1e-5 if by_element else 1e-6), name
-        elif "momentum1" in name:
+        elif "momentum" in name:
             np.testing.assert_allclose(values, expected.after[name], rtol=1e-3, atol=1e-6, err_msg=name)
 
 
@@ -136,6 +138,15 @@ def test_no_plan_and_no_world_changes_the_result(lab, world, optimizer, sharding
             columns = found.after[f"tables/{table}/weight"].shape[1]
             shape = (rows,) if optimizer == "rowwise_adagrad" else (rows, columns)
             assert found.after[f"tables/{table}/momentum1"].shape == shape
+
+
+def test_the_steps_of_adam_are_counted_for_each_table(lab):
+    for world in (1, 2):
+        after = lab.run(world, "adam", "table_wise").after
+        assert {name: int(count[0]) for name, count in after.items() if name.endswith("/step")} == {
+            f"tables/{table}/step": STEPS for table in ("user", "item", "group", "item_id:bias")
+        }
+        assert after["tables/item/momentum2"].shape == (31, 8)
 
 
 SAVES = [
@@ -187,6 +198,29 @@ def test_a_row_wise_statistic_moves_between_fused_and_data_parallel_tables(lab, 
     for name, values in whole.after.items():
         if name.endswith("/weight"):
             np.testing.assert_allclose(resumed.after[name], values, rtol=0, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("saved_world", "saved_as", "world", "sharding"),
+    [
+        *[
+            (1, "table_wise", world, sharding)
+            for world, sharding in ((1, "table_wise"), (2, "row_wise"), (4, "column_wise"))
+        ],
+        *[(4, "row_wise", world, sharding) for world, sharding in ((4, "row_wise"), (2, "table_wise"), (1, "table_wise"))],
+    ],
+)
+def test_moments_and_steps_of_adam_move_between_plans_and_worlds(lab, saved_world, saved_as, world, sharding):
+    folder = lab.save(saved_world, "adam", saved_as)
+    resumed = lab.run(world, "adam", sharding, last=RESUMED, resume_from=(folder, SAVED))
+    assert_as_saved(resumed.before, folder)
+    whole = lab.run(saved_world, "adam", saved_as, last=RESUMED)
+    if world == saved_world and sharding == saved_as:
+        assert resumed.losses[0] == whole.losses[0][SAVED:]
+        for name, values in whole.after.items():
+            np.testing.assert_array_equal(resumed.after[name], values, err_msg=name)
+    else:
+        assert_same_result(resumed, replace(whole, losses=[losses[SAVED:] for losses in whole.losses]), "adam")
 
 
 def assert_as_saved(found, folder):

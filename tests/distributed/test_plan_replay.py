@@ -45,6 +45,7 @@ RANK = textwrap.dedent(
     set_process_environment()
     import torch.distributed as dist
     from embedshard.config import load_config
+    from embedshard.sharding.lazy_adam import lazy_adam_shards
     from embedshard.sharding.recorded import read_plan
     from embedshard.sharding.shards import optimizer_shards, weight_shards
     from embedshard.train.assembly import assemble
@@ -64,7 +65,8 @@ RANK = textwrap.dedent(
             config = load_config(folder / f"{name}.yaml", {}).config
             parts = assemble(config, world, plan=read_plan(folder / f"{name}-{world_size}.json"))
             def state():
-                return [*optimizer_shards(parts.model), *parts.optimizers.replicated_state()]
+                fused = [*optimizer_shards(parts.model), *lazy_adam_shards(parts.model)]
+                return [*fused, *parts.optimizers.replicated_state()]
             with parts.reader().batches(0, 1) as batches:
                 batch = next(batches)
                 parts.optimizers.set_learning_rates(0, 10)
@@ -90,7 +92,7 @@ def trees(interactions):
             "user": {"rows": 40, "dim": 8, "optimizer": {"kind": "adagrad"}},
             "item": {"rows": 30, "dim": 8, "dtype": "fp16"},
             "group": {"rows": 4, "dim": 8},
-            "age": {"rows": 9, "dim": 4, "optimizer": {"kind": "sgd"}},
+            "age": {"rows": 9, "dim": 4, "optimizer": {"kind": "adam"}},
         }
         return {
             "data": {"train": str(interactions / "train" / "*.parquet"), "lanes": 4},

@@ -117,10 +117,18 @@ def everywhere(specs, world_size, local_world_size):
     return {spec.name: Placement("data_parallel", tuple(range(world_size))) for spec in specs}
 
 
-def test_adam_on_a_cpu_is_refused_by_name(make_config):
+def test_a_table_under_adam_belongs_to_the_lazy_kernel_alone_on_a_cpu(make_config, monkeypatch):
     config = make_config({"optimizer": {"tables": {"kind": "adam"}}}).config
-    with open_world("cpu") as world, pytest.raises(ConfigError, match=r"table 'item'.*no fused 'adam' on CPU.*sgd"):
-        assemble(config, world)
+    with open_world("cpu") as world:
+        parts = assemble(config, world)
+        wanted = make_config({"optimizer": {"tables": {"kind": "adam", "betas": [0.5, 0.999]}}}).config
+        with pytest.raises(PlanError, match=r"table 'item' is trained with betas=\(0\.9, 0\.999\), its config names \(0\.5"):
+            check_ownership(parts.model, table_specs(wanted, parts.dataset.table_rows), {}, {}, world)
+        with pytest.raises(PlanError, match=r"table 'item' is trained by the lazy Adam, its config names 'rowwise_adagrad'"):
+            check_ownership(parts.model, table_specs(make_config().config, parts.dataset.table_rows), {}, {}, world)
+        monkeypatch.setattr("embedshard.sharding.shard.take_over", lambda model: None)  # SGD's kernels would remain
+        with pytest.raises(PlanError, match=r"table 'item' is trained by FBGEMM's 'exact_sgd', its config names 'adam'"):
+            assemble(config, world)
 
 
 def test_an_option_that_the_dense_optimizer_does_not_take_is_refused(make_config):

@@ -1,0 +1,96 @@
+"""Classifies a text, or any sequence of ids: its vectors through an encoder, beside pooled features, then dense layers.
+
+Shapes: B rows on this rank, V values of the sequence in all rows, D dim, H output of the encoder, C classes or 1.
+"""
+
+from __future__ import annotations
+
+__all__ = ["TextClassifier", "make_encoder"]
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from embedshard.config import Config, TableSpec
+from embedshard.config.parts import (
+    ConvEncoder,
+    DenseFeature,
+    FlattenEncoder,
+    PooledEncoder,
+    RecurrentEncoder,
+    TextClassifierConfig,
+)
+from embedshard.data.batch import Batch
+from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.models.layers import (
+    AttentionPooling,
+    Convolutions,
+    Dropout,
+    Flatten,
+    MaxPooling,
+    MeanPooling,
+    Recurrent,
+    mlp,
+)
+from embedshard.models.output import ClassOutput
+
+Encoder = MeanPooling | MaxPooling | AttentionPooling | Flatten | Convolutions | Recurrent
+
+_POOLINGS: dict[str, type[MeanPooling | MaxPooling | AttentionPooling]] = {
+    "mean": MeanPooling,
+    "max": MaxPooling,
+    "attention": AttentionPooling,
+}
+
+
+def make_encoder(
+    encoder: FlattenEncoder | PooledEncoder | ConvEncoder | RecurrentEncoder, dim: int, max_length: int | None
+) -> Encoder:
+    """Returns what makes (B, H) of a sequence's (V, D) and lengths (B,); H is its `width`."""
+    match encoder:
+        case FlattenEncoder():
+            assert max_length is not None, "the config checks that the length is fixed"
+            return Flatten(dim, max_length, encoder.padding)
+        case PooledEncoder():
+            return _POOLINGS[encoder.kind](dim)
+        case ConvEncoder():
+            return Convolutions(dim, encoder.widths, encoder.channels)
+        case RecurrentEncoder():
+            return Recurrent(encoder.kind, dim, encoder.hidden, encoder.layers, encoder.bidirectional)
+
+
+class TextClassifier(nn.Module):
+    """The model of kind `text_classifier`.
+
+    Args:
+        config: the config, whose model is a text classifier.
+        specs: its tables.
+    """
+
+    def __init__(self, config: Config, specs: Sequence[TableSpec]) -> None:
+        super().__init__()
+        model = config.model
+        assert isinstance(model, TextClassifierConfig), "the registry builds it for this kind"
+        self._text, self._features = model.text, list(model.features)
+        self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
+        self.embeddings = EmbeddingLookup(specs)
+        width = config.pooled_width(self._features)
+        self.encoder = None
+        if self._text is not None:
+            self.encoder = make_encoder(model.encoder, config.width(self._text), config.max_length(self._text))
+            width += self.encoder.width
+        self.dropout = Dropout(model.dropout, config.seed, layer=1)
+        self.head = mlp(width, [*model.mlp, config.num_logits])
+
+    def forward(self, batch: Batch) -> ClassOutput:
+        """Returns the logits of the batch's rows. Collective where tables are sharded."""
+        lookups = self.embeddings(batch)
+        parts = []
+        if self.encoder is not None and self._text is not None:
+            assert batch.sequences is not None, "the collator fills what sequences are looked up by"
+            parts.append(self.encoder(lookups[self._text], batch.sequences[self._text].lengths()))
+        for name in self._features:
+            place = self._dense.index(name) if name in self._dense else None
+            parts.append(lookups[name] if place is None else batch.dense[:, place : place + 1])
+        return ClassOutput(self.head(self.dropout(torch.cat(parts, dim=1), batch)), lookups)
