@@ -106,6 +106,11 @@ class Tokenizer:
         if not ids:
             raise DataError(f"{where} knows no words.")
         content = json.loads(text)
+        if content["model"].get("dropout"):
+            raise DataError(
+                f"{where} joins bytes by chance (its model has dropout={content['model']['dropout']}), so a text would not "
+                f"have the same words twice. Save it with dropout=None."
+            )
         self._unknown = self._unknown_id(content["model"])
         if self._unknown == len(self.words) - 1:
             self.words.pop()

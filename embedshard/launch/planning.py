@@ -156,10 +156,12 @@ def _look_at_data(config: Config) -> tuple[dict[str, int], LookupSample | None, 
         unknown = [name for name, count in rows.items() if count is None]
         if unknown:
             has_words = isinstance(config.tables[unknown[0]].vocabulary, TokenizerVocabulary)
-            given = "vocabulary={kind: words, num_words: 20000}" if has_words else "rows=1000000"
+            given = f"tables.{unknown[0]}.rows=1000000"
+            if has_words:
+                given = f"'tables.{unknown[0]}.vocabulary={{kind: words, num_words: 20000}}'"
             raise DataError(
                 f"{error} Without it nobody knows how many rows table '{unknown[0]}' has: for a plan without the vocabulary "
-                f"give them, such as --set 'tables.{unknown[0]}.{given}'."
+                f"give them, such as --set {given}."
             ) from error
         return {name: count for name, count in rows.items() if count is not None}, None, str(error)
     try:

@@ -418,6 +418,7 @@ def test_ready_tokenizers_that_are_none_are_refused(tmp_path):
         ("no.json", None, "cannot be read"),
         ("a.json", "{}", "is not the JSON of a tokenizer"),
         ("b.json", tokenizers.Tokenizer(tokenizers.models.BPE()).to_str(), "knows no words"),
+        ("c.json", tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [], dropout=0.5)).to_str(), "dropout=0.5"),
     ):
         if content is not None:
             (tmp_path / name).write_text(content)
