@@ -134,7 +134,14 @@ def test_drawn_candidates_are_counted_with_the_rows(make_config):
 def test_hot_ids_side_by_side_make_one_rank_slow(config):
     plan = placed(config, user=("row_wise", [0, 1]))
     demands = {
-        "user": Demand(keys=1, vectors=1, is_pooled=True, ids=2.0, id_bytes=8, shares=lambda bounds: np.array([1.0 if bounds[0] == 0 else 0.0]))
+        "user": Demand(
+            keys=1,
+            vectors=1,
+            is_pooled=True,
+            ids=2.0,
+            id_bytes=8,
+            shares=lambda bounds: np.array([1.0 if bounds[0] == 0 else 0.0]),
+        )
     }
     found = footprint_of(plan, specs_of(config)[:1], demands, Cluster("test", CPU, 2, 2), NOTHING, 32, "fp32")
     assert found.skew["user"].max_to_mean == 2.0
@@ -168,7 +175,9 @@ def placed(config, workers=2, local=2, **tables):
 )
 def test_vectors_travel_as_the_type_says(config, kind, ranks, sent):
     plan, cluster = placed(config, 4, 2, user=(kind, ranks)), Cluster("test", CPU, 4, 2)
-    demands = {"user": Demand(keys=1, vectors=1, is_pooled=True, ids=0.0, id_bytes=0, shares=lambda bounds: np.array([0.25]))}
+    demands = {
+        "user": Demand(keys=1, vectors=1, is_pooled=True, ids=0.0, id_bytes=0, shares=lambda bounds: np.array([0.25]))
+    }
     traffic = footprint_of(plan, specs_of(config)[:1], demands, cluster, NOTHING, 32, "fp32").traffic
     lengths = 8 * 8  # of 8 rows, to each rank with a shard
     received = {"table_wise": 0, "row_wise": sum(sent), "table_row_wise": sent[0]}[kind]  # whose gradients go back
