@@ -63,6 +63,11 @@ _DEFAULTS: Final = {
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+_ELASTIC_DEFAULTS: Final = {
+    # Right after a node is lost, Ray still counts what it had, and starts as many workers as before: they wait for a place
+    # that is not there. After so long they are started anew, as many as there is place for.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,8 @@ def train_on_ray(
     Raises:
         EmbedshardError: what a user can act on.
     """
-    for name, value in _DEFAULTS.items():
+    is_elastic = spread.least < spread.most
+    for name, value in (_DEFAULTS | (_ELASTIC_DEFAULTS if is_elastic else {})).items():
         environment.setdefault(name, value)
     ray = _import_ray()
     request = request.resolved()

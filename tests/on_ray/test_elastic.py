@@ -12,6 +12,9 @@ from embedshard.train.run_directory import RunDirectory
 pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
 pytestmark = pytest.mark.timeout(900)
 
+NO_TOKEN = {"RAY_AUTH_MODE": "disabled", "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
+"""Of a driver here. The second: how long it takes to see that a lost node's place is not there, else a minute."""
+
 
 @pytest.fixture
 def cluster(monkeypatch, environment):
@@ -47,7 +50,7 @@ def test_four_workers_of_which_one_is_lost_go_on_as_two_and_every_row_is_trained
     nodes = [cluster.add_node(num_cpus=1) for _ in range(4)]
     training = train(
         "run", config_file, "--run-dir", tmp_path / "run", "--workers", "1:4", "--ray-address", cluster.address, "--ray",
-        RAY_AUTH_MODE="disabled", **slow_model,
+        **NO_TOKEN, **slow_model,
     )  # fmt: skip
     training.wait_for_step(33)
     cluster.remove_node(nodes[-1], allow_graceful=False)
@@ -74,7 +77,7 @@ def test_notice_of_a_node_that_leaves_saves_at_once_and_the_run_goes_on_from_the
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     training = train(
         "run", config_file, "--run-dir", tmp_path / "run", "--workers", "1:2", "--ray-address", cluster.address, "--ray",
-        "--set", "checkpoint.every_steps=1000", RAY_AUTH_MODE="disabled", **slow_model,
+        "--set", "checkpoint.every_steps=1000", **NO_TOKEN, **slow_model,
     )  # fmt: skip
     training.wait_for_step(13)
     reason = autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
