@@ -14,7 +14,7 @@ import yaml
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
 
-TIMEOUT_S = 120
+TIMEOUT_S = 240
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 

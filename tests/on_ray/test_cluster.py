@@ -194,6 +194,7 @@ def test_a_job_is_followed_over_dropped_connections_and_ends_with_0(cluster, sub
     assert "${EMBEDSHARD_DATA}" in (Path(run) / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_ends_with_its_own_exit_code_and_the_command_that_resumes_it(submit, job_folder):
     job = job_folder()
     done = submit("--workers", 3, "--working-dir", job, job / "config.yaml")

@@ -143,6 +143,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_again_and_again_is_proved(make_config, tmp_path):
     changes = {**EACH_FIVE, "checkpoint": {"every_steps": 3, "keep": 2, "mode": "blocking"}}
     path, loaded = tmp_path / "run", make_config(changes)

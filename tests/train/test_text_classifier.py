@@ -131,6 +131,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(make_tree, tmp_path, saved_tensors, a
     assert resumed["metrics"] == whole["metrics"]
 
 
+@pytest.mark.slow
 def test_no_world_and_no_cut_changes_what_is_trained(make_tree):
     tree = make_tree({"kind": "gru", "hidden": 6})
     tree["features"]["spoken"] = {"kind": "bag", "table": "word", "column": "words", "pooling": "mean", "mask_zero": True}
