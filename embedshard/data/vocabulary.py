@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Vocabulary", "hash_integers", "hash_strings", "integers", "load_vocabularies", "table_rows"]
+__all__ = ["Vocabulary", "WordArray", "hash_integers", "hash_strings", "integers", "load_vocabularies", "table_rows"]
 
 import hashlib
 from collections.abc import Mapping
