@@ -24,8 +24,8 @@ class Draws:
         ids: rows of the item's table, (n,) int64.
         log_q: natural log of the probability with which one draw gives this candidate, (n,) float32; infinite for one
             that stands for none.
-        own_log_q: the same of each row's own item, (B,) float32, or of each place of the rows' lists where they are drawn
-            from, (V,); -inf where it is no candidate.
+        own_log_q: the same of each row's own item, (B,) float32, or of each id of the rows' lists where they are drawn
+            from, (I,); -inf where it is no candidate.
         dense: the candidates' dense features, (n, F) float32, in config order.
     """
 
@@ -49,33 +49,34 @@ class Draws:
 
 @dataclass
 class Paths:
-    """The way from the root of a tree to each of a batch's contexts.
+    """The way from the root of a tree to each id of a batch's lists.
 
     The nodes on these ways, each once, travel in the batch's KeyedJaggedTensors, in the first row.
 
     Attributes:
-        places: which way is that of each place of the lists, (V,) int64.
-        offsets: where each way begins in `nodes` and `signs`, and where the last one ends, (number of ways + 1,) int64.
+        offsets: where each id's way begins in `nodes` and `signs`, and where the last one ends, (I + 1,) int64.
         nodes: places among the nodes that travel, from the root on, (E,) int64.
         signs: 1 where the way goes left, -1 where it goes right, (E,) float32.
     """
 
-    places: torch.Tensor
     offsets: torch.Tensor
     nodes: torch.Tensor
     signs: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Returns its tensors, in the order in which they are given."""
-        return self.places, self.offsets, self.nodes, self.signs
+        return self.offsets, self.nodes, self.signs
 
 
 @dataclass
 class Pairs:
     """Pairs of a centre and a context of the rows' lists, by centre.
 
+    The ids of the lists, each once, travel in the batch's KeyedJaggedTensors, in the first row.
+
     Attributes:
-        centres: places in the concatenated lists, as they travel in the batch's KeyedJaggedTensors, (P,) int64.
+        ids: of each place of the concatenated lists, which of the ids that travel it holds, (V,) int64.
+        centres: places in the concatenated lists, (P,) int64.
         contexts: the same of the contexts, (P,) int64.
         rows: the place of each pair's row in the batch, (P,) int64.
         weights: of each pair, (P,) float32: its row's.
@@ -83,6 +84,7 @@ class Pairs:
         paths: to the contexts, where the objective goes down a tree.
     """
 
+    ids: torch.Tensor
     centres: torch.Tensor
     contexts: torch.Tensor
     rows: torch.Tensor
@@ -91,7 +93,7 @@ class Pairs:
     paths: Paths | None = None
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
-        return self.centres, self.contexts, self.rows, self.weights
+        return self.ids, self.centres, self.contexts, self.rows, self.weights
 
     def to(self, device: torch.device, non_blocking: bool = False) -> Pairs:
         """Returns a copy on a device."""

@@ -116,19 +116,20 @@ class Collator:
         weights: npt.NDArray[np.float32],
         position: Position,
     ) -> tuple[Columns, Pairs]:
-        """Returns the columns with what is kept of the list, beside them the nodes that it asks for, and its pairs."""
+        """Returns the columns with the ids that are kept of the list, beside them the nodes on their ways, and its pairs."""
         column = columns[maker.feature]
         assert isinstance(column, Ragged), "the config checks that pairs are made of lists"
         kept = maker.keep(column, rows, position)
-        columns = {**columns, maker.feature: kept.column}
-        centres, contexts = kept.pairs()
-        pair_rows = kept.rows[centres]
+        distinct, ids = np.unique(kept.column.values, return_inverse=True)
+        columns = {**columns, maker.feature: _in_first_row(distinct, len(rows))}
         paths = None
         if self._tree is not None:
-            found = self._tree.paths(kept.column.values)
+            found = self._tree.paths(distinct)
             columns[_NODES] = _in_first_row(found.visited, len(rows))
-            paths = Paths(*map(torch.from_numpy, (found.places, found.offsets, found.nodes, found.signs)))
-        arrays = (centres, contexts, pair_rows, weights[pair_rows])
+            paths = Paths(*map(torch.from_numpy, (found.offsets, found.nodes, found.signs)))
+        centres, contexts = kept.pairs()
+        pair_rows = kept.rows[centres]
+        arrays = (ids, centres, contexts, pair_rows, weights[pair_rows])
         return columns, Pairs(*map(torch.from_numpy, arrays), maker.window, paths)
 
     def _count(self, columns: Columns, first: int, last: int) -> torch.Tensor | None:

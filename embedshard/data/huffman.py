@@ -22,14 +22,12 @@ class VisitedPaths:
     """The ways from the root to some classes.
 
     Attributes:
-        places: which way is that of each class asked for, (n,) int64.
-        offsets: where each way begins in `nodes` and `signs`, and the end of the last, int64.
+        offsets: where each class's way begins in `nodes` and `signs`, and the end of the last, (n + 1,) int64.
         nodes: places in `visited`, from the root on, int64.
         signs: 1 for left, -1 for right, float32.
         visited: the inner nodes on any of the ways, each once, ascending, int64.
     """
 
-    places: IntArray
     offsets: IntArray
     nodes: IntArray
     signs: npt.NDArray[np.float32]
@@ -78,13 +76,12 @@ class HuffmanTree:
             leaf, inner, made = last_leaf, last_inner, made + pairs
 
     def paths(self, classes: IntArray) -> VisitedPaths:
-        """Returns the ways from the root to classes, (n,) int64, each different one once."""
-        distinct, places = np.unique(classes, return_inverse=True)
+        """Returns the ways from the root to classes, (n,) int64."""
         # Upwards all together; what has arrived at the root falls out.
-        walking, at = np.arange(len(distinct), dtype=np.int64), distinct
+        walking, at = np.arange(len(classes), dtype=np.int64), classes
         steps: list[tuple[IntArray, IntArray, npt.NDArray[np.float32]]] = []
         root = self.num_classes - 2
-        lengths = np.zeros(len(distinct), dtype=np.int64)
+        lengths = np.zeros(len(classes), dtype=np.int64)
         while len(walking):
             up = self._up[at].astype(np.int64)
             parents, signs = up >> 1, (1 - 2 * (up & 1)).astype(np.float32)
@@ -92,11 +89,11 @@ class HuffmanTree:
             lengths[walking] += 1
             goes_on = parents != root
             walking, at = walking[goes_on], parents[goes_on] + self.num_classes
-        offsets = np.zeros(len(distinct) + 1, dtype=np.int64)
+        offsets = np.zeros(len(classes) + 1, dtype=np.int64)
         np.cumsum(lengths, out=offsets[1:])
         nodes, signs = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.float32)
         for height, (walked, parents, turned) in enumerate(steps):
             nodes[offsets[walked + 1] - 1 - height] = parents
             signs[offsets[walked + 1] - 1 - height] = turned
         visited, nodes = np.unique(nodes, return_inverse=True)
-        return VisitedPaths(places, offsets, nodes, signs, visited)
+        return VisitedPaths(offsets, nodes, signs, visited)

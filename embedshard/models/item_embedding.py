@@ -1,6 +1,9 @@
-"""Skip-gram over lists of ids: each place is looked up once as a centre and once as a context, pairs are places of both.
+"""Skip-gram over lists of ids: each id of a batch is looked up once as a centre and once as a context.
 
-Shapes: V places of lists in all rows of this rank, D dim, N drawn candidates on this rank, U nodes of a tree.
+Its vectors are then put where the id stands in the lists, and pairs are places of both. Frequent ids stand in a batch many
+times, so that is fewer lookups, and fewer vectors on their way between ranks, than one a place.
+
+Shapes: V places of lists in all rows of this rank, I distinct ids of them, D dim.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ __all__ = ["ItemEmbedding"]
 from collections.abc import Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from embedshard.config import Config, TableSpec, bias_key, context_key, negative_key, node_key
@@ -40,10 +44,10 @@ class ItemEmbedding(nn.Module):
         context = context_key(self._sequence)
         return PairOutput(
             pairs=batch.pairs,
-            ids_V=batch.sequences[self._sequence].values(),
-            centre_VD=lookups[self._sequence],
-            context_VD=lookups.get(context),
-            bias_V=_bias(lookups, bias_key(context)),
+            ids_I=batch.sequences[self._sequence].values(),
+            centre_VD=F.embedding(batch.pairs.ids, lookups[self._sequence]),
+            context_VD=F.embedding(batch.pairs.ids, lookups[context]) if context in lookups else None,
+            bias_I=_bias(lookups, bias_key(context)),
             candidate_ND=lookups.get(negative_key(context, 0)),
             candidate_bias_N=_bias(lookups, negative_key(bias_key(context), 0)),
             node_UD=lookups.get(node_key(self._sequence)),

@@ -1,7 +1,7 @@
 """What models hand to objectives.
 
-Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, P pairs,
-U nodes of a tree.
+Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, I distinct ids,
+P pairs, U nodes of a tree.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class PairOutput:
 
     Attributes:
         pairs: which centre meets which context.
-        ids_V: rows of the table, int64.
+        ids_I: rows of the table, int64, each once.
         centre_VD: each place as a centre.
         context_VD: each place as a context; None where the way to it is what counts.
-        bias_V: of each place as a context, if there are biases.
+        bias_I: of each id as a context, if there are biases.
         candidate_ND: this rank's share of the drawn contexts, if there are any.
         candidate_bias_N: of them, if there are biases.
         node_UD: the nodes on the ways to the contexts, if there are any.
@@ -92,10 +92,10 @@ class PairOutput:
     """
 
     pairs: Pairs
-    ids_V: torch.Tensor
+    ids_I: torch.Tensor
     centre_VD: torch.Tensor
     context_VD: torch.Tensor | None = None
-    bias_V: torch.Tensor | None = None
+    bias_I: torch.Tensor | None = None
     candidate_ND: torch.Tensor | None = None
     candidate_bias_N: torch.Tensor | None = None
     node_UD: torch.Tensor | None = None

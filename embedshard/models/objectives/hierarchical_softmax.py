@@ -54,7 +54,7 @@ class _PathLosses(torch.autograd.Function):
         padded = F.pad(centre_VD, (0, 0, pairs.window, pairs.window))
         losses_VW = centre_VD.new_zeros(len(centre_VD), width)
         logits = []
-        for contexts, nodes_KL, signs_KL in _blocks(pairs.paths):
+        for contexts, nodes_KL, signs_KL in _blocks(pairs.ids, pairs.paths):
             centre_KWD = _windows(padded, width)[contexts]
             logits_KLW = torch.bmm(node_UD[nodes_KL], centre_KWD.transpose(1, 2)).mul_(signs_KL.unsqueeze(2))
             losses_VW[contexts] = F.softplus(-logits_KLW).sum(dim=1)
@@ -74,7 +74,7 @@ class _PathLosses(torch.autograd.Function):
         slopes_VW.view(-1)[_places(pairs, width)] = gradients[0]
         for_padded, for_nodes = torch.zeros_like(padded), torch.zeros_like(node_UD)
         near_W = torch.arange(width, device=padded.device)
-        for (contexts, nodes_KL, signs_KL), logits_KLW in zip(_blocks(pairs.paths), ctx.logits, strict=True):
+        for (contexts, nodes_KL, signs_KL), logits_KLW in zip(_blocks(pairs.ids, pairs.paths), ctx.logits, strict=True):
             slopes_KLW = torch.sigmoid(-logits_KLW).mul_(slopes_VW[contexts].unsqueeze(1)).mul_(-signs_KL.unsqueeze(2))
             of_nodes = torch.bmm(slopes_KLW, _windows(padded, width)[contexts])
             for_nodes.index_add_(0, nodes_KL.flatten(), of_nodes.view(-1, dim))
@@ -94,16 +94,16 @@ def _places(pairs: Pairs, width: int) -> torch.Tensor:
     return pairs.contexts * width + (pairs.centres - pairs.contexts + pairs.window)
 
 
-def _blocks(paths: Paths) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _blocks(ids_V: torch.Tensor, paths: Paths) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields contexts with equally long ways, (K,), the nodes of the ways, (K, L), and their signs, (K, L)."""
-    lengths_V = torch.diff(paths.offsets)[paths.places]
+    lengths_V = torch.diff(paths.offsets)[ids_V]
     order_V = torch.argsort(lengths_V, stable=True)
     lengths, counts = torch.unique_consecutive(lengths_V[order_V], return_counts=True)
     first = 0
     for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
         for begin in range(first, first + count, _BLOCK_CONTEXTS):
             contexts = order_V[begin : min(begin + _BLOCK_CONTEXTS, first + count)]
-            starts = paths.offsets[paths.places[contexts]]
+            starts = paths.offsets[ids_V[contexts]]
             steps_KL = starts.unsqueeze(1) + torch.arange(length, device=starts.device)
             yield contexts, paths.nodes[steps_KL], paths.signs[steps_KL]
         first += count

@@ -13,13 +13,14 @@ from __future__ import annotations
 __all__ = ["log_sums", "pair_logits", "softplus_sums"]
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
 _CENTRES = 16  # of a small product
 _BLOCK_ELEMENTS = 2**16  # logits of centres and candidates made at once: 256 KiB
+_KEPT_ELEMENTS = 2**25  # of which slopes are kept: 128 MiB
 _FACTORS = 64  # each from 1/2 to 1, whose product is no smaller than 2^-64
 
 
@@ -99,86 +100,82 @@ class _PairLogits(torch.autograd.Function):
         return for_centres, for_contexts[band.reach : band.reach + band.num_places], None
 
 
-def softplus_sums(query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+def softplus_sums(
+    query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None = None
+) -> torch.Tensor:
     """Returns the sum over candidates of softplus(query . candidate + offset), (V,). Not collective."""
-    sums: Any = _SoftplusSums.apply
-    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N)
+    sums: Any = _Sums.apply
+    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, "softplus")
     return result
 
 
-def log_sums(query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+def log_sums(query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the log of the sum over candidates of exp(query . candidate + offset), (V,). Not collective."""
-    sums: Any = _LogSums.apply
-    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N)
+    sums: Any = _Sums.apply
+    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, "log")
     return result
 
 
-class _SoftplusSums(torch.autograd.Function):
-    """In blocks of rows; what the backward pass needs of the logits is made again."""
+class _Sums(torch.autograd.Function):
+    """In blocks of queries. What a sum's slopes are is kept for the backward pass, or made again where it is too much."""
 
     @staticmethod
-    def forward(ctx: Any, query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any,
+        query_VD: torch.Tensor,
+        candidate_ND: torch.Tensor,
+        offset_N: torch.Tensor | None,
+        kind: Literal["softplus", "log"],
+    ) -> torch.Tensor:
         sums_V = query_VD.new_empty(len(query_VD))
+        keeps = len(query_VD) * len(candidate_ND) <= _KEPT_ELEMENTS
+        kept = []
         for rows in _blocks(query_VD, candidate_ND):
-            sums_V[rows] = _softplus_sum(torch.addmm(offset_N, query_VD[rows], candidate_ND.T))
-        ctx.save_for_backward(query_VD, candidate_ND, offset_N)
-        return sums_V
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_VD, candidate_ND, offset_N = ctx.saved_tensors
-        gradient = _Gradient(query_VD, candidate_ND, offset_N)
-        for rows in _blocks(query_VD, candidate_ND):
-            slopes = torch.addmm(offset_N, query_VD[rows], candidate_ND.T).sigmoid_()
-            gradient.add(rows, slopes.mul_(gradients[0][rows, None]))
-        return gradient.result()
-
-
-class _LogSums(torch.autograd.Function):
-    """In blocks of rows; what the backward pass needs of the logits is made again."""
-
-    @staticmethod
-    def forward(ctx: Any, query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor) -> torch.Tensor:
-        sums_V = query_VD.new_empty(len(query_VD))
-        for rows in _blocks(query_VD, candidate_ND):
-            sums_V[rows] = torch.logsumexp(torch.addmm(offset_N, query_VD[rows], candidate_ND.T), dim=1)
+            logits_RN = _products(query_VD[rows], candidate_ND, offset_N)
+            if kind == "softplus":
+                slopes_RN = torch.sigmoid(logits_RN)
+                sums_V[rows] = _softplus_sum(logits_RN, slopes_RN)
+            else:
+                sums_V[rows] = torch.logsumexp(logits_RN, dim=1)
+                slopes_RN = logits_RN.sub_(sums_V[rows, None]).exp_() if keeps else logits_RN
+            if keeps:
+                kept.append(slopes_RN)
+        ctx.kind, ctx.kept = kind, kept
         ctx.save_for_backward(query_VD, candidate_ND, offset_N, sums_V)
         return sums_V
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query_VD, candidate_ND, offset_N, sums_V = ctx.saved_tensors
-        gradient = _Gradient(query_VD, candidate_ND, offset_N)
-        for rows in _blocks(query_VD, candidate_ND):
-            slopes = torch.addmm(offset_N, query_VD[rows], candidate_ND.T).sub_(sums_V[rows, None]).exp_()
-            gradient.add(rows, slopes.mul_(gradients[0][rows, None]))
-        return gradient.result()
+        for_queries, for_candidates = torch.empty_like(query_VD), torch.zeros_like(candidate_ND)
+        for_offsets = torch.zeros_like(offset_N) if ctx.needs_input_grad[2] else None
+        for number, rows in enumerate(_blocks(query_VD, candidate_ND)):
+            if ctx.kept:
+                slopes_RN = ctx.kept[number]
+            else:
+                slopes_RN = _products(query_VD[rows], candidate_ND, offset_N)
+                slopes_RN = slopes_RN.sigmoid_() if ctx.kind == "softplus" else slopes_RN.sub_(sums_V[rows, None]).exp_()
+            slopes_RN = slopes_RN * gradients[0][rows, None]
+            torch.mm(slopes_RN, candidate_ND, out=for_queries[rows])
+            for_candidates.addmm_(slopes_RN.T, query_VD[rows])
+            if for_offsets is not None:
+                for_offsets += slopes_RN.sum(dim=0)
+        return for_queries, for_candidates, for_offsets, None
 
 
-class _Gradient:
-    """What a sum's slopes, (R, N) a block, are for queries, candidates and offsets."""
-
-    def __init__(self, query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor) -> None:
-        self._query_VD, self._candidate_ND = query_VD, candidate_ND
-        self._for_queries = torch.empty_like(query_VD)
-        self._for_candidates, self._for_offsets = torch.zeros_like(candidate_ND), torch.zeros_like(offset_N)
-
-    def add(self, rows: slice, slopes_RN: torch.Tensor) -> None:
-        torch.mm(slopes_RN, self._candidate_ND, out=self._for_queries[rows])
-        self._for_candidates.addmm_(slopes_RN.T, self._query_VD[rows])
-        self._for_offsets += slopes_RN.sum(dim=0)
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return self._for_queries, self._for_candidates, self._for_offsets
+def _products(query_RD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None) -> torch.Tensor:
+    if offset_N is None:
+        return torch.mm(query_RD, candidate_ND.T)
+    return torch.addmm(offset_N, query_RD, candidate_ND.T)
 
 
-def _softplus_sum(logits_RN: torch.Tensor) -> torch.Tensor:
+def _softplus_sum(logits_RN: torch.Tensor, sigmoid_RN: torch.Tensor) -> torch.Tensor:
     """Returns the sum of each row's softplus, (R,): of max(x, 0) - log(sigmoid(|x|)), with one log for many factors."""
     num_rows, num_candidates = logits_RN.shape
-    near = torch.sigmoid(logits_RN.abs())
+    near_RN = torch.maximum(sigmoid_RN, 1.0 - sigmoid_RN)
     whole = num_candidates // _FACTORS * _FACTORS
-    logs_R = near[:, :whole].reshape(num_rows, -1, _FACTORS).prod(dim=2).log_().sum(dim=1)
-    return logits_RN.clamp(min=0.0).sum(dim=1) - logs_R - near[:, whole:].log().sum(dim=1)
+    logs_R = near_RN[:, :whole].reshape(num_rows, -1, _FACTORS).prod(dim=2).log_().sum(dim=1)
+    return logits_RN.clamp(min=0.0).sum(dim=1) - logs_R - near_RN[:, whole:].log().sum(dim=1)
 
 
 def _blocks(query_VD: torch.Tensor, candidate_ND: torch.Tensor) -> Iterator[slice]:

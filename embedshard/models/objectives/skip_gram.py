@@ -4,7 +4,7 @@ What is summed over candidates depends on the centre alone, so it is computed on
 pairs. A candidate that happens to be the pair's own context has the logit that the pair has, so it is taken out of the
 centre's sum again without another product.
 
-Shapes: V places, D dim, P pairs, N candidates of the global batch.
+Shapes: V places of lists, I distinct ids of them, D dim, P pairs, N candidates of the global batch.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class PairNegativeSampling(Objective):
         """Returns (P,) losses."""
         logits_P = _logits(output)
         candidate_ND, draws = _candidates(output, batch, self._world)
-        sums_V = softplus_sums(output.centre_VD, candidate_ND, candidate_ND.new_zeros(len(candidate_ND)))
+        sums_V = softplus_sums(output.centre_VD, candidate_ND)
         others_P, num_others = sums_V[output.pairs.centres], float(len(candidate_ND))
         if not self._config.mask_accidental_hits:
             return F.softplus(-logits_P) + self._config.negative_weight * others_P / num_others
@@ -70,12 +70,12 @@ class PairNCE(Objective):
 
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
-        assert output.bias_V is not None and output.candidate_bias_N is not None, "the model looks biases up"
+        assert output.bias_I is not None and output.candidate_bias_N is not None, "the model looks biases up"
         candidate_ND, draws = _candidates(output, batch, self._world)
         log_noise = math.log(self._noise)
         offset_N = self._world.gather(output.candidate_bias_N) - log_noise - self._world.gather(draws.log_q)
-        own_V = output.bias_V - log_noise - draws.own_log_q
-        logits_P = _logits(output) + own_V[output.pairs.contexts]
+        own_I = output.bias_I - log_noise - draws.own_log_q
+        logits_P = _logits(output) + _of_contexts(output, own_I)
         sums_V = softplus_sums(output.centre_VD, candidate_ND, offset_N)
         return F.softplus(-logits_P) + sums_V[output.pairs.centres] * (self._noise / len(candidate_ND))
 
@@ -101,17 +101,16 @@ class PairSampledSoftmax(Objective):
         candidate_ND, draws = _candidates(output, batch, self._world)
         centre_VD = output.centre_VD / config.temperature
         logits_P = _logits(output) / config.temperature
-        offset_N = torch.zeros_like(candidate_ND[:, 0])
-        own_V = torch.zeros_like(draws.own_log_q)
+        offset_N, own_I = None, torch.zeros_like(draws.own_log_q)
         if config.log_q == "on":
             log_drawn = math.log(len(candidate_ND))
-            offset_N, own_V = -self._world.gather(draws.log_q) - log_drawn, -draws.own_log_q - log_drawn
+            offset_N, own_I = -self._world.gather(draws.log_q) - log_drawn, -draws.own_log_q - log_drawn
         excess_P = log_sums(centre_VD, candidate_ND, offset_N)[output.pairs.centres] - logits_P
         if not config.mask_accidental_hits:
             return F.softplus(excess_P)
         hits_P = _hits(output, self._world.gather(draws.ids))
         # Never drawn means never hit, and has no finite weight.
-        counted_P = torch.where(hits_P > 0, hits_P * torch.exp(own_V[output.pairs.contexts]), 0.0)
+        counted_P = torch.where(hits_P > 0, hits_P * torch.exp(_of_contexts(output, own_I)), 0.0)
         return _log_of_one_plus(excess_P, counted_P)
 
 
@@ -150,8 +149,13 @@ def _candidates(output: PairOutput, batch: Batch, world: World) -> tuple[torch.T
 def _hits(output: PairOutput, drawn_N: torch.Tensor) -> torch.Tensor:
     """Returns how many of the drawn ids are the pair's own context, (P,) float32."""
     in_order = drawn_N.sort().values
-    hits_V = torch.searchsorted(in_order, output.ids_V, right=True) - torch.searchsorted(in_order, output.ids_V)
-    return hits_V.to(output.centre_VD.dtype)[output.pairs.contexts]
+    hits_I = torch.searchsorted(in_order, output.ids_I, right=True) - torch.searchsorted(in_order, output.ids_I)
+    return _of_contexts(output, hits_I.to(output.centre_VD.dtype))
+
+
+def _of_contexts(output: PairOutput, of_ids_I: torch.Tensor) -> torch.Tensor:
+    """Returns what there is of each id, for the context of each pair, (P,)."""
+    return of_ids_I[output.pairs.ids[output.pairs.contexts]]
 
 
 def _log_of_one_plus(excess_P: torch.Tensor, counted_P: torch.Tensor) -> torch.Tensor:
