@@ -100,7 +100,8 @@ class Pairs:
         paths = None
         if self.paths is not None:
             paths = Paths(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.paths.tensors()))
-        return Pairs(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()), self.window, paths)
+        ids, centres, contexts, rows, weights = (tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors())
+        return Pairs(ids, centres, contexts, rows, weights, self.window, paths)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""

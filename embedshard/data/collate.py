@@ -129,8 +129,15 @@ class Collator:
             paths = Paths(*map(torch.from_numpy, (found.offsets, found.nodes, found.signs)))
         centres, contexts = kept.pairs()
         pair_rows = kept.rows[centres]
-        arrays = (ids, centres, contexts, pair_rows, weights[pair_rows])
-        return columns, Pairs(*map(torch.from_numpy, arrays), maker.window, paths)
+        return columns, Pairs(
+            ids=torch.from_numpy(ids),
+            centres=torch.from_numpy(centres),
+            contexts=torch.from_numpy(contexts),
+            rows=torch.from_numpy(pair_rows),
+            weights=torch.from_numpy(weights[pair_rows]),
+            window=maker.window,
+            paths=paths,
+        )
 
     def _count(self, columns: Columns, first: int, last: int) -> torch.Tensor | None:
         return None if self._tally is None else torch.from_numpy(self._tally.of(columns, first, last))
@@ -172,7 +179,7 @@ class Collator:
         if draws is None:
             return _empty(size, with_weights)
         if lookup.is_sequence:
-            in_first_row = {lookup.feature: _in_first_row(draws.ids, size)}
+            in_first_row: Columns = {lookup.feature: _in_first_row(draws.ids, size)}
             return self._jagged_column(lookup.feature, in_first_row, 0, size, with_weights)
         begin = min(lookup.slot * size, draws.count)
         end = min(begin + size, draws.count)

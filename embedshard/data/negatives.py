@@ -107,9 +107,7 @@ class RowSampler:
         DataError: if popularity is asked for and there is no id in the training data.
     """
 
-    def __init__(
-        self, config: DrawsNegatives, seed: int, num_embeddings: int, counts: npt.NDArray[np.int64] | None
-    ) -> None:
+    def __init__(self, config: DrawsNegatives, seed: int, num_embeddings: int, counts: npt.NDArray[np.int64] | None) -> None:
         self._seed, self._num_negatives, self._num_embeddings = seed, config.num_negatives, num_embeddings
         self._cumulative: npt.NDArray[np.float64] | None = None
         if config.distribution == "popularity":

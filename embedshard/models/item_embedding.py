@@ -39,7 +39,8 @@ class ItemEmbedding(nn.Module):
 
     def forward(self, batch: Batch) -> PairOutput:
         """Returns the vectors of the places of the batch's lists and of what was drawn. Collective if sharded."""
-        assert batch.pairs is not None and batch.sequences is not None, "pairs are made of batches of the training data"
+        assert batch.pairs is not None, "pairs are made of batches of the training data"
+        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
         lookups = self.embeddings(batch)
         context = context_key(self._sequence)
         return PairOutput(

@@ -1,7 +1,7 @@
 """What models hand to objectives.
 
-Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, I distinct ids,
-P pairs, U nodes of a tree.
+Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, I distinct
+ids, P pairs, U nodes of a tree.
 """
 
 from __future__ import annotations

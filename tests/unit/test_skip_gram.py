@@ -38,7 +38,9 @@ def near_pairs(generator, places, window, share=0.6):
 def make_pairs(places, pairs, window=WINDOW, paths=None):
     """Pairs of places, whose ids are looked up once; `places` says which of them each holds."""
     centres, contexts = (torch.from_numpy(np.ascontiguousarray(column)) for column in pairs.T)
-    return Pairs(torch.from_numpy(places), centres, contexts, torch.zeros_like(centres), torch.ones(len(pairs)), window, paths)
+    return Pairs(
+        torch.from_numpy(places), centres, contexts, torch.zeros_like(centres), torch.ones(len(pairs)), window, paths
+    )
 
 
 def make_batch(draws=None):
@@ -176,9 +178,7 @@ def test_noise_contrastive_estimation_equals_a_loop_over_pairs_and_candidates():
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 def test_sampled_softmax_equals_a_loop_over_pairs_and_candidates(masked, log_q, temperature):
     case = Case()
-    config = SampledSoftmaxConfig(
-        kind="sampled_softmax", mask_accidental_hits=masked, log_q=log_q, temperature=temperature
-    )
+    config = SampledSoftmaxConfig(kind="sampled_softmax", mask_accidental_hits=masked, log_q=log_q, temperature=temperature)
 
     def naive(centre, context, c, table, bias):
         own = case.ids[context]
@@ -236,7 +236,9 @@ def gradients(case, losses):
 
 
 def agreement(found, expected):
-    return float(torch.nn.functional.cosine_similarity(found, expected, dim=0)), float((found - expected).norm() / expected.norm())
+    return float(torch.nn.functional.cosine_similarity(found, expected, dim=0)), float(
+        (found - expected).norm() / expected.norm()
+    )
 
 
 def test_the_gradient_of_a_sampled_softmax_is_the_full_one_in_expectation():
@@ -250,7 +252,8 @@ def test_the_gradient_of_a_sampled_softmax_is_the_full_one_in_expectation():
             case.draw(generator, 1024)
             total += gradients(case, objective(case.output(), case.batch())) / 40
         found[log_q] = agreement(total, expected)
-    assert found["on"][0] > 0.9999 and found["on"][1] < 0.01
+    assert found["on"][0] > 0.9999
+    assert found["on"][1] < 0.01
     assert found["off"][1] > 0.1, "without the correction it is another one"
 
 
@@ -302,7 +305,9 @@ def log_probability(tree, class_, centre, nodes):
 def test_probabilities_down_a_tree_sum_to_one():
     tree, _, _, centre, nodes, _ = tree_case()
     for place in range(5):
-        probabilities = [log_probability(tree, class_, centre[place].double(), nodes.double()).exp() for class_ in range(CLASSES)]
+        probabilities = [
+            log_probability(tree, class_, centre[place].double(), nodes.double()).exp() for class_ in range(CLASSES)
+        ]
         assert float(sum(probabilities).detach()) == pytest.approx(1.0, abs=1e-12)
 
 

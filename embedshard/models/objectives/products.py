@@ -37,16 +37,16 @@ def pair_logits(
         window: how far a context may be from its centre.
     """
     logits: Any = _PairLogits.apply  # torch gives it no type
-    result: torch.Tensor = logits(centre_VD, context_VD, _Band(*centre_VD.shape, centres_P, contexts_P, window))
+    result: torch.Tensor = logits(
+        centre_VD, context_VD, _Band(len(centre_VD), centre_VD.shape[1], centres_P, contexts_P, window)
+    )
     return result
 
 
 class _Band:
     """Blocks of centres, and for each block the contexts from `reach` before its first to `reach` after its last."""
 
-    def __init__(
-        self, num_places: int, dim: int, centres_P: torch.Tensor, contexts_P: torch.Tensor, reach: int
-    ) -> None:
+    def __init__(self, num_places: int, dim: int, centres_P: torch.Tensor, contexts_P: torch.Tensor, reach: int) -> None:
         self.reach = reach
         self.width = _CENTRES + 2 * self.reach
         self.num_blocks = -(-num_places // _CENTRES)
@@ -100,9 +100,7 @@ class _PairLogits(torch.autograd.Function):
         return for_centres, for_contexts[band.reach : band.reach + band.num_places], None
 
 
-def softplus_sums(
-    query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None = None
-) -> torch.Tensor:
+def softplus_sums(query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None = None) -> torch.Tensor:
     """Returns the sum over candidates of softplus(query . candidate + offset), (V,). Not collective."""
     sums: Any = _Sums.apply
     result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, "softplus")

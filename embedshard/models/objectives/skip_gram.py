@@ -70,7 +70,8 @@ class PairNCE(Objective):
 
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
-        assert output.bias_I is not None and output.candidate_bias_N is not None, "the model looks biases up"
+        assert output.bias_I is not None, "the model looks biases up"
+        assert output.candidate_bias_N is not None, "the model looks up what was drawn"
         candidate_ND, draws = _candidates(output, batch, self._world)
         log_noise = math.log(self._noise)
         offset_N = self._world.gather(output.candidate_bias_N) - log_noise - self._world.gather(draws.log_q)
