@@ -274,6 +274,36 @@ def verify(
 
 
 @app.command()
+def similar(
+    run_dir: RunPath,
+    id_: Annotated[
+        str, typer.Argument(metavar="ID", help="An id or a string of the table's vocabulary.", show_default=False)
+    ],
+    count: Annotated[int, typer.Option("-k", min=1, help="How many neighbours.")] = 10,
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Default: the table of the model's items or of its list.", show_default=False),
+    ] = None,
+    metadata: Annotated[
+        str | None,
+        typer.Option(metavar="PARQUET", help="What is known of ids: their column and others.", show_default=False),
+    ] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Show which ids' vectors are nearest to an id's, by cosine."""
+    from embedshard.launch.similar import show, similar_here
+
+    found = similar_here(run_dir, id_, count, os.environ, table=table, metadata=metadata, checkpoint_step=checkpoint)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, default=str))
+    else:
+        show(found, Console(highlight=False))
+
+
+@app.command()
 def report(
     run_dirs: Annotated[
         list[str],

@@ -11,7 +11,16 @@ from embedshard.config.load import (
     variable_values,
     variables,
 )
-from embedshard.config.lookups import Lookup, TableSpec, bias_key, negative_key, num_negative_slots, table_specs
+from embedshard.config.lookups import (
+    Lookup,
+    TableSpec,
+    bias_key,
+    context_key,
+    negative_key,
+    node_key,
+    num_negative_slots,
+    table_specs,
+)
 from embedshard.config.root import POINTWISE_METRICS, Config
 
 __all__ = [
@@ -22,10 +31,12 @@ __all__ = [
     "TableSpec",
     "bias_key",
     "build_config",
+    "context_key",
     "differences",
     "dump_tree",
     "load_config",
     "negative_key",
+    "node_key",
     "num_negative_slots",
     "parse_config",
     "schema_json",

@@ -2,7 +2,9 @@
 
 The data floor fills the keys, the model floor builds the tables; both read them here, so that they agree. Beside a
 feature's own key there are derived ones, with a colon in their names: `item_id:bias` (the 4-column table of a bias) and
-`item_id:negative0` (ids drawn beside the rows, in as many slots as they need).
+`item_id:negative0` (ids drawn beside the rows, in as many slots as they need). A model of kind `item_embedding` looks its
+list `words` up twice, as centres under `words` and as contexts under `words:context`, and beside it `words:context:bias`
+and `words:node` (nodes of a Huffman tree), as its objective asks.
 
 A table lives in one collection, and all pooling is a sum. Where one of its features is a sequence, all of them are looked
 up place by place, and the others are pooled afterwards. A table with a bag that is no sum is looked up with weights: 1 /
@@ -13,17 +15,32 @@ sums are divided too).
 
 from __future__ import annotations
 
-__all__ = ["BIAS_DIM", "Lookup", "TableSpec", "bias_key", "negative_key", "num_negative_slots", "table_specs"]
+__all__ = [
+    "BIAS_DIM",
+    "Lookup",
+    "TableSpec",
+    "bias_key",
+    "context_key",
+    "negative_key",
+    "node_key",
+    "num_negative_slots",
+    "table_specs",
+]
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Final
 
 from embedshard.config.parts import (
     BagFeature,
     DenseFeature,
     DrawsNegatives,
+    HierarchicalSoftmaxConfig,
     InitConfig,
+    ItemEmbeddingConfig,
+    NCEConfig,
     SequenceFeature,
+    SoftmaxConfig,
     TableOptimizerConfig,
     TableShardingConfig,
     TwoTowerConfig,
@@ -31,6 +48,10 @@ from embedshard.config.parts import (
 )
 from embedshard.config.placement import sharding_of_bias
 from embedshard.config.root import Config
+from embedshard.errors import ConfigError
+
+MOST_SOFTMAX_ROWS: Final = 65_536
+"""Ids up to which a softmax over all of them is made: every place of a list is compared with each of them."""
 
 BIAS_DIM = 4
 """Columns of a bias table: the least that FBGEMM takes. The first is the bias."""
@@ -45,14 +66,16 @@ class Lookup:
     Attributes:
         key: its name there.
         feature: the config's feature whose ids travel under it.
-        slot: None for the row's own ids; i for the i-th slot of drawn ids.
+        slot: None for the row's own ids; i for the i-th slot of drawn ids. A sequence has one slot, which holds all.
         is_sequence: whether a vector a place is asked for.
+        is_node: whether what travels are nodes of the tree over the feature's ids, instead of ids.
     """
 
     key: str
     feature: str
     slot: int | None = None
     is_sequence: bool = False
+    is_node: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,22 +145,40 @@ def negative_key(key: str, slot: int) -> str:
     return f"{key}:negative{slot}"
 
 
+def context_key(feature: str) -> str:
+    """The key, and the table, of the vectors of a list's ids as contexts."""
+    return f"{feature}:context"
+
+
+def node_key(feature: str) -> str:
+    """The key, and the table, of the inner nodes of the tree over a list's ids."""
+    return f"{feature}:node"
+
+
 def num_negative_slots(config: Config) -> int:
-    """How many drawn ids a row must carry at most so that a batch holds all of a step's negatives."""
+    """How many drawn ids a row must carry at most so that a batch holds all of a step's negatives.
+
+    The rows of a sequence carry any number, so one slot is enough for them.
+    """
+    if isinstance(config.model, ItemEmbeddingConfig):
+        return int(isinstance(config.objective, DrawsNegatives | SoftmaxConfig))
     if not isinstance(config.objective, DrawsNegatives):
         return 0
     return -(-config.objective.num_negatives // config.train.global_batch_size)
 
 
 def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...]:
-    """Returns the tables in config order, biases last.
+    """Returns the tables in config order, derived ones last.
 
     Args:
         config: the config.
         rows: ids of each of the config's tables, as its vocabulary tells.
+
+    Raises:
+        ConfigError: if a softmax over all ids has too many.
     """
     slots = range(num_negative_slots(config))
-    drawn = set(config.item_features()) if slots else set()
+    drawn = set(config.item_features()) if slots else set()  # of an item_embedding none: contexts are drawn
     specs = []
     for name, table in config.tables.items():
         lookups = []
@@ -164,7 +205,46 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 sharding=table.sharding,
             )
         )
+    if isinstance(config.model, ItemEmbeddingConfig):
+        (words,) = specs
+        return (words, *_pair_specs(config, config.model.sequence, words))
     return (*specs, *_bias_specs(config, {spec.name: spec for spec in specs}))
+
+
+def _pair_specs(config: Config, feature: str, words: TableSpec) -> list[TableSpec]:
+    """Returns what centres are compared with: contexts and their biases, or inner nodes. They begin as zeros."""
+    zeros, objective = InitConfig(kind="zeros"), config.objective
+    if isinstance(objective, HierarchicalSoftmaxConfig):
+        key = node_key(feature)
+        lookup = Lookup(key, feature, is_sequence=True, is_node=True)
+        # As many inner nodes as there are classes, less one; classes are all ids and the one for unknown ids.
+        return [replace(words, name=key, rows=words.rows - 1, init=zeros, lookups=(lookup,))]
+    if isinstance(objective, SoftmaxConfig) and words.num_embeddings > MOST_SOFTMAX_ROWS:
+        raise ConfigError(
+            f"objective 'softmax' compares every place with every id, and table '{words.name}' has {words.rows:,}; it takes "
+            f"{MOST_SOFTMAX_ROWS - 1:,} at most. Choose 'sampled_softmax' or 'hierarchical_softmax'."
+        )
+    contexts = replace(
+        words, name=context_key(feature), init=zeros, lookups=_with_slot(config, context_key(feature), feature)
+    )
+    if not isinstance(objective, NCEConfig):
+        return [contexts]
+    key = bias_key(contexts.name)
+    biases = replace(
+        contexts,
+        name=key,
+        dim=BIAS_DIM,
+        dtype="fp32",
+        lookups=_with_slot(config, key, feature),
+        sharding=sharding_of_bias(words.sharding),
+    )
+    return [contexts, biases]
+
+
+def _with_slot(config: Config, key: str, feature: str) -> tuple[Lookup, ...]:
+    slots = range(num_negative_slots(config))
+    drawn = (Lookup(negative_key(key, slot), feature, slot, is_sequence=True) for slot in slots)
+    return (Lookup(key, feature, is_sequence=True), *drawn)
 
 
 def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpec]:

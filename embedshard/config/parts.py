@@ -31,13 +31,17 @@ __all__ = [
     "FileVocabulary",
     "FlattenEncoder",
     "HashVocabulary",
+    "HierarchicalSoftmaxConfig",
     "IdFeature",
     "IdentityVocabulary",
     "InBatchSoftmaxConfig",
     "InitConfig",
+    "ItemEmbeddingConfig",
     "ItemKnnBaseline",
+    "MasksHits",
     "MeanBaseline",
     "ModelConfig",
+    "NCEConfig",
     "Name",
     "NegativeSamplingConfig",
     "ObjectiveConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "SequenceFeature",
     "ShardingConfig",
     "ShardingType",
+    "SoftmaxConfig",
     "Strict",
     "TableConfig",
     "TableOptimizerConfig",
@@ -602,6 +607,22 @@ class TextClassifierConfig(Strict):
     """Share of the joined numbers that is set to 0 in training; drawn by seed, step and row, alike in every world."""
 
 
+class ItemEmbeddingConfig(Strict):
+    """Skip-gram over lists of ids (Mikolov et al. 2013): each place of a list predicts those near it."""
+
+    kind: Literal["item_embedding"]
+    """Which kind it is."""
+    sequence: Name
+    """The feature whose lists are read: sentences, sessions, baskets."""
+    window: int = Field(5, ge=1)
+    """Places on each side of a centre that are its context, at most."""
+    dynamic_window: bool = True
+    """Whether each centre draws its own reach from 1 to `window`, so that near places count more."""
+    subsample: float | None = Field(1e-3, gt=0)
+    """Share of all ids above which an id is frequent: its places are kept with probability sqrt(t / f) + t / f, before
+    windows are laid. None keeps all."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -619,7 +640,9 @@ class CustomModelConfig(Strict):
     """Handed to the factory as it is."""
 
 
-ModelConfig = Annotated[TwoTowerConfig | TextClassifierConfig | CustomModelConfig, Field(discriminator="kind")]
+ModelConfig = Annotated[
+    TwoTowerConfig | TextClassifierConfig | ItemEmbeddingConfig | CustomModelConfig, Field(discriminator="kind")
+]
 
 
 # ----------------------------------------------------------------------------------------------------------- objective
@@ -669,11 +692,16 @@ class DrawsNegatives(Strict):
     """From which items are drawn."""
     alpha: float = Field(0.75, ge=0)
     """`popularity`: an item is drawn in proportion to its training count to this power."""
+
+
+class MasksHits(DrawsNegatives):
+    """What draws items and may leave out those that are the row's own."""
+
     mask_accidental_hits: bool = True
     """Whether candidates that are the row's own item are left out."""
 
 
-class SampledSoftmaxConfig(DrawsNegatives):
+class SampledSoftmaxConfig(MasksHits):
     """Softmax over the row's item and items drawn once a step for the whole batch."""
 
     kind: Literal["sampled_softmax"]
@@ -686,14 +714,14 @@ class SampledSoftmaxConfig(DrawsNegatives):
     """Whether logits are corrected by the log of the probability with which a candidate turns up."""
 
 
-class BPRConfig(DrawsNegatives):
+class BPRConfig(MasksHits):
     """Bayesian personalised ranking: the row's item above each drawn item (Rendle et al. 2009)."""
 
     kind: Literal["bpr"]
     """Which kind it is."""
 
 
-class NegativeSamplingConfig(DrawsNegatives):
+class NegativeSamplingConfig(MasksHits):
     """Cross entropy of the row's item as 1 and of drawn items as 0 (Mikolov et al. 2013; Rendle et al. 2020)."""
 
     kind: Literal["negative_sampling"]
@@ -702,7 +730,7 @@ class NegativeSamplingConfig(DrawsNegatives):
     """What the mean over the drawn items weighs, against the row's own item: as many negatives a row."""
 
 
-class CosineContrastiveConfig(DrawsNegatives):
+class CosineContrastiveConfig(MasksHits):
     """The cosine of the row's item towards 1, of drawn items below a margin (Mao et al. 2021, SimpleX)."""
 
     kind: Literal["cosine_contrastive"]
@@ -713,6 +741,32 @@ class CosineContrastiveConfig(DrawsNegatives):
     """What the mean over the drawn items weighs, against the row's own item."""
 
 
+class NCEConfig(DrawsNegatives):
+    """Noise-contrastive estimation (Gutmann and Hyvarinen 2010; Mnih and Teh 2012), with a bias for each id.
+
+    A drawn id that is the pair's own is not left out: the noise is what the correction says it is.
+    """
+
+    kind: Literal["nce"]
+    """Which kind it is."""
+    negatives_per_pair: int = Field(5, ge=1)
+    """Noise samples for each pair, k of the correction log(k q). The ids drawn for the step stand for them."""
+
+
+class SoftmaxConfig(Strict):
+    """Softmax over all ids, for small vocabularies: what the others approximate."""
+
+    kind: Literal["softmax"]
+    """Which kind it is."""
+
+
+class HierarchicalSoftmaxConfig(Strict):
+    """Binary decisions down a Huffman tree of the ids' counts (Morin and Bengio 2005; Mikolov et al. 2013)."""
+
+    kind: Literal["hierarchical_softmax"]
+    """Which kind it is."""
+
+
 ObjectiveConfig = Annotated[
     PointwiseConfig
     | CrossEntropyConfig
@@ -720,7 +774,10 @@ ObjectiveConfig = Annotated[
     | SampledSoftmaxConfig
     | BPRConfig
     | NegativeSamplingConfig
-    | CosineContrastiveConfig,
+    | CosineContrastiveConfig
+    | NCEConfig
+    | SoftmaxConfig
+    | HierarchicalSoftmaxConfig,
     Field(discriminator="kind"),
 ]
 

@@ -23,16 +23,22 @@ from embedshard.config.parts import (
     EvaluateConfig,
     Feature,
     FlattenEncoder,
+    HierarchicalSoftmaxConfig,
     IdFeature,
+    ItemEmbeddingConfig,
     MeanBaseline,
     ModelConfig,
     Name,
+    NCEConfig,
+    NegativeSamplingConfig,
     ObjectiveConfig,
     OptimizerConfig,
     PointwiseConfig,
     PopularityBaseline,
+    SampledSoftmaxConfig,
     SequenceFeature,
     ShardingConfig,
+    SoftmaxConfig,
     Strict,
     TableConfig,
     TextClassifierConfig,
@@ -99,6 +105,8 @@ class Config(Strict):
             self._check_tower_sizes(self.model)
         if isinstance(self.model, TextClassifierConfig):
             self._check_text_classifier(self.model)
+        if isinstance(self.model, ItemEmbeddingConfig):
+            self._check_item_embedding(self.model)
         for role in ("user_id", "item_id"):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
@@ -242,6 +250,35 @@ class Config(Strict):
                 f"label of 0 or 1, 'cross_entropy' for several classes, 'mse' for a number"
             )
 
+    def _check_item_embedding(self, model: ItemEmbeddingConfig) -> None:
+        name = model.sequence
+        if name not in self.features:
+            raise ValueError(f"model.sequence: there is no feature '{name}'. {nearest(name, self.features)}")
+        if not self.is_sequence(name):
+            raise ValueError(
+                f"model.sequence: feature '{name}' is a {self.features[name].kind}, and pairs are made of the places of a "
+                f"list. Make it a 'sequence'"
+            )
+        for other in self.features:
+            if other != name:
+                raise ValueError(f"features.{other}: an item_embedding reads '{name}' alone. Leave it out")
+        objective = self.objective
+        if not isinstance(
+            objective,
+            NegativeSamplingConfig | NCEConfig | SampledSoftmaxConfig | SoftmaxConfig | HierarchicalSoftmaxConfig,
+        ):
+            raise ValueError(
+                f"objective '{objective.kind}' does not learn pairs of a list, which is all that an item_embedding has. "
+                f"Choose 'negative_sampling', 'nce', 'sampled_softmax', 'softmax' or 'hierarchical_softmax'"
+            )
+        if isinstance(objective, SampledSoftmaxConfig) and objective.mixed:
+            raise ValueError("objective.mixed takes the items of other rows, and an item_embedding has lists. Leave it out")
+        if self.evaluate.metrics:
+            raise ValueError(
+                f"evaluate.metrics: '{self.evaluate.metrics[0]}' is for models of users and items or of labels, and an "
+                f"item_embedding has neither. Leave evaluate.metrics out, and look at the vectors with 'embedshard similar'"
+            )
+
     def _check_identity(self, role: str) -> None:
         name = getattr(self.model, role, None)
         if name is None:
@@ -262,6 +299,19 @@ class Config(Strict):
                     f"Give data.label the column of it"
                 )
             return
+        if isinstance(objective, DrawsNegatives) and objective.num_negatives % self.data.lanes:
+            raise ValueError(
+                f"objective.num_negatives={objective.num_negatives} does not divide into data.lanes="
+                f"{self.data.lanes}, so that every world can share them out. "
+                f"Choose {math.ceil(objective.num_negatives / self.data.lanes) * self.data.lanes}"
+            )
+        if isinstance(self.model, ItemEmbeddingConfig):
+            return
+        if isinstance(objective, NCEConfig | SoftmaxConfig | HierarchicalSoftmaxConfig):
+            raise ValueError(
+                f"objective '{objective.kind}' learns pairs of a list, which a model of kind 'item_embedding' makes. "
+                f"Choose that, or 'sampled_softmax'"
+            )
         item_id = self.identity("item_id")
         if item_id is None:
             raise ValueError(
@@ -276,12 +326,6 @@ class Config(Strict):
         if isinstance(objective, CosineContrastiveConfig):
             self._check_cosine(self.model)
         if isinstance(objective, DrawsNegatives):
-            if objective.num_negatives % self.data.lanes:
-                raise ValueError(
-                    f"objective.num_negatives={objective.num_negatives} does not divide into data.lanes="
-                    f"{self.data.lanes}, so that every world can share them out. "
-                    f"Choose {math.ceil(objective.num_negatives / self.data.lanes) * self.data.lanes}"
-                )
             self._check_catalogue(f"objective '{objective.kind}'")
 
     @staticmethod
@@ -398,6 +442,10 @@ class Config(Strict):
             return list(self.model.item.features)
         identity = self.identity("item_id")
         return list(getattr(self.model, "item_features", [])) or ([identity] if identity else [])
+
+    def drawn_feature(self) -> str | None:
+        """The feature whose ids an objective draws, or takes all of, as candidates: the item, or an embedding's list."""
+        return self.model.sequence if isinstance(self.model, ItemEmbeddingConfig) else self.identity("item_id")
 
     def baselines(self) -> list[Baseline]:
         """The baselines that the test set's metrics are seen beside: the chosen ones, or what `auto` means."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Batch", "Draws"]
+__all__ = ["Batch", "Draws", "Pairs", "Paths"]
 
 from dataclasses import dataclass, replace
 
@@ -22,8 +22,10 @@ class Draws:
 
     Attributes:
         ids: rows of the item's table, (n,) int64.
-        log_q: natural log of the probability with which one draw gives this candidate, (n,) float32.
-        own_log_q: the same of each row's own item, (B,) float32; -inf where it is no candidate.
+        log_q: natural log of the probability with which one draw gives this candidate, (n,) float32; infinite for one
+            that stands for none.
+        own_log_q: the same of each row's own item, (B,) float32, or of each id of the rows' lists where they are drawn
+            from, (I,); -inf where it is no candidate.
         dense: the candidates' dense features, (n, F) float32, in config order.
     """
 
@@ -42,6 +44,68 @@ class Draws:
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""
         for tensor in self._tensors():
+            tensor.record_stream(stream)
+
+
+@dataclass
+class Paths:
+    """The way from the root of a tree to each id of a batch's lists.
+
+    The nodes on these ways, each once, travel in the batch's KeyedJaggedTensors, in the first row.
+
+    Attributes:
+        offsets: where each id's way begins in `nodes` and `signs`, and where the last one ends, (I + 1,) int64.
+        nodes: places among the nodes that travel, from the root on, (E,) int64.
+        signs: 1 where the way goes left, -1 where it goes right, (E,) float32.
+    """
+
+    offsets: torch.Tensor
+    nodes: torch.Tensor
+    signs: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Returns its tensors, in the order in which they are given."""
+        return self.offsets, self.nodes, self.signs
+
+
+@dataclass
+class Pairs:
+    """Pairs of a centre and a context of the rows' lists, by centre.
+
+    The ids of the lists, each once, travel in the batch's KeyedJaggedTensors, in the first row.
+
+    Attributes:
+        ids: of each place of the concatenated lists, which of the ids that travel it holds, (V,) int64.
+        centres: places in the concatenated lists, (P,) int64.
+        contexts: the same of the contexts, (P,) int64.
+        rows: the place of each pair's row in the batch, (P,) int64.
+        weights: of each pair, (P,) float32: its row's.
+        window: how far a context may be from its centre.
+        paths: to the contexts, where the objective goes down a tree.
+    """
+
+    ids: torch.Tensor
+    centres: torch.Tensor
+    contexts: torch.Tensor
+    rows: torch.Tensor
+    weights: torch.Tensor
+    window: int
+    paths: Paths | None = None
+
+    def _tensors(self) -> tuple[torch.Tensor, ...]:
+        return self.ids, self.centres, self.contexts, self.rows, self.weights
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Pairs:
+        """Returns a copy on a device."""
+        paths = None
+        if self.paths is not None:
+            paths = Paths(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.paths.tensors()))
+        ids, centres, contexts, rows, weights = (tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors())
+        return Pairs(ids, centres, contexts, rows, weights, self.window, paths)
+
+    def record_stream(self, stream: torch.Stream) -> None:
+        """Keeps the tensors' memory until the stream is done with it."""
+        for tensor in (*self._tensors(), *(() if self.paths is None else self.paths.tensors())):
             tensor.record_stream(stream)
 
 
@@ -67,6 +131,7 @@ class Batch(Pipelineable):
         bad: (B,) int16, 0 or the code of what is wrong with a row that is set aside; None where none can be. Stays on the
             CPU.
         tally: what was counted in the rows, (n,) int64, as `Tally` names it; None outside training. Stays on the CPU.
+        pairs: of the rows' lists, if the model learns from them; None outside training.
     """
 
     sparse: KeyedJaggedTensor | None
@@ -81,6 +146,7 @@ class Batch(Pipelineable):
     bad: torch.Tensor | None = None
     tally: torch.Tensor | None = None
     sequences: KeyedJaggedTensor | None = None
+    pairs: Pairs | None = None
 
     @property
     def training_position(self) -> Position:
@@ -107,11 +173,12 @@ class Batch(Pipelineable):
             weights=self.weights.to(device, non_blocking=non_blocking),
             ids={name: ids.to(device, non_blocking=non_blocking) for name, ids in self.ids.items()},
             draws=None if self.draws is None else self.draws.to(device, non_blocking=non_blocking),
+            pairs=None if self.pairs is None else self.pairs.to(device, non_blocking=non_blocking),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""
-        for part in (self.sparse, self.weighted, self.sequences, self.draws):
+        for part in (self.sparse, self.weighted, self.sequences, self.draws, self.pairs):
             if part is not None:
                 part.record_stream(stream)
         for tensor in (self.dense, self.labels, self.weights, *self.ids.values()):

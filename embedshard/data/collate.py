@@ -14,11 +14,15 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.config import Config, Lookup, TableSpec
 from embedshard.config.parts import DenseFeature
-from embedshard.data.batch import Batch, Draws
-from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.batch import Batch, Draws, Pairs, Paths
+from embedshard.data.columns import Columns, Flat, Ragged, slice_rows
+from embedshard.data.huffman import HuffmanTree
 from embedshard.data.negatives import DrawnCandidates
 from embedshard.data.order import Position
+from embedshard.data.pairs import PairMaker
 from embedshard.data.quarantine import Tally
+
+_NODES = ":nodes"  # a column of what paths visit, by a name that no feature has
 
 Jagged = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.float32] | None]
 """Values, lengths, and weights if they are asked for."""
@@ -31,10 +35,19 @@ class Collator:
         config: the config.
         specs: its tables: which ids travel under which key.
         tally: counts what is wrong with the rows of a training batch; None counts nothing.
+        pair_maker: makes pairs of the lists of a training batch; None makes none.
+        tree: down which the objective goes to a context; None where it does not.
     """
 
-    def __init__(self, config: Config, specs: Sequence[TableSpec], tally: Tally | None = None) -> None:
-        self._config, self._tally = config, tally
+    def __init__(
+        self,
+        config: Config,
+        specs: Sequence[TableSpec],
+        tally: Tally | None = None,
+        pair_maker: PairMaker | None = None,
+        tree: HuffmanTree | None = None,
+    ) -> None:
+        self._config, self._tally, self._pair_maker, self._tree = config, tally, pair_maker, tree
         pooled, sequences = ([spec for spec in specs if spec.is_sequence is kind] for kind in (False, True))
         self._plain = [lookup for spec in pooled if not spec.weighted for lookup in spec.lookups]
         self._weighted = [lookup for spec in pooled if spec.weighted for lookup in spec.lookups]
@@ -73,6 +86,12 @@ class Collator:
         bad = _flat(columns, "bad", first, last, np.int16, 0) if "bad" in columns else None
         if bad is not None:
             weights[bad != 0] = 0.0
+        tally = self._count(columns, first, last) if position is not None else None
+        pairs = None
+        if self._pair_maker is not None and position is not None:
+            columns = slice_rows(columns, first, last)
+            first, last = 0, size
+            columns, pairs = self._pairs(self._pair_maker, columns, rows, weights, position)
         return Batch(
             sparse=self._jagged(self._plain, columns, first, last, draws, with_weights=False),
             weighted=self._jagged(self._weighted, columns, first, last, draws, with_weights=True),
@@ -82,10 +101,42 @@ class Collator:
             weights=torch.from_numpy(weights),
             ids={name: torch.from_numpy(_flat(columns, name, first, last, np.int64, -1)) for name in self._identities},
             rows=torch.from_numpy(rows),
-            draws=None if draws is None else self._draws(draws, columns, first, last, size),
+            draws=None if draws is None else self._draws(draws, columns, first, last),
             position=position,
             bad=None if bad is None else torch.from_numpy(bad),
-            tally=self._count(columns, first, last) if position is not None else None,
+            tally=tally,
+            pairs=pairs,
+        )
+
+    def _pairs(
+        self,
+        maker: PairMaker,
+        columns: Columns,
+        rows: npt.NDArray[np.int64],
+        weights: npt.NDArray[np.float32],
+        position: Position,
+    ) -> tuple[Columns, Pairs]:
+        """Returns the columns with the ids that are kept of the list, beside them the nodes on their ways, and its pairs."""
+        column = columns[maker.feature]
+        assert isinstance(column, Ragged), "the config checks that pairs are made of lists"
+        kept = maker.keep(column, rows, position)
+        distinct, ids = np.unique(kept.column.values, return_inverse=True)
+        columns = {**columns, maker.feature: _in_first_row(distinct, len(rows))}
+        paths = None
+        if self._tree is not None:
+            found = self._tree.paths(distinct)
+            columns[_NODES] = _in_first_row(found.visited, len(rows))
+            paths = Paths(*map(torch.from_numpy, (found.offsets, found.nodes, found.signs)))
+        centres, contexts = kept.pairs()
+        pair_rows = kept.rows[centres]
+        return columns, Pairs(
+            ids=torch.from_numpy(ids),
+            centres=torch.from_numpy(centres),
+            contexts=torch.from_numpy(contexts),
+            rows=torch.from_numpy(pair_rows),
+            weights=torch.from_numpy(weights[pair_rows]),
+            window=maker.window,
+            paths=paths,
         )
 
     def _count(self, columns: Columns, first: int, last: int) -> torch.Tensor | None:
@@ -121,10 +172,15 @@ class Collator:
         with_weights: bool,
     ) -> Jagged:
         size = last - first
+        if lookup.is_node:
+            return self._jagged_column(_NODES, columns, first, last, with_weights)
         if lookup.slot is None:
             return self._jagged_column(lookup.feature, columns, first, last, with_weights)
         if draws is None:
             return _empty(size, with_weights)
+        if lookup.is_sequence:
+            in_first_row: Columns = {lookup.feature: _in_first_row(draws.ids, size)}
+            return self._jagged_column(lookup.feature, in_first_row, 0, size, with_weights)
         begin = min(lookup.slot * size, draws.count)
         end = min(begin + size, draws.count)
         values, lengths, weights = self._jagged_column(lookup.feature, draws.columns, begin, end, with_weights)
@@ -149,7 +205,7 @@ class Collator:
     def _weights(self, feature: str, column: Ragged, span: slice, lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         if column.weights is not None:
             return column.weights[span]
-        bag = self._config.features[feature]
+        bag = self._config.features.get(feature)
         power = {"mean": 1.0, "sqrtn": 0.5}.get(str(getattr(bag, "pooling", None)))
         if power is not None:
             return np.repeat((1.0 / np.maximum(lengths, 1) ** power).astype(np.float32), lengths)
@@ -164,10 +220,14 @@ class Collator:
                 stacked[:, place] = column.values[first:last]
         return stacked
 
-    def _draws(self, draws: DrawnCandidates, columns: Columns, first: int, last: int, size: int) -> Draws:
-        item_id = self._config.identity("item_id")
-        assert item_id is not None, "the config checks that what draws items knows them"
-        own = _flat(columns, item_id, first, last, np.int64, -1)
+    def _draws(self, draws: DrawnCandidates, columns: Columns, first: int, last: int) -> Draws:
+        feature = self._config.drawn_feature()
+        assert feature is not None, "the config checks that what draws items knows them"
+        lists = columns.get(feature)
+        if isinstance(lists, Ragged):
+            own = lists.values[lists.offsets[first] : lists.offsets[last]]
+        else:
+            own = _flat(columns, feature, first, last, np.int64, -1)
         own_log_q = np.where(own >= 0, draws.log_q_of_row[np.maximum(own, 0)], -np.inf).astype(np.float32)
         return Draws(
             ids=torch.from_numpy(draws.ids.copy()),
@@ -182,6 +242,13 @@ def _flat(columns: Columns, name: str, first: int, last: int, dtype: type, defau
     if column is None:
         return np.full(last - first, default, dtype=dtype)
     return column.values[first:last].astype(dtype, copy=True)
+
+
+def _in_first_row(values: npt.NDArray[np.int64], size: int) -> Ragged:
+    """Returns a column whose first row has all of the values."""
+    offsets = np.full(size + 1, len(values), dtype=np.int64)
+    offsets[0] = 0
+    return Ragged(values, offsets)
 
 
 def _empty(size: int, with_weights: bool) -> Jagged:

@@ -17,12 +17,21 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedshard.config import POINTWISE_METRICS, Config
-from embedshard.config.parts import DrawsNegatives, HashVocabulary, TokenizerVocabulary
+from embedshard.config.parts import (
+    DrawsNegatives,
+    HashVocabulary,
+    HierarchicalSoftmaxConfig,
+    ItemEmbeddingConfig,
+    SoftmaxConfig,
+    TokenizerVocabulary,
+)
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
 from embedshard.data.decode import Decoder, column_specs
-from embedshard.data.negatives import CandidateSampler
+from embedshard.data.huffman import HuffmanTree
+from embedshard.data.negatives import AllRows, CandidateSampler, RowSampler, Sampler
 from embedshard.data.order import Order
+from embedshard.data.pairs import PairMaker
 from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
 from embedshard.data.source import Inventory, Source, check_unchanged, fingerprint_of, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
@@ -70,6 +79,8 @@ class Dataset:
         set_aside: what was wrong with the sets that were read whole so far: `validation`, `test` and `catalogue`.
         catalogue_bytes: that were read for the catalogue.
         tokenizers: the JSON of each table's tokenizer, where it has one.
+        pair_maker: makes pairs of lists, where the model learns from them.
+        tree: over the ids of these lists, where the objective goes down one.
     """
 
     config: Config
@@ -81,11 +92,13 @@ class Dataset:
     vocabularies: Mapping[str, Vocabulary]
     statistics: Statistics
     catalogue: Catalogue | None
-    sampler: CandidateSampler | None
+    sampler: Sampler | None
     skipped_files: list[str]
     set_aside: dict[str, SetAside] = field(default_factory=dict)
     catalogue_bytes: int = 0
     tokenizers: Mapping[str, str] = field(default_factory=dict)
+    pair_maker: PairMaker | None = None
+    tree: HuffmanTree | None = None
 
     @property
     def bytes_read(self) -> int:
@@ -207,7 +220,10 @@ def open_dataset(
     skipped = [location.uri for source in (*train, *held_out.values()) for location in source.skipped]
     dataset = Dataset(config, train, held_out, fits, order, rows, vocabularies, statistics, None, None, skipped)
     dataset.tokenizers = tokenizers
-    _open_items(dataset, world)
+    if isinstance(config.model, ItemEmbeddingConfig):
+        _open_lists(dataset, config.model, world)
+    else:
+        _open_items(dataset, world)
     return dataset
 
 
@@ -251,6 +267,31 @@ def _check_resumable(resolved: Mapping[str, Any], train: Sequence[Source], vocab
             )
 
 
+def _open_lists(dataset: Dataset, model: ItemEmbeddingConfig, world: World) -> None:
+    """Opens what makes pairs of lists, and what their objective draws or goes down."""
+    config, objective = dataset.config, dataset.config.objective
+    num_rows = dataset.table_rows[config.features[model.sequence].table]  # type: ignore[union-attr]  # checked: a list
+    by_popularity = isinstance(objective, DrawsNegatives) and objective.distribution == "popularity"
+    goes_down_a_tree = isinstance(objective, HierarchicalSoftmaxConfig)
+    counts = None
+    if model.subsample is not None or by_popularity or goes_down_a_tree:
+        counts = _count(dataset, model.sequence, num_rows, world)
+    dataset.pair_maker = PairMaker(model, config.seed, counts)
+    if isinstance(objective, DrawsNegatives):
+        dataset.sampler = RowSampler(objective, config.seed, num_rows + 1, counts)
+    elif isinstance(objective, SoftmaxConfig):
+        dataset.sampler = AllRows(num_rows + 1, config.data.lanes)
+    elif goes_down_a_tree:
+        assert counts is not None
+        dataset.tree = HuffmanTree(counts)
+
+
+def _count(dataset: Dataset, feature: str, num_rows: int, world: World) -> IntArray:
+    """Returns how often each row of a feature's table is met in training, (num_rows + 1,). Collective."""
+    counted = world.from_rank_zero(lambda: sum(count_ids(source, feature, num_rows) for source in dataset.train))
+    return np.asarray(counted)
+
+
 def _open_items(dataset: Dataset, world: World) -> None:
     """Opens the catalogue and the sampler, if anything asks for them."""
     config = dataset.config
@@ -266,8 +307,7 @@ def _open_items(dataset: Dataset, world: World) -> None:
     by_popularity = objective is not None and objective.distribution == "popularity"
     counts = None
     if hashed or by_popularity:
-        counted = world.from_rank_zero(lambda: sum(count_ids(source, item_id, num_rows) for source in dataset.train))
-        counts = np.asarray(counted)
+        counts = _count(dataset, item_id, num_rows, world)
     if config.data.catalogue is not None:
         described_by = column_specs(config, "catalogue")
         decoder = Decoder(described_by, dataset.vocabularies, dataset.statistics, config.data.on_bad_row)

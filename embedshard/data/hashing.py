@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["hash_integers", "hash_ngrams", "hash_strings"]
+__all__ = ["WordArray", "hash_integers", "hash_ngrams", "hash_strings"]
 
 from collections.abc import Collection
 

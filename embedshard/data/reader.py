@@ -21,7 +21,7 @@ import numpy.typing as npt
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Buffers, Columns, concatenate, gather, num_rows, slice_rows
-from embedshard.data.negatives import CandidateSampler
+from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
 
@@ -146,7 +146,7 @@ class BatchReader:
         sources: Sequence[Source],
         cached: Sequence[bool],
         collator: Collator,
-        sampler: CandidateSampler | None,
+        sampler: Sampler | None,
         rank: int,
         world_size: int,
     ) -> None:

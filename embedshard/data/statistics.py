@@ -74,12 +74,17 @@ def compute_statistics(sources: Sequence[Source]) -> Statistics:
 def count_ids(source: Source, feature: str, rows: int) -> npt.NDArray[np.int64]:
     """Returns how often each row of a feature's table is met, (rows + 1,) int64; the last is for unknown ids.
 
-    A row without an id, or one that is set aside, is not counted.
+    Of a list, each place counts. A row without an id, or one that is set aside, is not counted.
     """
     counts = np.zeros(rows + 1, dtype=np.int64)
     narrowed = source.narrowed([feature])
     for group in range(len(narrowed.inventory.row_groups)):
         column = narrowed.read_row_group(group)[feature]
-        assert isinstance(column, Flat), "an id feature has one id a row"
-        counts += np.bincount(column.values[column.values >= 0], minlength=rows + 1)
+        ids = column.values if isinstance(column, Flat) else column.values[column.offsets[0] : column.offsets[-1]]
+        ids = ids[ids >= 0]
+        if len(ids) * 16 < rows:  # a row group meets few of a large table's rows
+            met, times = np.unique(ids, return_counts=True)
+            counts[met] += times
+        else:
+            counts += np.bincount(ids, minlength=rows + 1)
     return counts

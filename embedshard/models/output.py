@@ -1,17 +1,26 @@
-"""What models hand to objectives."""
+"""What models hand to objectives.
+
+Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, I distinct
+ids, P pairs, U nodes of a tree.
+"""
 
 from __future__ import annotations
 
-__all__ = ["ClassOutput", "Output", "RetrievalOutput"]
+__all__ = ["ClassOutput", "Output", "PairOutput", "RetrievalOutput"]
 
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 
+from embedshard.data.batch import Pairs
+
 
 class Output(Protocol):
     """What every objective can ask of a model's output.
+
+    One whose losses are not one a row also has `weights` and `rows`, the weight of each loss and the place of its row in the
+    batch.
 
     Attributes:
         lookups: pooled vectors by key, (B, D) each; empty where the model does not hand them on.
@@ -64,3 +73,40 @@ class RetrievalOutput:
     def logits(self) -> torch.Tensor:
         """Each row's own score, (B,)."""
         return (self.query_BD * self.candidate_BD).sum(dim=1)
+
+
+@dataclass
+class PairOutput:
+    """Vectors of the places of lists, of which some are pairs: one loss a pair.
+
+    Attributes:
+        pairs: which centre meets which context.
+        ids_I: rows of the table, int64, each once.
+        centre_VD: each place as a centre.
+        context_VD: each place as a context; None where the way to it is what counts.
+        bias_I: of each id as a context, if there are biases.
+        candidate_ND: this rank's share of the drawn contexts, if there are any.
+        candidate_bias_N: of them, if there are biases.
+        node_UD: the nodes on the ways to the contexts, if there are any.
+        lookups: empty, since penalties are for pooled vectors.
+    """
+
+    pairs: Pairs
+    ids_I: torch.Tensor
+    centre_VD: torch.Tensor
+    context_VD: torch.Tensor | None = None
+    bias_I: torch.Tensor | None = None
+    candidate_ND: torch.Tensor | None = None
+    candidate_bias_N: torch.Tensor | None = None
+    node_UD: torch.Tensor | None = None
+    lookups: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        """Of each pair's loss, (P,)."""
+        return self.pairs.weights
+
+    @property
+    def rows(self) -> torch.Tensor:
+        """The place of each pair's row in the batch, (P,)."""
+        return self.pairs.rows

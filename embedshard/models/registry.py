@@ -19,18 +19,25 @@ from embedshard.config.parts import (
     CrossEntropyConfig,
     CustomModelConfig,
     DenseFeature,
+    HierarchicalSoftmaxConfig,
     InBatchSoftmaxConfig,
+    ItemEmbeddingConfig,
+    NCEConfig,
     NegativeSamplingConfig,
     PointwiseConfig,
     SampledSoftmaxConfig,
+    SoftmaxConfig,
     TextClassifierConfig,
     TwoTowerConfig,
 )
 from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.models.item_embedding import ItemEmbedding
+from embedshard.models.objectives.hierarchical_softmax import HierarchicalSoftmax
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import CrossEntropy, Pointwise
+from embedshard.models.objectives.skip_gram import PairNCE, PairNegativeSampling, PairSampledSoftmax, PairSoftmax
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
 from embedshard.models.text_classifier import TextClassifier
 from embedshard.models.two_tower import TwoTower
@@ -74,13 +81,26 @@ def build_model(config: Config, specs: Sequence[TableSpec]) -> nn.Module:
                 return TwoTower(config, specs)
             case TextClassifierConfig():
                 return TextClassifier(config, specs)
+            case ItemEmbeddingConfig():
+                return ItemEmbedding(config, specs)
             case CustomModelConfig():
                 return _custom(config, config.model, specs)
 
 
 def build_objective(config: Config, specs: Sequence[TableSpec], world: World) -> Objective:
     """Builds the objective."""
+    learns_pairs = isinstance(config.model, ItemEmbeddingConfig)
     match config.objective:
+        case NegativeSamplingConfig() if learns_pairs:
+            return PairNegativeSampling(config.objective, world)
+        case SampledSoftmaxConfig() if learns_pairs:
+            return PairSampledSoftmax(config.objective, world)
+        case NCEConfig():
+            return PairNCE(config.objective, world)
+        case SoftmaxConfig():
+            return PairSoftmax(world)
+        case HierarchicalSoftmaxConfig():
+            return HierarchicalSoftmax()
         case PointwiseConfig():
             return Pointwise(config.objective.kind)
         case CrossEntropyConfig():

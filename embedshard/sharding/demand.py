@@ -48,7 +48,7 @@ class Demand:
 
 def key_lengths(config: Config, specs: Sequence[TableSpec], sample: LookupSample | None) -> dict[str, float]:
     """Returns the mean number of ids that a row has under each key."""
-    return {lookup.key: _length(config, lookup, sample) for spec in specs for lookup in spec.lookups}
+    return {lookup.key: _length(config, lookup, spec.rows, sample) for spec in specs for lookup in spec.lookups}
 
 
 def table_demands(config: Config, specs: Sequence[TableSpec], sample: LookupSample | None) -> dict[str, Demand]:
@@ -67,7 +67,7 @@ def table_demands(config: Config, specs: Sequence[TableSpec], sample: LookupSamp
     }
 
 
-def _length(config: Config, lookup: Lookup, sample: LookupSample | None) -> float:
+def _length(config: Config, lookup: Lookup, rows: int, sample: LookupSample | None) -> float:
     feature = config.features[lookup.feature]
     if sample is not None:
         ids = sample.features[lookup.feature].ids_per_row
@@ -75,7 +75,14 @@ def _length(config: Config, lookup: Lookup, sample: LookupSample | None) -> floa
         ids = float(feature.max_length or ASSUMED_BAG_LENGTH)
     else:
         ids = 1.0
-    return ids if lookup.slot is None else ids * _filled(config, lookup.slot)
+    if lookup.is_node:
+        return ids * np.log2(rows + 2)  # at most: a batch asks for each node once, and an even tree is the deepest
+    if lookup.slot is None:
+        return ids
+    if lookup.is_sequence:
+        drawn = config.objective.num_negatives if isinstance(config.objective, DrawsNegatives) else rows + 1
+        return drawn / config.train.global_batch_size
+    return ids * _filled(config, lookup.slot)
 
 
 def _filled(config: Config, slot: int) -> float:
@@ -90,7 +97,7 @@ def _shares(
 ) -> Callable[[Sequence[int]], Shares]:
     parts: list[tuple[float, IdCounts | None]] = []
     for lookup in spec.lookups:
-        counts = None if sample is None else sample.features[lookup.feature].counts
+        counts = None if sample is None or lookup.is_node else sample.features[lookup.feature].counts
         parts.append((lengths[lookup.key], counts if lookup.slot is None else _drawn(config, lookup, counts)))
 
     def shares(bounds: Sequence[int]) -> Shares:
@@ -107,8 +114,9 @@ def _shares(
 
 
 def _drawn(config: Config, lookup: Lookup, counts: IdCounts | None) -> IdCounts | None:
-    """Returns what drawn candidates are distributed by; None for evenly. Their other features are as those of the rows."""
-    assert isinstance(config.objective, DrawsNegatives), "nothing else draws"
-    if counts is None or lookup.feature != config.identity("item_id"):
+    """Returns what candidates are distributed by; None for evenly. Their other features are as those of the rows."""
+    if counts is None or lookup.feature != config.drawn_feature():
         return counts
+    if not isinstance(config.objective, DrawsNegatives):  # a softmax over all
+        return None
     return None if config.objective.distribution == "uniform" else counts.to_the_power(config.objective.alpha)

@@ -15,7 +15,14 @@ import torch
 from torch import nn
 
 from embedshard.config import Config, TableSpec
-from embedshard.config.parts import DrawsNegatives, InBatchSoftmaxConfig, TableShardingConfig, TwoTowerConfig
+from embedshard.config.parts import (
+    DrawsNegatives,
+    InBatchSoftmaxConfig,
+    ItemEmbeddingConfig,
+    SoftmaxConfig,
+    TableShardingConfig,
+    TwoTowerConfig,
+)
 from embedshard.data.lookup_sample import LookupSample
 from embedshard.errors import PlanError
 from embedshard.models.registry import build_model
@@ -215,6 +222,8 @@ def _dense_cost(
             estimates = 8 * min(_num_items(config, specs), objective.log_q_buckets)
     elif isinstance(objective, DrawsNegatives):
         gathered = objective.num_negatives * width
+    elif isinstance(objective, SoftmaxConfig):
+        gathered = max(spec.num_embeddings for spec in specs) * width
     linears = [module.out_features for module in model.modules() if isinstance(module, nn.Linear)]
     process = 0
     if cluster.machine.device == "cpu":
@@ -231,6 +240,8 @@ def _dense_cost(
 
 def _output_width(config: Config) -> int:
     """Returns the numbers of a query or candidate; of a custom model they are not known."""
+    if isinstance(config.model, ItemEmbeddingConfig):
+        return config.width(config.model.sequence)
     return config.tower_width(config.model.user) if isinstance(config.model, TwoTowerConfig) else 0
 
 

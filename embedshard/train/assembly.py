@@ -104,7 +104,7 @@ def assemble(
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
     tally = Tally(dataset.train[0].decoder)
-    collator = Collator(config, specs, tally)
+    collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
     return Assembly(
         config=config,
         world=world,

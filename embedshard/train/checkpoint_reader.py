@@ -20,7 +20,7 @@ __all__ = [
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -113,6 +113,23 @@ class Checkpoint:
         try:
             for file in sorted(copies):
                 self._copy(file, copies[file])
+        except DamageError as error:
+            raise CheckpointError(f"{error}. {offer(self.folder)}") from error
+
+    def blocks(self, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+        """Yields the pieces of a tensor with where they begin in it, a file at a time. Not collective.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or a file is damaged.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder.uri} does not hold '{name}'. {nearest(name, self.tensors)}")
+        try:
+            for file in sorted({piece.file for piece in self._by_name[name]}):
+                content = self._load(file)
+                for piece in self._by_name[name]:
+                    if piece.file == file:
+                        yield piece.offset, content[piece.key]
         except DamageError as error:
             raise CheckpointError(f"{error}. {offer(self.folder)}") from error
 

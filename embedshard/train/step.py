@@ -45,7 +45,7 @@ class Stepper:
 
     Args:
         model: the sharded model.
-        objective: gives the loss of each row.
+        objective: gives the loss of each row, or of each of what the model's output has weights for.
         optimizers: of tables and the dense part.
         specs: the tables, for penalties.
         world: whose ranks step together.
@@ -90,11 +90,12 @@ class Stepper:
         batch = batch.to(self._world.device)
         self._optimizers.zero_grad()
         output = self._model(batch)
-        losses_B = self._objective(output, batch)
+        losses = self._objective(output, batch)
         if self._penalties:
-            losses_B = losses_B + l2_penalty(output.lookups, self._penalties)
-        weighted_B = torch.where(batch.weights > 0, losses_B * batch.weights, 0.0)
-        loss_sum, weight_sum = weighted_B.sum(), batch.weights.sum()
+            losses = losses + l2_penalty(output.lookups, self._penalties)
+        weights = getattr(output, "weights", batch.weights)
+        weighted = torch.where(weights > 0, losses * weights, 0.0)
+        loss_sum, weight_sum = weighted.sum(), weights.sum()
         local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
         told = torch.tensor([stop_asked, save_asked, bytes_read], dtype=torch.float64, device=weight_sum.device)
         numbers = torch.cat([torch.stack([value.double() for value in local]), told])
@@ -102,7 +103,7 @@ class Stepper:
             numbers = torch.cat([numbers, batch.tally.to(numbers)])
         total_loss, total_weight, rows, stops, saves, read, *tally = self._world.sum(numbers).tolist()
         if not math.isfinite(total_loss):
-            raise TrainingError(self._not_finite(batch, weighted_B.detach()))
+            raise TrainingError(self._not_finite(batch, _of_rows(weighted.detach(), output, batch)))
         if total_weight > 0:
             (loss_sum * (self._world.world_size / total_weight)).backward()
             self._optimizers.step()
@@ -134,3 +135,9 @@ class Stepper:
             + "\nLook at these rows' labels, weights and dense features; else lower the learning rates, or warm up. "
             "The run resumes from its newest checkpoint."
         )
+
+
+def _of_rows(weighted: torch.Tensor, output: object, batch: Batch) -> torch.Tensor:
+    """Returns the sum of each row's weighted losses, (B,)."""
+    rows: torch.Tensor | None = getattr(output, "rows", None)
+    return weighted if rows is None else weighted.new_zeros(batch.size).index_add(0, rows, weighted)

@@ -1,0 +1,99 @@
+"""A Huffman tree over classes, in two numbers a node: built without an object a class, walked for a batch at a time.
+
+Huffman's algorithm (1952) joins the two lightest nodes again and again. Here many are joined at once: a joined node weighs
+at least as much as the two lightest together, so all nodes up to that weight are joined with each other, in order, before
+any that is new; each round takes them pair by pair. There are about as many rounds as the weights have binary orders.
+"""
+
+from __future__ import annotations
+
+__all__ = ["HuffmanTree", "VisitedPaths"]
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class VisitedPaths:
+    """The ways from the root to some classes.
+
+    Attributes:
+        offsets: where each class's way begins in `nodes` and `signs`, and the end of the last, (n + 1,) int64.
+        nodes: places in `visited`, from the root on, int64.
+        signs: 1 for left, -1 for right, float32.
+        visited: the inner nodes on any of the ways, each once, ascending, int64.
+    """
+
+    offsets: IntArray
+    nodes: IntArray
+    signs: npt.NDArray[np.float32]
+    visited: IntArray
+
+
+class HuffmanTree:
+    """A binary tree whose leaves are classes: the more frequent, the nearer to the root.
+
+    Inner nodes are numbered from 0, the root last. Of nodes that weigh the same, classes come before inner nodes and
+    smaller numbers before larger ones, so the tree is a function of the counts.
+
+    Args:
+        counts: of each class, (C,) int64, at least 0; at least two classes.
+    """
+
+    def __init__(self, counts: IntArray) -> None:
+        num_classes = len(counts)
+        assert num_classes >= 2, "a tree has a decision to make"
+        assert num_classes < 2**30, "a node and a side fit 32 bits"
+        self.num_classes = num_classes
+        # Of each class, then of each inner node: its parent's number, times two, plus one for the right-hand side.
+        self._up = np.zeros(2 * num_classes - 1, dtype=np.int32)
+        leaves = np.argsort(counts, kind="stable").astype(np.int64, copy=False)
+        leaf_weights = counts[leaves]
+        inner_weights = np.zeros(num_classes - 1, dtype=np.int64)
+        leaf = inner = made = 0  # the next of each that is not joined yet, and how many inner nodes there are
+        while made < num_classes - 1:
+            most = np.concatenate([leaf_weights[leaf : leaf + 2], inner_weights[inner : min(inner + 2, made)]])
+            limit = np.sort(most)[:2].sum()
+            last_leaf = leaf + int(np.searchsorted(leaf_weights[leaf:], limit, side="right"))
+            last_inner = inner + int(np.searchsorted(inner_weights[inner:made], limit, side="right"))
+            weights = np.concatenate([leaf_weights[leaf:last_leaf], inner_weights[inner:last_inner]])
+            nodes = np.concatenate([leaves[leaf:last_leaf], np.arange(inner, last_inner) + num_classes])
+            order = np.argsort(weights, kind="stable")
+            pairs = len(order) // 2
+            if len(order) % 2:  # the heaviest waits for the next round
+                if order[-1] < last_leaf - leaf:
+                    last_leaf -= 1
+                else:
+                    last_inner -= 1
+            left, right = order[0 : 2 * pairs : 2], order[1 : 2 * pairs : 2]
+            parents = np.arange(made, made + pairs, dtype=np.int32)
+            self._up[nodes[left]], self._up[nodes[right]] = parents * 2, parents * 2 + 1
+            inner_weights[made : made + pairs] = weights[left] + weights[right]
+            leaf, inner, made = last_leaf, last_inner, made + pairs
+
+    def paths(self, classes: IntArray) -> VisitedPaths:
+        """Returns the ways from the root to classes, (n,) int64."""
+        # Upwards all together; what has arrived at the root falls out.
+        walking, at = np.arange(len(classes), dtype=np.int64), classes
+        steps: list[tuple[IntArray, IntArray, npt.NDArray[np.float32]]] = []
+        root = self.num_classes - 2
+        lengths = np.zeros(len(classes), dtype=np.int64)
+        while len(walking):
+            up = self._up[at].astype(np.int64)
+            parents, signs = up >> 1, (1 - 2 * (up & 1)).astype(np.float32)
+            steps.append((walking, parents, signs))
+            lengths[walking] += 1
+            goes_on = parents != root
+            walking, at = walking[goes_on], parents[goes_on] + self.num_classes
+        offsets = np.zeros(len(classes) + 1, dtype=np.int64)
+        np.cumsum(lengths, out=offsets[1:])
+        nodes, signs = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.float32)
+        for height, (walked, parents, turned) in enumerate(steps):
+            nodes[offsets[walked + 1] - 1 - height] = parents
+            signs[offsets[walked + 1] - 1 - height] = turned
+        visited, nodes = np.unique(nodes, return_inverse=True)
+        return VisitedPaths(offsets, nodes, signs, visited)

@@ -1,0 +1,251 @@
+"""Nearest neighbours of an id among a table's vectors, read from a checkpoint a file at a time: no data, no model."""
+
+from __future__ import annotations
+
+__all__ = ["Neighbour", "Similar", "show", "similar_here"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from embedshard.config import Config, bias_key, context_key
+from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig
+from embedshard.data.vocabulary import Vocabulary, load_vocabularies
+from embedshard.errors import CheckpointError, ConfigError, DataError, nearest
+from embedshard.storage import PathOrUri, locate, reaching
+from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
+from embedshard.train.run_directory import RunDirectory
+
+_OFFERED_IDS: Final = 100_000
+"""Of the first so many ids of a vocabulary the one most like an unknown one is offered."""
+
+Id = int | str | None
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A row near another.
+
+    Attributes:
+        id: as in the data; None where the vocabulary does not keep it.
+        row: of the table.
+        cosine: of the two vectors.
+        metadata: what is known of it beside.
+    """
+
+    id: Id
+    row: int
+    cosine: float
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Similar:
+    """What was found.
+
+    Attributes:
+        table: whose vectors were compared.
+        step: of the checkpoint.
+        query: the row that was asked for, with its metadata.
+        neighbours: the nearest first.
+    """
+
+    table: str
+    step: int
+    query: Neighbour
+    neighbours: tuple[Neighbour, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as plain data."""
+        each = [
+            {"id": near.id, "row": near.row, "cosine": near.cosine, **({"metadata": near.metadata} if near.metadata else {})}
+            for near in self.neighbours
+        ]
+        query = {"id": self.query.id, "row": self.query.row}
+        return {"table": self.table, "step": self.step, "query": query, "neighbours": each}
+
+
+def similar_here(
+    run_dir: PathOrUri,
+    id_: str,
+    count: int,
+    environment: Mapping[str, str],
+    *,
+    table: str | None = None,
+    metadata: str | None = None,
+    checkpoint_step: int | None = None,
+) -> Similar:
+    """Returns the rows whose vectors have the greatest cosine with an id's.
+
+    The row for unknown ids, and rows that are all zeros, are nobody's neighbours.
+
+    Args:
+        run_dir: the run's folder.
+        id_: as it is typed: an integer is one where the vocabulary holds integers.
+        count: how many at most.
+        environment: gives configs their `${VAR}`.
+        table: its name, a derived one such as `words:context` too; None takes the model's.
+        metadata: a Parquet file with the ids in the feature's column, or its first, and more in others.
+        checkpoint_step: None takes the one that the run selected, else the newest.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    run = RunDirectory.open(run_dir)
+    config = run.load_config(environment).config
+    table = _default_table(config) if table is None else table
+    owner = _vocabulary_table(config, table)
+    vocabulary = load_vocabularies(config.model_copy(update={"tables": {owner: config.tables[owner]}}))[owner]
+    row = _row_of(id_, owner, vocabulary)
+    checkpoint = _open(run, checkpoint_step)
+    cosines = _cosines(checkpoint, f"tables/{table}/weight", row, id_)
+    cosines[[row, vocabulary.rows]] = -np.inf
+    best = np.argpartition(-cosines, min(count, len(cosines) - 1))[:count]
+    best = best[np.lexsort((best, -cosines[best]))]
+    best = best[np.isfinite(cosines[best])].astype(np.int64, copy=False)
+    rows = np.concatenate([np.array([row], dtype=np.int64), best])
+    ids = vocabulary.ids_of(rows)
+    known = {} if metadata is None else _metadata(metadata, config, owner, ids)
+    found = [
+        Neighbour(id_of_row, int(number), 1.0 if place == 0 else float(cosines[number]), known.get(id_of_row, {}))
+        for place, (id_of_row, number) in enumerate(zip(ids, rows, strict=True))
+    ]
+    return Similar(table, checkpoint.step, found[0], tuple(found[1:]))
+
+
+def show(found: Similar, console: Console) -> None:
+    """Prints the neighbours as a table."""
+    title = f"Nearest to {_named(found.query)} in table '{found.table}', step {found.step}"
+    columns = list(dict.fromkeys(name for near in (found.query, *found.neighbours) for name in near.metadata))
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("id")
+    table.add_column("cosine", justify="right")
+    for name in columns:
+        table.add_column(escape(name))
+    for near in found.neighbours:
+        cells = [str(near.metadata.get(name, "")) for name in columns]
+        table.add_row(escape(_named(near)), f"{near.cosine:.4f}", *map(escape, cells))
+    console.print(table)
+
+
+def _named(near: Neighbour) -> str:
+    return f"row {near.row}" if near.id is None else str(near.id)
+
+
+def _default_table(config: Config) -> str:
+    feature = config.drawn_feature()
+    if feature is None:
+        tables = list(config.tables)
+        if len(tables) == 1:
+            return tables[0]
+        raise ConfigError(f"the model has no item whose table could be meant: name one with --table. {_tables(config)}")
+    return config.features[feature].table  # type: ignore[union-attr]  # what is drawn is looked up
+
+
+def _vocabulary_table(config: Config, table: str) -> str:
+    """Returns the config's table whose ids a table's rows are."""
+    if table in config.tables:
+        return table
+    if isinstance(config.model, ItemEmbeddingConfig):
+        feature = config.model.sequence
+        if table in (context_key(feature), bias_key(context_key(feature))):
+            return config.features[feature].table  # type: ignore[union-attr]  # checked: a list
+    for name, feature_config in config.features.items():
+        if table == bias_key(name) and not isinstance(feature_config, DenseFeature):
+            return feature_config.table
+    raise ConfigError(f"--table: there is no table '{table}' whose rows are ids. {nearest(table, config.tables)}")
+
+
+def _tables(config: Config) -> str:
+    return f"There are {', '.join(config.tables)}." if config.tables else "There are none."
+
+
+def _row_of(id_: str, table: str, vocabulary: Vocabulary) -> int:
+    """Returns the row of an id as it was typed.
+
+    Raises:
+        DataError: if the vocabulary does not know it; names the known one that is most like it.
+    """
+    row = -1
+    if id_.removeprefix("-").isdecimal() and abs(int(id_)) < 2**63:
+        try:
+            row = int(vocabulary.map_integers(np.array([int(id_)], dtype=np.int64))[0])
+        except DataError:  # its ids are strings
+            row = -1
+    if row < 0:
+        try:
+            row = int(vocabulary.map_strings(pa.array([id_], pa.large_string()))[0])
+        except DataError:  # its ids are integers
+            row = -1
+    if row < 0:
+        first = vocabulary.ids_of(np.arange(min(vocabulary.rows, _OFFERED_IDS), dtype=np.int64))
+        hint = nearest(id_, (str(known) for known in first if isinstance(known, str)))
+        hint = hint if any(isinstance(known, str) for known in first) else "Give one of these"
+        raise DataError(f"'{id_}' is not among {vocabulary.describe()}, the ids of table '{table}'. {hint.rstrip('.')}.")
+    return row
+
+
+def _open(run: RunDirectory, step: int | None) -> Checkpoint:
+    root = run.checkpoints
+    if step is None:
+        step = (run.read_json("result.json") or {}).get("selected_step")
+    with reaching(root):
+        found = newest_intact(root, verify=False) if step is None else open_step(root, step)
+    if found is None:
+        raise CheckpointError(
+            f"{run.folder.uri} has no checkpoint yet. Train on: embedshard train --resume {run.folder.uri}."
+        )
+    return found
+
+
+def _cosines(checkpoint: Checkpoint, name: str, row: int, id_: str) -> npt.NDArray[np.float32]:
+    """Returns the cosine of every row with one, -inf for a row of zeros. One file of the checkpoint is held at a time."""
+    spec = checkpoint.tensors.get(name)
+    if spec is None:
+        raise CheckpointError(f"{checkpoint.folder.uri} does not hold '{name}'. {nearest(name, checkpoint.tensors)}")
+    query = torch.empty(1, spec.shape[1], dtype=spec.dtype)
+    checkpoint.read_into([(name, (row, 0), query)])
+    query_D = query[0].float()
+    length = float(query_D.norm())
+    if not length:
+        raise DataError(f"the vector of '{id_}' is all zeros, so it is near nothing: it was never trained.")
+    products, squares = torch.zeros(spec.shape[0]), torch.zeros(spec.shape[0])
+    for (first, column), block in checkpoint.blocks(name):
+        rows, columns = slice(first, first + len(block)), slice(column, column + block.shape[1])
+        values = block.float()
+        products[rows] += values @ query_D[columns]
+        squares[rows] += torch.linalg.vector_norm(values, dim=1).square_()
+    cosines = torch.where(squares > 0, products / (squares.sqrt() * length), -torch.inf)
+    return cosines.numpy()
+
+
+def _metadata(path: str, config: Config, table: str, ids: list[Id]) -> dict[Id, dict[str, Any]]:
+    """Returns what a Parquet file knows of ids, a row each."""
+    location = locate(path)
+    try:
+        with location.open_input() as file:
+            content = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"--metadata {location.uri} cannot be read: {error}. It must be a Parquet file.") from error
+    of_table = {name: feature for name, feature in config.features.items() if getattr(feature, "table", None) == table}
+    columns = [feature.column or name for name, feature in of_table.items()]
+    key = next((column for column in columns if column in content.column_names), content.column_names[0])
+    wanted = pa.array([id_ for id_ in ids if id_ is not None])
+    try:
+        content = content.filter(pc.is_in(content[key], value_set=wanted.cast(content[key].type)))
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"--metadata {location.uri}: column '{key}' is {content[key].type}, the ids of table '{table}' are not. "
+            f"Name the column of the ids '{columns[0]}', or put it first."
+        ) from error
+    return {record.pop(key): record for record in content.to_pylist()}

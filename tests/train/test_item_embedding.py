@@ -1,0 +1,187 @@
+"""Item embeddings through the trainer: pairs that no world changes, exact resumption, groups that are told apart."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedshard.config import Loaded, build_config
+from embedshard.errors import ConfigError
+from embedshard.launch.similar import similar_here
+from embedshard.testing import assert_plan_invariant
+from embedshard.train.assembly import assemble
+from embedshard.train.checkpoint import open_step
+from embedshard.train.loop import train
+from embedshard.train.run_directory import RunDirectory
+from embedshard.train.tracking import Reporter
+from embedshard.world import open_world
+
+WORDS = [f"{group}{number}" for number in range(12) for group in ("even", "odd")]
+OBJECTIVES = {
+    "negative_sampling": {"num_negatives": 32, "distribution": "popularity", "negative_weight": 5},
+    "nce": {"num_negatives": 64, "distribution": "popularity"},
+    "sampled_softmax": {"num_negatives": 32},
+    "softmax": {},
+    "hierarchical_softmax": {},
+}
+
+
+def write_sentences(folder, rows, seed):
+    """Sentences of 0 to 11 words, all of one group or the other; some words are far more frequent than others."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    popularity = 1.0 / np.arange(1, 13)
+    sentences = []
+    for _ in range(rows):
+        group, length = generator.integers(0, 2), generator.integers(0, 12)
+        numbers = generator.choice(12, length, p=popularity / popularity.sum())
+        sentences.append([WORDS[2 * number + group] for number in numbers])
+    weights = generator.choice([0.5, 1.0, 2.0], rows)
+    pq.write_table(pa.table({"words": sentences, "weight": weights}), folder / "part.parquet", row_group_size=70)
+
+
+@pytest.fixture
+def make_tree(tmp_path):
+    def make(objective="negative_sampling", **model):
+        folder = tmp_path / "train"
+        if not folder.exists():
+            write_sentences(folder, 310, 1)
+            pq.write_table(pa.table({"id": WORDS}), tmp_path / "words.parquet")
+        return {
+            "seed": 3,
+            "data": {"train": str(folder), "lanes": 4, "weight": "weight"},
+            "features": {"words": {"kind": "sequence", "table": "word"}},
+            "tables": {
+                "word": {"dim": 8, "vocabulary": {"kind": "file", "path": str(tmp_path / "words.parquet")}},
+            },
+            "model": {"kind": "item_embedding", "sequence": "words", "window": 3, "subsample": 0.1} | model,
+            "objective": {"kind": objective} | OBJECTIVES[objective],
+            "optimizer": {"tables": {"lr": 0.1}},
+            "train": {"global_batch_size": 32, "epochs": 1},
+            "tracking": {"tensorboard": False},
+        }  # fmt: skip
+
+    return make
+
+
+def run(tree, path, resume_step=None):
+    loaded = Loaded(build_config(tree, {}, "test"), tree, "test")
+    directory = RunDirectory.create(path, loaded) if resume_step is None else RunDirectory.open(path)
+    resume_from = None if resume_step is None else open_step(directory.checkpoints, resume_step)
+    with open_world("cpu") as world:
+        train(loaded.config, world, directory, Reporter(), resume_from)
+    return json.loads((path / "result.json").read_text())
+
+
+@pytest.mark.parametrize("objective", ["negative_sampling", "hierarchical_softmax"])
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective):
+    assert_plan_invariant(build_config(make_tree(objective), {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_stopped_run_goes_on_bit_for_bit(make_tree, tmp_path, saved_tensors, assert_same_tensors, objective):
+    tree = make_tree(objective)
+    tree["train"]["epochs"] = 2
+    run(tree, tmp_path / "whole")
+    path = tmp_path / "run"
+    run({**tree, "train": {**tree["train"], "max_steps": 13}}, path)
+    (path / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
+    run(tree, path, resume_step=13)
+    assert_same_tensors(saved_tensors(path), saved_tensors(tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_words_that_stand_together_end_together(make_tree, tmp_path, objective):
+    tree = make_tree(objective, subsample=None)
+    tree["train"] |= {"epochs": 12}
+    run(tree, tmp_path / "run")
+    for word in ("even0", "odd3"):
+        found = similar_here(tmp_path / "run", word, 8, {})
+        assert found.table == "word"
+        group = word.rstrip("0123456789")
+        names = [neighbour.id for neighbour in found.neighbours]
+        assert word not in names
+        assert sum(name.startswith(group) for name in names) >= 7, names
+        scores = [neighbour.cosine for neighbour in found.neighbours]
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_tables_are_derived_with_the_rows_that_they_need(make_tree, tmp_path, saved_tensors):
+    shapes = {}
+    for objective in OBJECTIVES:
+        run({**make_tree(objective), "train": {"global_batch_size": 32, "max_steps": 1}}, tmp_path / objective)
+        tensors = saved_tensors(tmp_path / objective)[1]
+        shapes[objective] = {
+            name.split("/")[1]: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("/weight")
+        }
+    pair = {"word": (25, 8), "words:context": (25, 8)}
+    assert shapes["negative_sampling"] == shapes["sampled_softmax"] == shapes["softmax"] == pair
+    assert shapes["nce"] == pair | {"words:context:bias": (25, 4)}
+    assert shapes["hierarchical_softmax"] == {"word": (25, 8), "words:node": (24, 8)}
+
+
+def test_a_batch_holds_the_same_pairs_in_every_world(make_tree):
+    config = build_config(make_tree(), {}, "test")
+    with open_world("cpu") as world:
+        parts = assemble(config, world)
+        readers = {
+            (rank, size): type(parts.reader())(
+                parts.dataset.order, parts.dataset.train, parts.dataset.cached, parts.collator, parts.dataset.sampler,
+                rank, size,
+            )
+            for size in (1, 4)
+            for rank in range(size)
+        }  # fmt: skip
+        found = {}
+        for (rank, size), reader in readers.items():
+            with reader.batches(0, 12) as batches:
+                found[rank, size] = [as_words(next(batches)) for _ in range(12)]
+    for step in range(12):
+        assert [pair for rank in range(4) for pair in found[rank, 4][step]] == found[0, 1][step]
+    assert found[0, 1][0]
+
+
+def as_words(batch):
+    """The pairs of a batch as (row, centre's id, context's id, weight)."""
+    pairs, ids = batch.pairs, batch.sequences["words"].values()[batch.pairs.ids]
+    rows = batch.rows[pairs.rows]
+    return list(
+        zip(rows.tolist(), ids[pairs.centres].tolist(), ids[pairs.contexts].tolist(), pairs.weights.tolist(), strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"features": {"words": {"kind": "bag", "table": "word"}}}, "model.sequence: feature 'words' is a bag"),
+        ({"model": {"kind": "item_embedding", "sequence": "word"}}, "no feature 'word'. Did you mean 'words'"),
+        ({"objective": {"kind": "bpr"}}, "'bpr' does not learn pairs of a list"),
+        ({"objective": {"kind": "sampled_softmax", "mixed": True}}, "objective.mixed takes the items of other rows"),
+        ({"objective": {"kind": "nce", "num_negatives": 6}}, "num_negatives=6 does not divide into data.lanes=4"),
+        ({"evaluate": {"metrics": ["recall@5"]}}, "Leave evaluate.metrics out"),
+    ],
+)
+def test_what_makes_no_pairs_is_refused(make_tree, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        build_config(make_tree() | changes, {}, "test")
+
+
+def test_other_features_and_models_are_refused(make_tree):
+    tree = make_tree()
+    tree["features"]["age"] = {"kind": "dense"}
+    with pytest.raises(ConfigError, match=r"features\.age: an item_embedding reads 'words' alone"):
+        build_config(tree, {}, "test")
+    tree = make_tree("hierarchical_softmax")
+    tree["features"] = {"user": {"kind": "id", "table": "word"}, "item": {"kind": "id", "table": "word"}}
+    tree["model"] = {"kind": "two_tower", "user": {"features": ["user"]}, "item": {"features": ["item"]}}
+    with pytest.raises(ConfigError, match="learns pairs of a list, which a model of kind 'item_embedding' makes"):
+        build_config(tree, {}, "test")
+
+
+def test_a_softmax_over_a_large_vocabulary_is_refused(make_tree, tmp_path):
+    tree = make_tree("softmax")
+    tree["tables"]["word"] = {"dim": 8, "rows": 70_000, "vocabulary": "hash"}
+    with pytest.raises(ConfigError, match=r"has 70,000; it takes 65,535 at most\. Choose 'sampled_softmax'"):
+        run(tree, tmp_path / "run")
