@@ -67,6 +67,8 @@ def set_process_environment() -> None:
     if threads.isdigit():
         os.environ.setdefault("RAYON_NUM_THREADS", threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == "1" else "true")
+    # DDP warns, from C++, that it looks for unused parameters where there are none; `sharding/shard.py` says why it must.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # The planner advises a factory that guesses what it is told here, and an estimate that is not asked for.
