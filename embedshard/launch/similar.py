@@ -127,7 +127,8 @@ def show(found: Similar, console: Console) -> None:
     """Prints the neighbours as a table."""
     title = f"Nearest to {_named(found.query)} in table '{found.table}', step {found.step}"
     columns = list(dict.fromkeys(name for near in (found.query, *found.neighbours) for name in near.metadata))
-    table = Table(title=escape(title), title_justify="left")
+    console.print(title, markup=False, soft_wrap=True)
+    table = Table()
     table.add_column("id")
     table.add_column("cosine", justify="right")
     for name in columns:

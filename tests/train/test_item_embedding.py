@@ -6,9 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from embedshard.cli import app
 from embedshard.config import Loaded, build_config
-from embedshard.errors import ConfigError
+from embedshard.errors import ConfigError, DataError
 from embedshard.launch.similar import similar_here
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
@@ -185,3 +187,48 @@ def test_a_softmax_over_a_large_vocabulary_is_refused(make_tree, tmp_path):
     tree["tables"]["word"] = {"dim": 8, "rows": 70_000, "vocabulary": "hash"}
     with pytest.raises(ConfigError, match=r"has 70,000; it takes 65,535 at most\. Choose 'sampled_softmax'"):
         run(tree, tmp_path / "run")
+
+
+# -------------------------------------------------------------------------------------------------------------- similar
+def cosines(vectors, row):
+    """Every row's cosine with one, in float64."""
+    vectors = vectors.double()
+    return (vectors @ vectors[row] / (vectors.norm(dim=1) * vectors[row].norm())).tolist()
+
+
+def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tensors):
+    path = tmp_path / "run"
+    run(make_tree(), path)
+    shapes = pa.table({"shape": ["round", "square"], "words": ["even0", "odd1"]})
+    pq.write_table(shapes, tmp_path / "shapes.parquet")
+    vectors = saved_tensors(path)[1]
+    for table in ("word", "words:context"):
+        asked = ["similar", str(path), "odd2", "-k", "30", "--table", table, "--json"]
+        printed = CliRunner().invoke(app, [*asked, "--metadata", str(tmp_path / "shapes.parquet")])
+        assert printed.exit_code == 0, printed.output
+        found = json.loads(printed.output)
+        assert found["query"] == {"id": "odd2", "row": 5}
+        expected = cosines(vectors[f"tables/{table}/weight"], 5)
+        ranked = sorted((row for row in range(24) if row != 5), key=lambda row: -expected[row])
+        assert [near["row"] for near in found["neighbours"]] == ranked, "neither itself nor the row for unknown ids"
+        assert [near["id"] for near in found["neighbours"]] == [WORDS[row] for row in ranked]
+        for near in found["neighbours"]:
+            assert near["cosine"] == pytest.approx(expected[near["row"]], abs=1e-5)
+        known = {near["id"]: near["metadata"] for near in found["neighbours"] if "metadata" in near}
+        assert known == {"even0": {"shape": "round"}, "odd1": {"shape": "square"}}
+    shown = CliRunner().invoke(app, ["similar", str(path), "odd2", "-k", "3"])
+    assert shown.exit_code == 0
+    assert "Nearest to odd2 in table 'word', step 10" in shown.output
+    nearest = similar_here(path, "odd2", 3, {}).neighbours
+    assert all(near.id in shown.output for near in nearest)
+
+
+def test_similar_names_what_it_does_not_find(make_tree, tmp_path):
+    path = tmp_path / "run"
+    run({**make_tree("hierarchical_softmax"), "train": {"global_batch_size": 32, "max_steps": 1}}, path)
+    with pytest.raises(DataError, match=r"'evn3' is not among .*, the ids of table 'word'\. Did you mean 'even3'\?"):
+        similar_here(path, "evn3", 3, {})
+    with pytest.raises(ConfigError, match="no table 'words:node' whose rows are ids"):
+        similar_here(path, "even3", 3, {}, table="words:node")
+    with pytest.raises(DataError, match="'7' is not among the 24 ids of"):
+        similar_here(path, "7", 3, {})

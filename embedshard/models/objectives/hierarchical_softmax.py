@@ -52,11 +52,12 @@ class _PathLosses(torch.autograd.Function):
         assert pairs.paths is not None, "the collator finds the ways"
         width = 2 * pairs.window + 1
         padded = F.pad(centre_VD, (0, 0, pairs.window, pairs.window))
+        near_W = torch.arange(width, device=padded.device)
         losses_VW = centre_VD.new_zeros(len(centre_VD), width)
         logits = []
         for contexts, nodes_KL, signs_KL in _blocks(pairs.ids, pairs.paths):
-            centre_KWD = _windows(padded, width)[contexts]
-            logits_KLW = torch.bmm(node_UD[nodes_KL], centre_KWD.transpose(1, 2)).mul_(signs_KL.unsqueeze(2))
+            centre_KWD = _gathered(padded, contexts.unsqueeze(1) + near_W)
+            logits_KLW = torch.bmm(_gathered(node_UD, nodes_KL), centre_KWD.transpose(1, 2)).mul_(signs_KL.unsqueeze(2))
             losses_VW[contexts] = F.softplus(-logits_KLW).sum(dim=1)
             logits.append(logits_KLW)
         ctx.pairs, ctx.logits = pairs, logits
@@ -76,17 +77,17 @@ class _PathLosses(torch.autograd.Function):
         near_W = torch.arange(width, device=padded.device)
         for (contexts, nodes_KL, signs_KL), logits_KLW in zip(_blocks(pairs.ids, pairs.paths), ctx.logits, strict=True):
             slopes_KLW = torch.sigmoid(-logits_KLW).mul_(slopes_VW[contexts].unsqueeze(1)).mul_(-signs_KL.unsqueeze(2))
-            of_nodes = torch.bmm(slopes_KLW, _windows(padded, width)[contexts])
+            near_KW = contexts.unsqueeze(1) + near_W
+            of_nodes = torch.bmm(slopes_KLW, _gathered(padded, near_KW))
             for_nodes.index_add_(0, nodes_KL.flatten(), of_nodes.view(-1, dim))
-            of_centres = torch.bmm(slopes_KLW.transpose(1, 2), node_UD[nodes_KL])
-            for_padded.index_add_(0, (contexts.unsqueeze(1) + near_W).flatten(), of_centres.view(-1, dim))
+            of_centres = torch.bmm(slopes_KLW.transpose(1, 2), _gathered(node_UD, nodes_KL))
+            for_padded.index_add_(0, near_KW.flatten(), of_centres.view(-1, dim))
         return for_padded[pairs.window : pairs.window + num_places], for_nodes, None
 
 
-def _windows(padded: torch.Tensor, width: int) -> torch.Tensor:
-    """Returns the places around each place, (V, W, D): a view."""
-    dim = padded.shape[1]
-    return padded.as_strided((len(padded) - width + 1, width, dim), (dim, dim, 1))
+def _gathered(vector_RD: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Returns vectors at a matrix of rows: `vector_RD[rows]`, which is several times slower on a CPU."""
+    return vector_RD.index_select(0, rows.flatten()).view(*rows.shape, -1)
 
 
 def _places(pairs: Pairs, width: int) -> torch.Tensor:

@@ -177,5 +177,5 @@ def _softplus_sum(logits_RN: torch.Tensor, sigmoid_RN: torch.Tensor) -> torch.Te
 
 
 def _blocks(query_VD: torch.Tensor, candidate_ND: torch.Tensor) -> Iterator[slice]:
-    size = max(16, _BLOCK_ELEMENTS // max(len(candidate_ND), 1))
+    size = max(128, _BLOCK_ELEMENTS // max(len(candidate_ND), 1))
     return (slice(first, min(first + size, len(query_VD))) for first in range(0, len(query_VD), size))

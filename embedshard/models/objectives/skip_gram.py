@@ -43,13 +43,14 @@ class PairNegativeSampling(Objective):
         """Returns (P,) losses."""
         logits_P = _logits(output)
         candidate_ND, draws = _candidates(output, batch, self._world)
-        sums_V = softplus_sums(output.centre_VD, candidate_ND)
-        others_P, num_others = sums_V[output.pairs.centres], float(len(candidate_ND))
-        if not self._config.mask_accidental_hits:
-            return F.softplus(-logits_P) + self._config.negative_weight * others_P / num_others
-        hits_P = _hits(output, self._world.gather(draws.ids))
-        others_P = (others_P - hits_P * F.softplus(logits_P)) / (num_others - hits_P).clamp(min=1.0)
-        return F.softplus(-logits_P) + self._config.negative_weight * others_P
+        as_positive_P = F.softplus(-logits_P)
+        others_P = softplus_sums(output.centre_VD, candidate_ND)[output.pairs.centres]
+        num_others_P: torch.Tensor | int = len(candidate_ND)
+        if self._config.mask_accidental_hits:
+            hits_P = _hits(output, self._world.gather(draws.ids))
+            others_P = others_P - hits_P * (as_positive_P + logits_P)  # softplus(x) = softplus(-x) + x
+            num_others_P = (len(candidate_ND) - hits_P).clamp(min=1.0)
+        return as_positive_P + self._config.negative_weight * others_P / num_others_P
 
 
 class PairNCE(Objective):
