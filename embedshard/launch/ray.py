@@ -55,6 +55,8 @@ if TYPE_CHECKING:
 _POLL_S: Final = 0.2
 _TELL_EVERY_S: Final = 0.3
 _STARTS: Final = 3
+_LEAVING_S: Final = 10.0
+"""How long workers have to end by themselves after one of them has told why it failed."""
 _LASTING: Final = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT)
 _DEFAULTS: Final = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -230,9 +232,14 @@ def _follow(ray: Any, trainer: Any, board: Any, teller: Reporter) -> TrainResult
     thread = threading.Thread(target=fit, name="ray-train", daemon=True)
     with _asking_to_stop(board):
         thread.start()
+        failed_at: float | None = None
         while thread.is_alive():
             thread.join(_POLL_S)
-            _show(ray.get(board.take.remote()), teller)
+            events, failure = ray.get([board.take.remote(), board.failure.remote()])
+            _show(events, teller)
+            failed_at = failed_at or (None if failure is None else time.monotonic())
+            if failed_at is not None and time.monotonic() - failed_at > _LEAVING_S:
+                break  # others wait for the one that failed in a collective that it will not join: they end with the driver
     _show(ray.get(board.take.remote()), teller)
     teller.finished()
     failure, result = ray.get([board.failure.remote(), board.result.remote()])
