@@ -107,6 +107,10 @@ class DataConfig(Strict):
     """Ordered globs (days, say), trained one after the other. Instead of `train`."""
     validation: Paths | None = None
     """Rows that early stopping and the choice of the best checkpoint look at."""
+    validation_fraction: float | None = Field(None, gt=0, lt=1)
+    """Share of the training rows that is held out as the validation set and never trained. Instead of `validation`."""
+    validation_seed: int = Field(0, ge=0, lt=2**32)
+    """Chooses the rows of `validation_fraction`. It is not the run's `seed`: runs with other seeds hold out the same."""
     test: Paths | None = None
     """Rows that are evaluated once, at the end."""
     catalogue: Paths | None = None
@@ -137,11 +141,18 @@ class DataConfig(Strict):
     def _one_source(self) -> DataConfig:
         if (self.train is None) == (self.partitions is None):
             raise ValueError("give either 'train' (a glob) or 'partitions' (a list of globs in order), not both")
+        if self.validation is not None and self.validation_fraction is not None:
+            raise ValueError("give either 'validation' (files) or 'validation_fraction' (of the training rows), not both")
         if self.label is not None and self.labels:
             raise ValueError("give either 'label' (one column) or 'labels' (name: column), not both")
         if isinstance(self.window_steps, int) and self.window_steps < 1:
             raise ValueError("window_steps must be at least 1, or 'auto'")
         return self
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation set, of files of its own or held out of the training set."""
+        return self.validation is not None or self.validation_fraction is not None
 
     @property
     def label_columns(self) -> dict[str, str]:

@@ -366,9 +366,16 @@ class Config(Strict):
         select, metrics = self.evaluate.select, self.evaluate.metrics
         if select is not None and select not in metrics:
             raise ValueError(f"evaluate.select: '{select}' is not among evaluate.metrics. {nearest(select, metrics)}")
+        if self.data.validation_fraction is not None and not metrics:
+            raise ValueError(
+                "data.validation_fraction holds training rows out, and nothing looks at them: give evaluate.metrics, or "
+                "leave it out"
+            )
         if self.train.early_stopping is not None:
-            if self.data.validation is None:
-                raise ValueError("train.early_stopping looks at a validation set: give data.validation")
+            if not self.data.has_validation:
+                raise ValueError(
+                    "train.early_stopping looks at a validation set: give data.validation or data.validation_fraction"
+                )
             if not metrics:
                 raise ValueError("train.early_stopping looks at a metric: give evaluate.metrics")
 

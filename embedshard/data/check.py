@@ -13,6 +13,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,9 +28,11 @@ from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_spec
 from embedshard.data.distinct import DistinctIds
 from embedshard.data.findings import Action, Finding, Problem, text_of
 from embedshard.data.parse import Parsed
-from embedshard.data.source import Source, data_files, open_file
+from embedshard.data.source import Inventory, InventoryFile, Source, data_files, open_file
+from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer_training import train_tokenizers
+from embedshard.data.training_set import held_out_of_training, without_held_out
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.errors import DataError
 from embedshard.storage import Location
@@ -56,6 +59,9 @@ def check_data(config: Config, progress: Progress | None = None) -> Report:
     """
     vocabularies, refused = _load_vocabularies(config, progress)
     sets = [_SetCheck(config, *named, vocabularies) for named in _sets(config)]
+    refused += _hold_out(config, sets)
+    for check in sets:
+        check.measure()
     counter = _Counter(sum(check.report.rows for check in sets), progress)
     with ThreadPoolExecutor(_READERS) as pool:
         work = [pool.submit(check.read, source, counter) for check in sets for source in check.sources]
@@ -70,10 +76,13 @@ def check_data(config: Config, progress: Progress | None = None) -> Report:
     return Report(reports, _known(config, sets), refused, config.data.max_bad_fraction)
 
 
-def _sets(config: Config) -> Iterable[tuple[str, Role, list[str]]]:
+def _sets(config: Config) -> Iterable[tuple[str, Role, list[list[str]]]]:
+    """Yields the name, role and files of each set: those of several patterns one after the other."""
     partitions = config.data.train_partitions
     for number, patterns in enumerate(partitions):
-        yield f"train[{number}]" if len(partitions) > 1 else "train", "train", patterns
+        yield f"train[{number}]" if len(partitions) > 1 else "train", "train", [patterns]
+    if config.data.validation_fraction is not None:
+        yield "validation", "evaluation", partitions
     held_out: list[tuple[str, Role, list[str] | None]] = [
         ("validation", "evaluation", config.data.validation),
         ("test", "evaluation", config.data.test),
@@ -81,7 +90,26 @@ def _sets(config: Config) -> Iterable[tuple[str, Role, list[str]]]:
     ]
     for name, role, patterns_or_none in held_out:
         if patterns_or_none is not None:
-            yield name, role, patterns_or_none
+            yield name, role, [patterns_or_none]
+
+
+def _hold_out(config: Config, sets: Sequence[_SetCheck]) -> list[str]:
+    """Shares the rows of the training files out between training and validation, if the config says so."""
+    if config.data.validation_fraction is None:
+        return []
+    train = [check for check in sets if check.role == "train"]
+    files = [Inventory(check.files) for check in train]
+    if not any(inventory.num_rows for inventory in files):
+        return []  # which is refused already
+    try:
+        selections = [inventory.selection for inventory in without_held_out(config.data, files)]
+        for check, selection in zip(train, selections, strict=True):
+            check.select(selection)
+        validation = next(check for check in sets if check.report.name == "validation")
+        validation.select(held_out_of_training(config.data, Inventory(validation.files)).selection)
+    except DataError as error:
+        return [str(error)]
+    return []
 
 
 def _load_vocabularies(config: Config, progress: Progress | None) -> tuple[dict[str, Vocabulary], list[str]]:
@@ -123,10 +151,10 @@ class _SetCheck:
     """Checks one set. Its files are read in several threads, and what they hold is added up under a lock."""
 
     def __init__(
-        self, config: Config, name: str, role: Role, patterns: list[str], vocabularies: dict[str, Vocabulary]
+        self, config: Config, name: str, role: Role, partitions: list[list[str]], vocabularies: dict[str, Vocabulary]
     ) -> None:
         self.role = role
-        self.report = SetReport(name, patterns)
+        self.report = SetReport(name, [pattern for patterns in partitions for pattern in patterns])
         self.sources: list[Source] = []
         self._config = config
         specs = [spec for spec in column_specs(config, role) if spec.table is None or spec.table in vocabularies]
@@ -144,20 +172,42 @@ class _SetCheck:
             else None
         )
         self._repeated_items = 0
-        self._open()
+        for patterns in partitions:
+            self._open(patterns)
 
-    def _open(self) -> None:
+    @property
+    def files(self) -> tuple[InventoryFile, ...]:
+        """Those that could be opened."""
+        return tuple(file for source in self.sources for file in source.inventory.files)
+
+    def _open(self, patterns: list[str]) -> None:
         try:
-            locations, skipped = data_files(self.report.patterns)
+            locations, skipped = data_files(patterns)
         except DataError as error:
             self._refuse("", str(error))
             return
-        self.report.files, self.report.skipped = len(locations), [location.uri for location in skipped]
+        self.report.files += len(locations)
+        self.report.skipped += [location.uri for location in skipped]
         with ThreadPoolExecutor(_READERS) as pool:
             opened = list(pool.map(self._open_file, locations))
-        self.sources = [source for source in opened if source is not None]
+        self.sources += [source for source in opened if source is not None]
+
+    def select(self, selection: Selection | None) -> None:
+        """Leaves out the rows that are on the other side of a split of the training set."""
+        assert selection is not None, "asked for where rows are held out"
+        sources, first_row = [], selection.first_row
+        for source in self.sources:
+            of_file = replace(source.inventory, selection=replace(selection, first_row=first_row))
+            sources.append(source.of(of_file))
+            first_row += of_file.num_file_rows
+        self.sources = sources
+
+    def measure(self) -> None:
+        """Writes down what the footers say of all files."""
         groups = [group.num_rows for source in self.sources for group in source.inventory.row_groups]
         report = self.report
+        if not self.report.files:
+            return
         report.rows = sum(groups)
         report.size_bytes = sum(file.size_bytes for source in self.sources for file in source.inventory.files)
         report.decoded_bytes = sum(source.decoded_bytes() for source in self.sources)
@@ -167,8 +217,8 @@ class _SetCheck:
             report.fits_cache = report.decoded_bytes <= self._config.data.cache_bytes
             if not report.fits_cache:
                 self._look_at_lanes(groups)
-        if not report.rows and len(self.sources) == len(locations):
-            self._refuse("", f"{', '.join(report.patterns)}: {len(locations)} files without a row.")
+        if not report.rows and len(self.sources) == report.files:
+            self._refuse("", f"{', '.join(report.patterns)}: {report.files} files without a row.")
 
     def _open_file(self, location: Location) -> Source | None:
         try:
@@ -247,7 +297,7 @@ class _SetCheck:
             report.rows += len(rows)
             for row, first in zip(rows[:_EXAMPLES].tolist(), firsts[:_EXAMPLES].tolist(), strict=True):
                 value = finding.value(first)
-                place = (where.uri, where.row_group, where.first_row + row)
+                place = (where.uri, where.row_group, where.place(row))
                 self._examples[problem].append((place, f"{where.row(row)}: {'null' if value is None else value}"))
             self._examples[problem] = sorted(self._examples[problem])[:_EXAMPLES]  # whichever thread comes first
 

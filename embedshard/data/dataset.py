@@ -36,6 +36,7 @@ from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_all
 from embedshard.data.source import Inventory, Source, check_unchanged, fingerprint_of, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
+from embedshard.data.training_set import open_held_out_of_training, open_training
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import DataError
 from embedshard.world import World
@@ -120,6 +121,7 @@ class Dataset:
             "fingerprint": self.fingerprint,
             "window_steps": list(self.order.window_steps),
             "epoch_steps": self.order.epoch_steps,
+            "partition_rows": list(self.order.num_rows),
             "table_rows": dict(self.table_rows),
             "statistics": self.statistics.to_json(),
             "vocabularies": self.vocabulary_fingerprints(),
@@ -196,10 +198,7 @@ def open_dataset(
     rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
-    train = [
-        open_source(patterns, Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row))
-        for patterns in config.data.train_partitions
-    ]
+    train = open_training(config, Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row))
     if resolved is not None:
         _check_resumable(resolved, train, vocabularies)
     if statistics is None:
@@ -240,13 +239,14 @@ def _tokenizers(
 
 def _open_held_out(config: Config, vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> dict[str, Source]:
     """Opens the sets that are evaluated, now: a run should not find out at its end that its test set is not there."""
-    specs = column_specs(config, "evaluation")
+    if not config.evaluate.metrics:
+        return {}
+    decoder = Decoder(column_specs(config, "evaluation"), vocabularies, statistics, config.data.on_bad_row)
     patterns = {"validation": config.data.validation, "test": config.data.test}
-    return {
-        split: open_source(paths, Decoder(specs, vocabularies, statistics, config.data.on_bad_row))
-        for split, paths in patterns.items()
-        if paths is not None and config.evaluate.metrics
-    }
+    held_out = {split: open_source(paths, decoder) for split, paths in patterns.items() if paths is not None}
+    if config.data.validation_fraction is not None:
+        held_out["validation"] = open_held_out_of_training(config, decoder)
+    return held_out
 
 
 def _window_steps(config: Config, fits_cache: bool) -> int:

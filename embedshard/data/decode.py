@@ -139,18 +139,24 @@ class Where:
     Attributes:
         uri: of the file.
         row_group: of the file.
-        first_row: of the row group.
+        first_row: the first one's place among the row group's rows that are in the data set.
         first_dataset_row: the number in the data set of the first row.
+        rows: their places in the row group, (n,) int64; None where they follow each other from `first_row`.
     """
 
     uri: str
     row_group: int
     first_row: int
     first_dataset_row: int
+    rows: IntArray | None = None
+
+    def place(self, row: int) -> int:
+        """Returns the place in the row group of the row-th of them."""
+        return self.first_row + row if self.rows is None else int(self.rows[row])
 
     def row(self, row: int) -> str:
         """Returns where the row-th of them is."""
-        return f"{self.uri}, row group {self.row_group}, row {self.first_row + row}"
+        return f"{self.uri}, row group {self.row_group}, row {self.place(row)}"
 
 
 class Decoder:

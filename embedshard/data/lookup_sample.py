@@ -18,9 +18,9 @@ from embedshard.config.parts import DenseFeature
 from embedshard.data.columns import Flat, good_rows
 from embedshard.data.decode import Decoder, column_specs
 from embedshard.data.id_counts import FeatureIds, IdCounts
-from embedshard.data.source import open_source
 from embedshard.data.spacing import evenly_spaced
 from embedshard.data.statistics import Statistics
+from embedshard.data.training_set import open_training
 from embedshard.data.vocabulary import Vocabulary, table_rows
 
 _SAMPLED_ROWS: Final = 1_000_000
@@ -67,7 +67,7 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
         DataError: if the data are not there, cannot be read, or are not what the config says.
     """
     decoder = Decoder(column_specs(config, "train"), vocabularies, Statistics(), config.data.on_bad_row)
-    sources = [open_source(patterns, decoder) for patterns in config.data.train_partitions]
+    sources = open_training(config, decoder)
     tables = {name: feature.table for name, feature in config.features.items() if not isinstance(feature, DenseFeature)}
     rows = table_rows(vocabularies)
     counts = {name: IdCounts(table, rows[table]) for name, table in tables.items()}

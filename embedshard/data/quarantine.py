@@ -195,7 +195,7 @@ def record(source: Source, rows: IntArray, codes: IntArray) -> pa.Table:
         {
             "file": pa.array([source.uri_of(group) for group in of_rows], pa.string()),
             "row_group": pa.array([group.index for group in of_rows], pa.int64()),
-            "row": pa.array([row - group.first_row for row, group in zip(rows.tolist(), of_rows, strict=True)], pa.int64()),
+            "row": pa.array(source.rows_in_row_groups(rows), pa.int64()),
             "column": pa.array([problem.column for problem in problems], pa.string()),
             "value": pa.array(values, pa.string()),
             "reason": pa.array([problem.reason for problem in problems], pa.string()),

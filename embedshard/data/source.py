@@ -14,6 +14,7 @@ __all__ = [
     "check_unchanged",
     "data_files",
     "fingerprint_of",
+    "joined",
     "open_file",
     "open_source",
 ]
@@ -37,6 +38,7 @@ from embedshard.data.byte_count import ByteCount
 from embedshard.data.columns import Columns
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
+from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
 from embedshard.storage import Location, expand
@@ -74,44 +76,69 @@ class RowGroup:
     Attributes:
         file: which of the files.
         index: within the file.
-        num_rows: its rows.
-        first_row: its first row's number in the data set.
+        num_rows: its rows that are in the data set.
+        first_row: the first one's number in the data set.
+        num_file_rows: all its rows in the file.
+        first_file_row: the first one's number among all rows of all files.
     """
 
     file: int
     index: int
     num_rows: int
     first_row: int
+    num_file_rows: int
+    first_file_row: int
 
 
 @dataclass(frozen=True)
 class Inventory:
-    """All files of a data set, sorted by path."""
+    """All files of a data set, sorted by path.
+
+    Attributes:
+        files: what their footers say.
+        selection: which of their rows are in the data set; None for all. The others have no number, and nobody who reads
+            the data set meets them.
+    """
 
     files: tuple[InventoryFile, ...]
+    selection: Selection | None = None
 
     @cached_property
     def row_groups(self) -> tuple[RowGroup, ...]:
         """All row groups, in file order."""
-        groups, first_row = [], 0
+        groups, first_row, first_file_row = [], 0, 0
         for number, file in enumerate(self.files):
-            for index, rows in enumerate(file.row_groups):
-                groups.append(RowGroup(number, index, rows, first_row))
-                first_row += rows
+            for index, file_rows in enumerate(file.row_groups):
+                end = first_file_row + file_rows
+                rows = file_rows if self.selection is None else self.selection.count(first_file_row, end)
+                groups.append(RowGroup(number, index, rows, first_row, file_rows, first_file_row))
+                first_row, first_file_row = first_row + rows, end
         return tuple(groups)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows of the data set."""
+        return sum(group.num_rows for group in self.row_groups)
+
+    @property
+    def num_file_rows(self) -> int:
+        """Rows of the files, selected or not."""
         return sum(sum(file.row_groups) for file in self.files)
 
     @property
     def fingerprint(self) -> str:
         """Of all that the inventory holds; another folder does not change it."""
-        return hashlib.sha256(repr(self.files).encode()).hexdigest()
+        held = repr(self.files) if self.selection is None else repr((self.files, self.selection))
+        return hashlib.sha256(held.encode()).hexdigest()
+
+    def selected_rows(self, group: RowGroup) -> IntArray | None:
+        """Returns which rows of a row group are in the data set, ascending; None for all."""
+        if self.selection is None:
+            return None
+        return self.selection.rows(group.first_file_row, group.first_file_row + group.num_file_rows)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Returns what a run keeps."""
+        """Returns what a run keeps: the files. What is selected of them its config says."""
         return [
             {
                 "name": file.name,
@@ -147,7 +174,7 @@ def check_unchanged(saved: Inventory, now: Inventory) -> None:
     Raises:
         DataError: naming the files that are missing, new, or changed.
     """
-    if saved == now:
+    if saved.files == now.files:
         return
     before, after = ({file.name: file for file in inventory.files} for inventory in (saved, now))
     changes = [
@@ -199,6 +226,11 @@ class Source:
         """Returns a source that standardises by these."""
         return self._decoded_by(self.decoder.with_statistics(statistics))
 
+    def of(self, inventory: Inventory) -> Source:
+        """Returns a source of another selection of the same files' rows."""
+        assert inventory.files == self.inventory.files, "a selection is of the same files"
+        return Source(self._locations, inventory, self._metadata, self.decoder, self.skipped, self.byte_count)
+
     def _decoded_by(self, decoder: Decoder) -> Source:
         return Source(self._locations, self.inventory, self._metadata, decoder, self.skipped, self.byte_count)
 
@@ -206,8 +238,20 @@ class Source:
         """Returns the file, row group and row of a row's number in the data set."""
         if row < 0:
             return "padding"
-        group = self.inventory.row_groups[int(self.row_groups_of(np.array([row]))[0])]
-        return f"{self.uri_of(group)}, row group {group.index}, row {row - group.first_row}"
+        rows = np.array([row], dtype=np.int64)
+        group = self.inventory.row_groups[int(self.row_groups_of(rows)[0])]
+        return f"{self.uri_of(group)}, row group {group.index}, row {int(self.rows_in_row_groups(rows)[0])}"
+
+    def rows_in_row_groups(self, rows: IntArray) -> IntArray:
+        """Returns where each of the data set's rows is in its row group, as the file has it."""
+        of_rows, places = self.row_groups_of(rows), np.empty(len(rows), dtype=np.int64)
+        for number in np.unique(of_rows).tolist():
+            group = self.inventory.row_groups[number]
+            selected, mine = self.inventory.selected_rows(group), of_rows == number
+            places[mine] = rows[mine] - group.first_row
+            if selected is not None:
+                places[mine] = selected[places[mine]]
+        return places
 
     def row_groups_of(self, rows: IntArray) -> IntArray:
         """Returns which row group of the data set holds each of its rows."""
@@ -220,7 +264,7 @@ class Source:
 
     def decoded_bytes(self) -> int:
         """Returns, from the footers alone, about how many bytes all decoded columns take."""
-        total = (8 + 2 * self.decoder.quarantines) * self.inventory.num_rows
+        total = (8 + 2 * self.decoder.quarantines) * self.inventory.num_file_rows
         for spec in self.decoder.specs:
             for metadata in self._metadata:
                 place = _place_of(metadata, spec.column)
@@ -237,7 +281,7 @@ class Source:
                     values = 0 if place is None else metadata.row_group(group).column(place).num_values
                     kept = values if spec.max_length is None else min(values, rows * spec.max_length)
                     total += rows * 8 + kept * (12 if spec.second is not None else 8)
-        return total
+        return total * self.inventory.num_rows // max(self.inventory.num_file_rows, 1)
 
     def read_row_group(self, number: int) -> Columns:
         """Returns a row group, decoded.
@@ -252,7 +296,8 @@ class Source:
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
         self._check_rows(group, table.num_rows)
-        return self.decoder.decode(table, self._where(group, 0))
+        rows = self.inventory.selected_rows(group)
+        return self.decoder.decode(_taken(table, rows), self._where(group, 0, rows))
 
     def find(self, number: int, names: Sequence[str], rows: IntArray) -> list[Finding]:
         """Reads rows of a row group again, for what is wrong with some of their columns whatever the config does about it.
@@ -260,10 +305,10 @@ class Source:
         Args:
             number: of the row group in the data set.
             names: of decoded columns.
-            rows: of the row group, ascending.
+            rows: places among the row group's rows that are in the data set, ascending.
 
         Returns:
-            Findings whose rows are the row group's.
+            Findings whose rows are such places.
 
         Raises:
             DataError: if it cannot be read.
@@ -277,7 +322,8 @@ class Source:
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
         self._check_rows(group, table.num_rows)
-        found = decoder.find(table.take(pa.array(rows)), self._where(group, 0))
+        selected = self.inventory.selected_rows(group)
+        found = decoder.find(_taken(_taken(table, selected), rows), self._where(group, 0))
         return [replace(finding, rows=rows[finding.rows]) for finding in found]
 
     def iter_row_group(self, number: int, batch_rows: int, skip_rows: int = 0) -> Iterator[Columns]:
@@ -290,15 +336,17 @@ class Source:
         for batch, where in self.iter_tables(number, batch_rows):
             skip = max(skip_rows - where.first_row, 0)
             if skip < batch.num_rows:
-                yield self.decoder.decode(batch.slice(skip), self._where(group, where.first_row + skip))
+                rows = None if where.rows is None else where.rows[skip:]
+                yield self.decoder.decode(batch.slice(skip), self._where(group, where.first_row + skip, rows))
 
     def iter_tables(self, number: int, batch_rows: int) -> Iterator[tuple[pa.RecordBatch, Where]]:
-        """Yields a row group as Arrow has it, at most so many rows at once, and where they are.
+        """Yields what is selected of a row group, as Arrow has it, at most so many rows at once, and where they are.
 
         Raises:
             DataError: if it cannot be read.
         """
         group = self.inventory.row_groups[number]
+        selected = self.inventory.selected_rows(group)
         position = 0
         batches = None
         while True:
@@ -315,12 +363,18 @@ class Source:
                 raise self._unreadable(group, error) from error
             if batch is None:
                 break
-            yield batch, self._where(group, position)
+            if selected is None:
+                yield batch, self._where(group, position)
+            else:
+                first, last = np.searchsorted(selected, [position, position + batch.num_rows]).tolist()
+                if first < last:
+                    rows = selected[first:last]
+                    yield _taken(batch, rows - position), self._where(group, first, rows)
             position += batch.num_rows
         self._check_rows(group, position)
 
-    def _where(self, group: RowGroup, row: int) -> Where:
-        return Where(self.uri_of(group), group.index, row, group.first_row + row)
+    def _where(self, group: RowGroup, row: int, rows: IntArray | None = None) -> Where:
+        return Where(self.uri_of(group), group.index, row, group.first_row + row, rows)
 
     def _file(self, number: int) -> pq.ParquetFile:
         with self._lock:
@@ -346,14 +400,28 @@ class Source:
         self.byte_count.add(sum(chunks.column(place).total_compressed_size for place in places))
 
     def _check_rows(self, group: RowGroup, rows: int) -> None:
-        if rows != group.num_rows:
-            raise self._unreadable(group, ValueError(f"it holds {rows} rows, its footer says {group.num_rows}"))
+        if rows != group.num_file_rows:
+            raise self._unreadable(group, ValueError(f"it holds {rows} rows, its footer says {group.num_file_rows}"))
 
     def _unreadable(self, group: RowGroup, error: Exception) -> DataError:
         return DataError(
             f"{self.uri_of(group)}, row group {group.index}: cannot be read: {' '.join(str(error).split())} "
             f"(columns {', '.join(self.decoder.columns)}). The file is damaged or changed while it was read: write it anew."
         )
+
+
+def _taken(table: pa.Table | pa.RecordBatch, rows: IntArray | None) -> pa.Table | pa.RecordBatch:
+    return table if rows is None else table.take(pa.array(rows))
+
+
+def joined(sources: Sequence[Source]) -> Source:
+    """Returns the files of several sources as one data set, in their order; all have the first one's decoder."""
+    return Source(
+        [location for source in sources for location in source._locations],
+        Inventory(tuple(file for source in sources for file in source.inventory.files)),
+        [metadata for source in sources for metadata in source._metadata],
+        sources[0].decoder,
+    )
 
 
 def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:

@@ -14,11 +14,12 @@ import pyarrow as pa
 from embedshard.config import Config
 from embedshard.config.parts import BpeVocabulary, TokenizerVocabulary, WordsVocabulary
 from embedshard.data.decode import Decoder, column_specs
-from embedshard.data.source import Source, open_source
+from embedshard.data.source import Source
 from embedshard.data.spacing import evenly_spaced
 from embedshard.data.statistics import Statistics
 from embedshard.data.text import read_tokenizer
 from embedshard.data.tokenizer import UNKNOWN_WORD, blank_tokenizer
+from embedshard.data.training_set import open_training
 from embedshard.data.vocabulary import load_vocabularies
 from embedshard.errors import DataError
 
@@ -54,7 +55,7 @@ def _train(config: Config, table: str, vocabulary: TokenizerVocabulary, progress
     features = config.texts(table)
     decoder = Decoder(column_specs(config, "train"), load_vocabularies(config), Statistics(), config.data.on_bad_row)
     narrowed = decoder.narrowed(features)
-    sources = [open_source(patterns, narrowed) for patterns in config.data.train_partitions]
+    sources = open_training(config, narrowed)
     columns = list(dict.fromkeys(feature.column or name for name, feature in features.items()))
 
     def told(done: int, total: int) -> None:

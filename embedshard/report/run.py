@@ -250,15 +250,16 @@ class Run:
 
     @cached_property
     def partitions(self) -> tuple[Partition, ...]:
-        """The training data, in the order in which they are trained."""
+        """The training data, in the order in which they are trained; of rows those that are not held out."""
+        trained = self.inventory.get("partition_rows", [])
         return tuple(
             Partition(
                 files=len(files),
                 row_groups=sum(len(file["row_groups"]) for file in files),
-                rows=sum(sum(file["row_groups"]) for file in files),
+                rows=trained[number] if number < len(trained) else sum(sum(file["row_groups"]) for file in files),
                 size_bytes=sum(file["size_bytes"] for file in files),
             )
-            for files in self.inventory.get("partitions", [])
+            for number, files in enumerate(self.inventory.get("partitions", []))
         )
 
     @cached_property

@@ -20,6 +20,7 @@ from embedshard.config import Config
 from embedshard.data.expected import ExpectedRows
 from embedshard.data.order import Order, Position, sum_of_digests
 from embedshard.data.source import Inventory, fingerprint_of
+from embedshard.data.training_set import without_held_out
 from embedshard.errors import ConfigError, DataError
 from embedshard.storage import reaching
 from embedshard.train.audit_report import AttemptReport, Audit, Failure, PassReport, StepRange
@@ -64,7 +65,7 @@ def _read_inventory(run: RunDirectory, config: Config) -> tuple[list[Inventory],
     where = run.folder.join("inventory.json")
     try:
         saved = run.read_json("inventory.json")
-        inventories = [Inventory.from_json(partition) for partition in saved["partitions"]]
+        inventories = without_held_out(config.data, [Inventory.from_json(partition) for partition in saved["partitions"]])
         row_groups = tuple(tuple(group.num_rows for group in inventory.row_groups) for inventory in inventories)
         if len(saved["window_steps"]) != len(inventories) or not any(inventory.num_rows for inventory in inventories):
             raise ValueError("it needs a length of windows for each partition, and rows")
@@ -109,6 +110,9 @@ class _Auditor:
         self._lineage, self._progress = lineage, progress
         self._failures: list[Failure] = []
         self._notes = list(lineage.notes)
+        held_out = sum(inventory.num_file_rows - inventory.num_rows for inventory in inventories)
+        if held_out:
+            self._notes.append(f"{held_out:,} rows of the training files are held out for validation, and never trained.")
         self._passes = {(one.epoch - 1, one.partition - 1): one for one in _passes(order, lineage.steps)}
         self._counted: defaultdict[Key, list[_Counted]] = defaultdict(list)
         self._discarded: defaultdict[int, list[LedgerLine]] = defaultdict(list)
