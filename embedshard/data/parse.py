@@ -261,7 +261,9 @@ def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
 def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray]:
     if pa.types.is_dictionary(ids.type):
         ids = ids.dictionary_decode()
-    if not (pa.types.is_integer(ids.type) or not len(ids)):
+    if not len(ids):  # their type says nothing
+        return ids, lengths
+    if not pa.types.is_integer(ids.type):
         raise DataError(
             f"holds lists of {ids.type}, but its feature says mask_zero: integers, of which 0 is padding. "
             f"Leave mask_zero out."

@@ -19,6 +19,11 @@ import pyarrow.parquet as pq
 from embedshard.config import Config, build_config
 
 WORDS = ["", "a", "ab", "Käse", "naïve", "x" * 70, "🧀", "A", " ", "user-7", "0", "\n", "z\0z"]
+PIECES = [
+    "good", "Good", "bad", "Bad", "film", "it's", "l\u2019été", "'tis", "Käse", "e\u0301", "ÉTÉ", "x1", "42", "🧀", "<b>",
+    "</i>", "<br />", "<BR\n/>", "1 < 2", "a<b", "R&B", "well-made", "...", "!", "''", "日本", "٣", "_", "<>", "ß",
+]  # fmt: skip
+SPACES = [" ", " ", " ", "", "  ", "\n", "\t", "\u00a0", ", ", "-", "'"]
 INTEGERS = [pa.int8(), pa.int16(), pa.int32(), pa.int64(), pa.uint8(), pa.uint16(), pa.uint32(), pa.uint64()]
 FLOATS = [pa.float16(), pa.float32(), pa.float64()]
 DECIMALS = [pa.decimal32(9, 3), pa.decimal64(15, 3), pa.decimal128(20, 3), pa.decimal256(40, 3)]
@@ -94,6 +99,7 @@ def make_case(number: int, folder: Path) -> Case:
     columns = _columns(case)
     sizes = _file_sizes(draw, trouble)
     drawn = {column: [_value(draw, case, *plan) for _ in range(sum(map(sum, sizes)))] for column, plan in columns.items()}
+    _add_nulls_and_padding(draw, case, drawn)
     _lengths_agree(draw, case, drawn)
     if trouble is not None:
         _spoil_values(draw, trouble, case, columns, drawn)
@@ -128,13 +134,22 @@ def _config(number: int, draw: random.Random, trouble: str | None, folder: Path)
                 {"max_length": draw.randint(1, 4), "keep": draw.choice(["first", "last"])} if draw.random() < 0.5 else {}
             )
             pooling = draw.choice(["sum", "mean"])
-            features[name] = {"kind": "bag", "table": draw.choice(list(tables)), "pooling": pooling, "unknown": unknown()}
-            features[name] |= length
+            features[name] = {
+                "kind": "bag",
+                "table": draw.choice(["user", "item"]),
+                "pooling": pooling,
+                "unknown": unknown(),
+            }
+            features[name] |= length | _nulls_and_padding(draw, number, features[name]["table"], tables, vocabularies)
+    if draw.random() < 0.3:
+        length = {"max_length": draw.randint(1, 4), "keep": draw.choice(["first", "last"])} if draw.random() < 0.5 else {}
+        features["clicks"] = {"kind": "sequence", "table": draw.choice(["user", "item"]), "unknown": unknown()} | length
+        features["clicks"] |= _nulls_and_padding(draw, number, features["clicks"]["table"], tables, vocabularies)
     if draw.random() < 0.4:
         length = {"max_length": draw.randint(1, 4), "keep": draw.choice(["first", "last"])} if draw.random() < 0.5 else {}
         features["basket"] = {
             "kind": "weighted_bag",
-            "table": draw.choice(list(tables)),
+            "table": draw.choice(["user", "item"]),
             "weights": "basket_weights",
             "pooling": draw.choice(["sum", "mean"]),
             "unknown": unknown(),
@@ -146,7 +161,10 @@ def _config(number: int, draw: random.Random, trouble: str | None, folder: Path)
     for name in list(features):
         if draw.random() < 0.2:
             features[name]["column"] = f"{name}.column" if draw.random() < 0.5 else f"{name} ü"
+    if draw.random() < 0.25:
+        _add_texts(draw, features, tables)
     lanes = draw.choice([1, 2, 3, 4])
+    in_towers = [name for name, one in features.items() if one["kind"] != "sequence" and one.get("pooling", "") is not None]
     tree: dict[str, Any] = {
         "seed": number,
         "data": {"train": "unread", "lanes": lanes, "shuffle": draw.random() < 0.8},
@@ -154,7 +172,7 @@ def _config(number: int, draw: random.Random, trouble: str | None, folder: Path)
         "tables": tables,
         "model": {
             "kind": "two_tower",
-            "user": {"features": [name for name in features if name != "item_id"], "mlp": [4]},
+            "user": {"features": [name for name in in_towers if name != "item_id"], "mlp": [4]},
             "item": {"features": ["item_id"], "mlp": [4]},
         },
         "objective": {"kind": "in_batch_softmax"},
@@ -169,6 +187,46 @@ def _config(number: int, draw: random.Random, trouble: str | None, folder: Path)
         case 2:
             tree["data"]["labels"] = {"click": "clicked", "buy": "bought"}
     return Case(number, tree, build_config(tree, {}, "fuzz"), vocabularies, draw, trouble)
+
+
+def _nulls_and_padding(
+    draw: random.Random, number: int, table: str, tables: dict[str, Any], vocabularies: dict[str, list[Any]]
+) -> dict[str, Any]:
+    """Draws what a list's feature says of nulls and of zeros, which only integers can be."""
+    known = vocabularies.get(table, WORDS if number % 3 == 0 and "rows" not in tables[table] else [0])
+    masks = not isinstance(known[0], str) and draw.random() < 0.3
+    return {"null": draw.choice(["error", "error", "empty"]), "mask_zero": masks}
+
+
+def _add_texts(draw: random.Random, features: dict[str, Any], tables: dict[str, Any]) -> None:
+    """Adds a text, and maybe the runs of words of the same column."""
+    tables["words"] = {"dim": 4, "vocabulary": {
+        "kind": "words",
+        "num_words": draw.choice([None, 1, 3, 8]),
+        "min_count": draw.choice([1, 1, 2]),
+        "lower": draw.random() < 0.5,
+        "strip_html": draw.random() < 0.5,
+        "punctuation": draw.choice(["remove", "separate", "keep"]),
+    }}  # fmt: skip
+    runs = {
+        "kind": "word_ngrams", "of": "words", "n": draw.choice([[1], [2], [3, 1], [2, 1, 4]]),
+        "rows": draw.choice([1, 50, 2**40]), "seed": draw.randrange(3),
+    }  # fmt: skip
+    column = draw.choice(["words", "review ü"])
+    for name in ["words", "runs"] if draw.random() < 0.5 else ["words"]:
+        length = (
+            {"max_length": draw.randint(1, 5), "truncation": draw.choice(["pre", "post"])} if draw.random() < 0.6 else {}
+        )
+        features[name] = {
+            "kind": "text",
+            "table": name,
+            "column": column,
+            "pooling": draw.choice(["sum", "mean", None]),
+            "unknown": draw.choice(["oov", "empty"]),
+            "null": draw.choice(["error", "empty"]),
+        } | length
+    if "runs" in features:
+        tables["runs"] = {"dim": 4, "vocabulary": runs}
 
 
 def _table(draw: random.Random, number: int, name: str, folder: Path, vocabularies: dict[str, list[Any]]) -> dict[str, Any]:
@@ -191,13 +249,12 @@ def _table(draw: random.Random, number: int, name: str, folder: Path, vocabulari
 
 
 def _columns(case: Case) -> dict[str, tuple[str, str | None]]:
-    """Returns what each Parquet column holds: `ids`, `lists` or a kind of numbers; and the table that ids are of."""
+    """Returns what each Parquet column holds: `ids`, `lists`, `texts` or a kind of numbers; and of which table."""
     columns: dict[str, tuple[str, str | None]] = {}
     for name, feature in case.tree["features"].items():
         column = feature.get("column", name)
-        kind = {"id": "ids", "dense": case.random.choice(["integers", "bits", "eighths", "any"])}.get(
-            feature["kind"], "lists"
-        )
+        numbers = case.random.choice(["integers", "bits", "eighths", "any"])
+        kind = {"id": "ids", "text": "texts", "dense": numbers}.get(feature["kind"], "lists")
         columns[column] = (kind, feature.get("table"))
         if "weights" in feature:
             columns[feature["weights"]] = ("lists", None)
@@ -225,6 +282,8 @@ def _value(draw: random.Random, case: Case, kind: str, table: str | None) -> Any
         return [one() for _ in range(draw.choice([0, 1, 2, 2, 5]))]
     if kind == "ids":
         return _id(draw, case, table)
+    if kind == "texts":
+        return "".join(draw.choice(PIECES) + draw.choice(SPACES) for _ in range(draw.choice([0, 1, 3, 7])))
     match kind:
         case "bits":
             return draw.randrange(2)
@@ -255,6 +314,25 @@ def _is_hashed_text(case: Case, table: str) -> bool:
     return case.number % 3 == 0 and "rows" not in case.tree["tables"][table] and table not in case.vocabularies
 
 
+def _add_nulls_and_padding(draw: random.Random, case: Case, drawn: dict[str, list[Any]]) -> None:
+    """Puts nulls and zeros where they are no mistake."""
+    for name, feature in case.tree["features"].items():
+        column = feature.get("column", name)
+        extra = [None] * (feature.get("null") == "empty") + [0] * feature.get("mask_zero", False)
+        if feature["kind"] == "text":
+            policies = {one["null"] for one in case.tree["features"].values() if one.get("column") == column}
+            drawn[column] = [None if policies == {"empty"} and draw.random() < 0.1 else one for one in drawn[column]]
+        elif extra and draw.random() < 0.6:
+            drawn[column] = [_padded(draw, value, extra) if value else value for value in drawn[column]]
+
+
+def _padded(draw: random.Random, value: list[Any], extra: list[Any]) -> list[Any]:
+    """Returns a list with what falls out of it anywhere in it."""
+    for _ in range(draw.choice([0, 1, 1, 3])):
+        value.insert(draw.randint(0, len(value)), draw.choice(extra))
+    return value
+
+
 def _lengths_agree(draw: random.Random, case: Case, drawn: dict[str, list[Any]]) -> None:
     """Gives each list of ids as many weights."""
     basket = case.tree["features"].get("basket")
@@ -274,6 +352,8 @@ def _spoil_values(
     """Puts values that do not fit into some rows of a column, wherever they may stand in it."""
     column = draw.choice(list(columns))
     kind, table = columns[column]
+    if kind == "texts" and trouble != "null":
+        return  # any text has words, and those that are unknown are no mistake
     values = drawn[column]
     holds_ids = table is not None
     spoilt: list[Any] = [None]
@@ -324,7 +404,7 @@ def _kinds(case: Case, kind: str, table: str | None) -> list[pa.DataType]:
     if table is None:
         return [*INTEGERS, *FLOATS, *DECIMALS, pa.bool_()]
     known = case.vocabularies.get(table, WORDS if _is_hashed_text(case, table) else [0])
-    return STRINGS if isinstance(known[0], str) else INTEGERS
+    return STRINGS if kind == "texts" or isinstance(known[0], str) else INTEGERS
 
 
 def _array(draw: random.Random, values: list[Any], is_list: bool, kinds: list[pa.DataType]) -> pa.ChunkedArray:

@@ -20,8 +20,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
+from tokenizers import models
 
-from embedshard.config import build_config, table_specs
+from embedshard.config import Config, build_config, table_specs
 from embedshard.data.batch import Batch
 from embedshard.data.check import check_data
 from embedshard.data.collate import Collator
@@ -31,11 +33,13 @@ from embedshard.data.order import Order
 from embedshard.data.reader import BatchReader
 from embedshard.data.source import RowGroup, Source, open_source
 from embedshard.data.statistics import Statistics
+from embedshard.data.tokenizer import UNKNOWN_WORD, blank_tokenizer
+from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import DataError
 from tests.fuzz.cases import Case, make_case
 from tests.fuzz.damage import cut, flip, page_bodies, spoil
-from tests.fuzz.oracle import Row, decoded_rows
+from tests.fuzz.oracle import Row, decoded_rows, known_words
 
 WHOLE, ALL, CHUNK = 6500, 10_000, 500
 MOMENTS = {"age": (3.5, 2.0), "price": (-1e3, 1e4)}
@@ -103,7 +107,7 @@ def run_case(number: int, folder: Path) -> None:
     """Makes a case, writes it, damages it if it is to be, reads it in every way, and compares."""
     case = make_case(number, folder)
     expected = decoded_rows(case, MOMENTS)
-    vocabularies = load_vocabularies(case.config)
+    vocabularies = load_vocabularies(case.config, _tokenizers(case))
     decoder = Decoder(column_specs(case.config, "train"), vocabularies, Statistics(MOMENTS))
     if not case.is_refused and case.random.random() < 0.35:
         _check_in_memory(case, decoder, expected)
@@ -119,6 +123,8 @@ def run_case(number: int, folder: Path) -> None:
             _damage(case, damage, damaged)
         if case.random.random() < 0.05:
             _check_the_check(case, paths, expected, damage is not None)
+        if damage is None and not case.is_refused and case.random.random() < 0.3:
+            _check_tokenizers(case, paths)
         source, error = attempt(lambda: open_source([str(path) for path in paths], decoder))
         if error:
             assert case.is_refused or damage in ("cut", "spoilt"), f"refused without a reason: {error}"
@@ -166,6 +172,33 @@ def _damage(case: Case, damage: str, path: Path) -> None:
         path.write_bytes(spoil(case.random, content))
 
 
+def _tokenizers(case: Case) -> dict[str, str]:
+    """Returns the tokenizer that knows the words that it should."""
+    if "words" not in case.tree["tables"]:
+        return {}
+    words = known_words(case)
+    tokenizer = blank_tokenizer(case.config.tables["words"].vocabulary)
+    numbers = {word: number for number, word in enumerate([*words, UNKNOWN_WORD])}
+    tokenizer.model = models.WordLevel(numbers, unk_token=UNKNOWN_WORD)
+    return {"words": tokenizer.to_str()}
+
+
+def _check_tokenizers(case: Case, paths: list[Path]) -> None:
+    """What is trained of the files knows the words that it should, and no others."""
+    found, error = attempt(lambda: train_tokenizers(_config_over(case, paths)))
+    if error:
+        assert known_words(case) == ["never met"], error
+        assert "there is no tokenizer to make" in error
+        return
+    wanted = {table: {word: n for n, word in enumerate([*known_words(case), UNKNOWN_WORD])} for table in found}
+    assert {table: tokenizers.Tokenizer.from_str(text).get_vocab() for table, text in found.items()} == wanted
+
+
+def _config_over(case: Case, paths: list[Path]) -> Config:
+    tree = case.tree | {"data": case.tree["data"] | {"train": [str(path) for path in paths]}}
+    return build_config(tree, {}, "fuzz")
+
+
 def _check_in_memory(case: Case, decoder: Decoder, expected: list[Row | None]) -> None:
     """Decodes slices of what no file can hold: offsets that begin in the middle, values under nulls."""
     first = 0
@@ -183,13 +216,13 @@ def _check_in_memory(case: Case, decoder: Decoder, expected: list[Row | None]) -
 
 def _check_the_check(case: Case, paths: list[Path], expected: list[Row | None], is_damaged: bool) -> None:
     """`embedshard data check` refuses what training would, and counts what no reading of single rows does."""
-    tree = case.tree | {"data": case.tree["data"] | {"train": [str(path) for path in paths]}}
-    report = check_data(build_config(tree, {}, "fuzz"))
+    report = check_data(_config_over(case, paths))
     if is_damaged or case.trouble == "other kind":
         return
     assert report.sets[0].rows == len(expected)
     refused = [reason for reason in report.refused if "has no value at all" not in reason]
-    assert bool(refused) == (case.is_refused or None in expected), report.refused
+    without_words = known_words(case) == ["never met"]
+    assert bool(refused) == (case.is_refused or without_words or None in expected), report.refused
     if not case.is_refused:
         assert report.sets[0].refused_rows == expected.count(None)
 
@@ -326,11 +359,17 @@ class _Reading:
     def _check_batch(self, batch: Batch) -> None:
         rows = [self.expected[row] if row >= 0 else None for row in batch.rows.tolist()]
         features = self.case.tree["features"]
+        by_place = {feature["table"] for feature in features.values() if _is_looked_up_by_place(feature)}
+        by_weights = {
+            feature["table"]
+            for feature in features.values()
+            if feature.get("pooling") == "mean" or feature["kind"] == "weighted_bag"
+        }
         for table in self.case.tree["tables"]:
             over = {name: feature for name, feature in features.items() if feature.get("table") == table}
-            poolings = {feature["pooling"] for feature in over.values() if feature["kind"] != "id"}
-            is_weighted = "mean" in poolings or any(feature["kind"] == "weighted_bag" for feature in over.values())
-            jagged = batch.weighted if is_weighted else batch.sparse
+            is_sequence = table in by_place
+            weighted = bool(by_place & by_weights) if is_sequence else table in by_weights
+            jagged = batch.sequences if is_sequence else batch.weighted if weighted else batch.sparse
             assert jagged is not None
             keys, lengths, values = jagged.keys(), jagged.lengths().tolist(), jagged.values().tolist()
             for name, feature in over.items():
@@ -339,7 +378,7 @@ class _Reading:
                 bags = [_ids(row, name) for row in rows]
                 assert lengths[first : first + len(rows)] == [len(ids) for ids in bags], name
                 assert values[begin:end] == [one for ids in bags for one in ids], name
-                if is_weighted:
+                if weighted:
                     weights = [weight for row in rows for weight in _weights(row, name, feature)]
                     assert_close(jagged.weights().numpy()[begin:end], weights, 1e-6, name)
         for name, ids in batch.ids.items():
@@ -354,6 +393,10 @@ class _Reading:
         assert batch.weights.tolist() == wanted
 
 
+def _is_looked_up_by_place(feature: dict[str, Any]) -> bool:
+    return feature["kind"] == "sequence" or (feature["kind"] == "text" and feature["pooling"] is None)
+
+
 def _ids(row: Row | None, name: str) -> list[int]:
     if row is None:
         return []
@@ -362,7 +405,7 @@ def _ids(row: Row | None, name: str) -> list[int]:
 
 def _weights(row: Row | None, name: str, feature: dict[str, Any]) -> list[float]:
     ids = _ids(row, name)
-    if row is None or feature["kind"] == "id":
+    if row is None or feature["kind"] == "id" or _is_looked_up_by_place(feature):
         return [1.0] * len(ids)
     if feature["kind"] == "weighted_bag":
         return [weight for _, weight in row[name]]

@@ -243,6 +243,11 @@ def test_lists_without_a_value_say_nothing_of_the_vocabulary(tmp_path):
     assert as_lists(decode({"kind": "bag"}, pa.nulls(2), table=table)) == [[], []]
 
 
+def test_lists_of_strings_without_a_value_do_not_crash_where_zero_is_masked():
+    found = decode({"kind": "bag", "mask_zero": True}, pa.array([[], None, []], pa.list_(pa.string())))
+    assert as_lists(found) == [[], [], []]
+
+
 def test_columns_of_nothing_but_nulls_or_empty_lists():
     nothing = pa.nulls(3)
     assert as_lists(decode({"kind": "bag"}, nothing)) == [[], [], []]
