@@ -4,7 +4,7 @@ from __future__ import annotations
 
 __all__ = ["FeatureIds", "IdCounts"]
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 _HOTTEST: Final = 10
 _DENSE_ROWS: Final = 2**22
@@ -84,11 +85,28 @@ class IdCounts:
 
     def to_the_power(self, alpha: float) -> IdCounts:
         """Returns counts raised to a power, in millionths: what popularity draws by."""
+        return self.weighed(lambda counts: counts**alpha)
+
+    def weighed(self, weigh: Callable[[FloatArray], FloatArray]) -> IdCounts:
+        """Returns other counts of the rows that are met, in millionths: what a function makes of theirs, (n,) each."""
         self._count()
         found = IdCounts(self._table, self._num_rows)
         found._is_dense, found._rows = self._is_dense, self._rows
-        found._counts = np.where(self._counts > 0, self._counts.astype(np.float64) ** alpha * 1e6, 0.0).astype(np.int64)
+        found._counts = np.zeros(len(self._counts), dtype=np.int64)
+        is_met = self._counts > 0
+        found._counts[is_met] = (weigh(self._counts[is_met].astype(np.float64)) * 1e6).astype(np.int64)
         return found
+
+    def shares(self) -> FloatArray:
+        """Returns the share of the lookups that each row has which is met, (n,), rows ascending."""
+        self._count()
+        met = self._counts[self._counts > 0].astype(np.float64)
+        return met / met.sum()
+
+    def total(self) -> int:
+        """Returns how many lookups were counted."""
+        self._count()
+        return int(self._counts.sum())
 
     def _hottest(self) -> IntArray:
         """Returns the places of the rows that are looked up most; rows ascend, so that a stable sort breaks ties."""

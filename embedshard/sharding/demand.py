@@ -1,12 +1,16 @@
 """What the rows of a batch ask of each table: how many vectors, of how many ids, and which of its rows.
 
 Measured on the data where they are there; else one id for an `id` feature and a guess for a bag, evenly over all rows.
+
+An item_embedding looks each distinct id of a rank's batch up once. How many those are is estimated as if every place of
+the batch's lists drew its id by itself from the data's histogram: ids that come together make them fewer.
 """
 
 from __future__ import annotations
 
-__all__ = ["ASSUMED_BAG_LENGTH", "Demand", "key_lengths", "table_demands"]
+__all__ = ["ASSUMED_BAG_LENGTH", "Demand", "key_lengths", "places_per_row", "table_demands"]
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -15,9 +19,17 @@ import numpy as np
 import numpy.typing as npt
 
 from embedshard.config import Config, Lookup, TableSpec
-from embedshard.config.parts import BagFeature, DrawsNegatives, SequenceFeature, TextFeature, WeightedBagFeature
+from embedshard.config.parts import (
+    BagFeature,
+    DrawsNegatives,
+    ItemEmbeddingConfig,
+    SequenceFeature,
+    TextFeature,
+    WeightedBagFeature,
+)
 from embedshard.data.id_counts import IdCounts
 from embedshard.data.lookup_sample import LookupSample
+from embedshard.data.pairs import keep_probability
 
 Shares = npt.NDArray[np.float64]
 
@@ -46,14 +58,20 @@ class Demand:
     shares: Callable[[Sequence[int]], Shares]
 
 
-def key_lengths(config: Config, specs: Sequence[TableSpec], sample: LookupSample | None) -> dict[str, float]:
-    """Returns the mean number of ids that a row has under each key."""
-    return {lookup.key: _length(config, lookup, spec.rows, sample) for spec in specs for lookup in spec.lookups}
+def key_lengths(
+    config: Config, specs: Sequence[TableSpec], sample: LookupSample | None, local_batch_size: int
+) -> dict[str, float]:
+    """Returns the mean number of ids that a row of a rank's batch of so many rows has under each key."""
+    return {
+        lookup.key: _length(config, lookup, spec.rows, sample, local_batch_size) for spec in specs for lookup in spec.lookups
+    }
 
 
-def table_demands(config: Config, specs: Sequence[TableSpec], sample: LookupSample | None) -> dict[str, Demand]:
-    """Returns what a row asks of each table, by name."""
-    lengths = key_lengths(config, specs, sample)
+def table_demands(
+    config: Config, specs: Sequence[TableSpec], sample: LookupSample | None, local_batch_size: int
+) -> dict[str, Demand]:
+    """Returns what a row of a rank's batch of so many rows asks of each table, by name."""
+    lengths = key_lengths(config, specs, sample, local_batch_size)
     return {
         spec.name: Demand(
             keys=len(spec.lookups),
@@ -61,28 +79,102 @@ def table_demands(config: Config, specs: Sequence[TableSpec], sample: LookupSamp
             is_pooled=not spec.is_sequence,
             ids=sum(lengths[lookup.key] for lookup in spec.lookups),
             id_bytes=12 if spec.weighted and not spec.is_sequence else 8,
-            shares=_shares(config, spec, lengths, sample),
+            shares=_shares(config, spec, lengths, sample, local_batch_size),
         )
         for spec in specs
     }
 
 
-def _length(config: Config, lookup: Lookup, rows: int, sample: LookupSample | None) -> float:
-    feature = config.features[lookup.feature]
-    if sample is not None:
-        ids = sample.features[lookup.feature].ids_per_row
-    elif isinstance(feature, BagFeature | WeightedBagFeature | SequenceFeature | TextFeature):
-        ids = float(feature.max_length or ASSUMED_BAG_LENGTH)
-    else:
-        ids = 1.0
-    if lookup.is_node:
-        return ids * np.log2(rows + 2)  # at most: a batch asks for each node once, and an even tree is the deepest
-    if lookup.slot is None:
+def places_per_row(config: Config, sample: LookupSample | None) -> float:
+    """Returns the mean number of places of an item_embedding's list that are kept as centres and contexts."""
+    assert isinstance(config.model, ItemEmbeddingConfig), "nothing else makes pairs"
+    ids = _ids_per_row(config, config.model.sequence, sample)
+    if sample is None or config.model.subsample is None:
         return ids
+    counts = sample.features[config.model.sequence].counts
+    return ids * _kept(config.model, counts).total() / 1e6 / max(counts.total(), 1)
+
+
+def _length(config: Config, lookup: Lookup, rows: int, sample: LookupSample | None, local_batch_size: int) -> float:
+    if lookup.slot is None and isinstance(config.model, ItemEmbeddingConfig):
+        draws = _independent_draws(config, sample, local_batch_size)
+        counts = None if sample is None else _kept(config.model, sample.features[lookup.feature].counts)
+        if lookup.is_node:
+            return _expected_nodes(counts, rows + 2, draws) / local_batch_size  # a class more than nodes: see lookups.py
+        return _expected_distinct(counts, rows + 1, draws) / local_batch_size
+    if lookup.slot is None:
+        return _ids_per_row(config, lookup.feature, sample)
     if lookup.is_sequence:
         drawn = config.objective.num_negatives if isinstance(config.objective, DrawsNegatives) else rows + 1
         return drawn / config.train.global_batch_size
-    return ids * _filled(config, lookup.slot)
+    return _ids_per_row(config, lookup.feature, sample) * _filled(config, lookup.slot)
+
+
+def _ids_per_row(config: Config, name: str, sample: LookupSample | None) -> float:
+    feature = config.features[name]
+    if sample is not None:
+        return sample.features[name].ids_per_row
+    if isinstance(feature, BagFeature | WeightedBagFeature | SequenceFeature | TextFeature):
+        return float(feature.max_length or ASSUMED_BAG_LENGTH)
+    return 1.0
+
+
+def _kept(model: ItemEmbeddingConfig, counts: IdCounts) -> IdCounts:
+    """Returns how often each id is expected to be kept, in millionths."""
+    threshold = model.subsample
+    if threshold is None:
+        return counts.weighed(lambda met: met)
+    return counts.weighed(lambda met: met * keep_probability(met.astype(np.int64), threshold))
+
+
+def _independent_draws(config: Config, sample: LookupSample | None, local_batch_size: int) -> float:
+    """Returns how many independent draws meet as many different ids as the places of a rank's batch.
+
+    They are more than there are places, since rows of an epoch are drawn without repetition: of an id that the data hold
+    n times, a batch with a share s of all places has none with probability (1 - s)^n.
+    """
+    per_row = places_per_row(config, sample)
+    if sample is None or local_batch_size >= sample.rows:
+        return local_batch_size * per_row if sample is None else math.inf
+    return -sample.rows * per_row * math.log1p(-local_batch_size / sample.rows)
+
+
+def _met_in(counts: IdCounts, draws: float) -> IdCounts:
+    """Returns with which probability each id is among so many draws by these counts, in millionths."""
+    return counts.weighed(lambda met: _is_met(met / met.sum(), draws))
+
+
+def _is_met(shares: Shares, draws: float) -> Shares:
+    return -np.expm1(-draws * shares)
+
+
+def _expected_distinct(counts: IdCounts | None, rows: int, draws: float) -> float:
+    """Returns how many different ids so many draws meet; evenly from so many rows where there are no counts."""
+    if counts is None or not counts.total():
+        return rows * float(_is_met(np.array([1 / rows]), draws)[0])
+    return _met_in(counts, draws).total() / 1e6
+
+
+def _expected_nodes(counts: IdCounts | None, classes: int, draws: float) -> float:
+    """Returns how many different inner nodes of a Huffman tree lie on the ways to so many drawn ids.
+
+    The tree is taken for what equal shares make of it, locally: an id with the share p lies between two depths, 2^-d being
+    p at most and 2p at least; above it a node of depth d has a share of 2^-d, and of its neighbours as many are joined
+    once more, to nodes of 2p, as it takes.
+    """
+    shares, ids = np.array([1 / classes]), np.array([float(classes)])
+    if counts is not None and counts.total():
+        shares = counts.shares()
+        ids = np.ones(len(shares))
+    nodes, depth = 0.0, 0
+    while len(shares):
+        parts = shares * 2.0**depth  # of a node of this depth
+        is_above = parts <= 0.5
+        nodes += float((ids * parts)[is_above].sum() * _is_met(np.array([2.0**-depth]), draws)[0])
+        joined = ids * (1 - parts) * _is_met(np.minimum(2 * shares, 1.0), draws)
+        nodes += float(joined[~is_above].sum())
+        shares, ids, depth = shares[is_above], ids[is_above], depth + 1
+    return min(nodes, classes - 1.0)
 
 
 def _filled(config: Config, slot: int) -> float:
@@ -93,12 +185,16 @@ def _filled(config: Config, slot: int) -> float:
 
 
 def _shares(
-    config: Config, spec: TableSpec, lengths: Mapping[str, float], sample: LookupSample | None
+    config: Config, spec: TableSpec, lengths: Mapping[str, float], sample: LookupSample | None, local_batch_size: int
 ) -> Callable[[Sequence[int]], Shares]:
     parts: list[tuple[float, IdCounts | None]] = []
     for lookup in spec.lookups:
         counts = None if sample is None or lookup.is_node else sample.features[lookup.feature].counts
-        parts.append((lengths[lookup.key], counts if lookup.slot is None else _drawn(config, lookup, counts)))
+        if lookup.slot is not None:
+            counts = _drawn(config, lookup, counts)
+        elif counts is not None and isinstance(config.model, ItemEmbeddingConfig):
+            counts = _met_in(_kept(config.model, counts), _independent_draws(config, sample, local_batch_size))
+        parts.append((lengths[lookup.key], counts))
 
     def shares(bounds: Sequence[int]) -> Shares:
         evenly = np.diff(np.asarray(bounds, dtype=np.float64)) / spec.num_embeddings

@@ -27,7 +27,7 @@ from embedshard.data.lookup_sample import LookupSample
 from embedshard.errors import PlanError
 from embedshard.models.registry import build_model
 from embedshard.models.summary import summarise
-from embedshard.sharding.demand import Demand, key_lengths, table_demands
+from embedshard.sharding.demand import Demand, key_lengths, places_per_row, table_demands
 from embedshard.sharding.footprint import DenseCost, Footprint, footprint_of
 from embedshard.sharding.hardware import Cluster
 from embedshard.sharding.optimizers import attach_table_optimizers
@@ -112,7 +112,7 @@ def draft_plan(
     maker = _Maker(config, specs, cluster, sample)
     planned, problem = maker.plan()
     plan = record_plan(planned.plan, specs, cluster.world_size, cluster.local_world_size)
-    demands = table_demands(config, specs, sample)
+    demands = table_demands(config, specs, sample, config.train.global_batch_size // cluster.world_size)
     footprint = footprint_of(
         plan, specs, demands, cluster, maker.dense, config.train.global_batch_size, config.sharding.communication
     )
@@ -137,7 +137,7 @@ class _Maker:
         device = torch.device(cluster.machine.device)
         self._config, self._specs, self._cluster = config, specs, cluster
         self._batch_size = config.train.global_batch_size // cluster.world_size
-        self._lengths = key_lengths(config, specs, sample)
+        self._lengths = key_lengths(config, specs, sample, self._batch_size)
         self._model = build_model(config, specs)
         attach_table_optimizers(self._model, specs)
         self._sharders = make_sharders(config, device)
@@ -232,10 +232,15 @@ def _dense_cost(
     return DenseCost(
         weight_bytes=sum(layer.weight_bytes for layer in layers),
         state_bytes=sum(layer.state_bytes for layer in layers) + estimates,
-        numbers_per_row=sum(linears) + 2 * width,
+        numbers_per_row=sum(linears) + round(2 * width * _vectors_per_row(config, sample)),
         numbers_gathered=gathered,
         process_bytes=process,
     )
+
+
+def _vectors_per_row(config: Config, sample: LookupSample | None) -> float:
+    """Returns how many queries, or as many candidates, a row has: of a list each place is a centre and a context."""
+    return places_per_row(config, sample) if isinstance(config.model, ItemEmbeddingConfig) else 1.0
 
 
 def _output_width(config: Config) -> int:

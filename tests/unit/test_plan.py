@@ -6,20 +6,27 @@ import sys
 from itertools import pairwise
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
 from embedshard.config import build_config, table_specs
+from embedshard.data.collate import Collator
+from embedshard.data.dataset import open_dataset
+from embedshard.data.huffman import HuffmanTree
 from embedshard.data.id_counts import IdCounts
 from embedshard.data.lookup_sample import sample_lookups
+from embedshard.data.reader import BatchReader
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import ConfigError, PlanError
 from embedshard.launch.planning import plan_here
-from embedshard.sharding.demand import Demand, key_lengths, table_demands
+from embedshard.sharding.demand import Demand, key_lengths, places_per_row, table_demands
 from embedshard.sharding.draft import draft_plan
 from embedshard.sharding.footprint import DenseCost, footprint_of
 from embedshard.sharding.hardware import Cluster, Machine, cluster_of, find_machine, named_machines
 from embedshard.sharding.recorded import RecordedPlan, RecordedShard, RecordedTable, describe_table, read_plan
+from embedshard.world import open_world
 
 NOTHING = DenseCost(weight_bytes=0, state_bytes=0, numbers_per_row=0, numbers_gathered=0, process_bytes=0)
 CPU = Machine(device="cpu", host_memory=64, host_bandwidth=50, within_machine=2, between_machines=1)
@@ -114,20 +121,20 @@ def test_lookups_are_counted_between_rows(num_rows):
 def test_shares_are_those_of_the_data(config):
     sample = sample_lookups(config, load_vocabularies(config))
     rows = [sample.features[name].counts.lookups_between([0, 10, 31]) for name in ("item_id", "history")]
-    asked = table_demands(config, specs_of(config), sample)["item"]
+    asked = table_demands(config, specs_of(config), sample, 8)["item"]
     assert sample.sampled_rows == sample.rows == 203
     assert asked.ids == pytest.approx(sum(sum(found) for found in rows) / 203)
     assert asked.shares([0, 10, 31]) == pytest.approx(sum(rows) / sum(sum(found) for found in rows))
 
 
 def test_without_data_bags_have_their_greatest_length(config):
-    lengths = key_lengths(config, specs_of(config), None)
+    lengths = key_lengths(config, specs_of(config), None, 8)
     assert lengths == {"user_id": 1.0, "item_id": 1.0, "history": 4.0, "item_id:bias": 1.0}
 
 
 def test_drawn_candidates_are_counted_with_the_rows(make_config):
     config = make_config({"data": {"lanes": 8}, "objective": {"kind": "sampled_softmax", "num_negatives": 40}}).config
-    lengths = key_lengths(config, specs_of(config), None)
+    lengths = key_lengths(config, specs_of(config), None, 8)
     assert (lengths["item_id:negative0"], lengths["item_id:negative1"]) == (1.0, 0.25)  # 40 in batches of 32 rows
 
 
@@ -189,7 +196,7 @@ def test_vectors_travel_as_the_type_says(config, kind, ranks, sent):
 
 def test_replicated_tables_cost_gradients_instead_of_ids(config):
     plan, cluster = placed(config, user=("data_parallel", [0, 1])), Cluster("test", CPU, 2, 2)
-    demands = table_demands(config, specs_of(config), None)
+    demands = table_demands(config, specs_of(config), None, 8)
     found = footprint_of(plan, specs_of(config)[:1], demands, cluster, NOTHING, 32, "fp32")
     assert (found.traffic.ids, found.traffic.vectors, found.traffic.gradients) == (0, 0, 41 * 8 * 4)
     assert {(rank.weights, rank.state, rank.dense) for rank in found.ranks} == {(41 * 32, 41 * 32, 41 * 32)}
@@ -352,3 +359,76 @@ def test_a_table_whose_vocabulary_is_not_there_needs_its_rows(make_config, tmp_p
         plan_here(path, ["tables.item.rows=30"], 2, "cpu", {}, Console(quiet=True)).draft.plan.depends_on["item"]["rows"]
         == 31
     )
+
+
+# -------------------------------------------------------------------------------------------------- an item_embedding
+def embedding_config(folder, objective, subsample=None, rows=4096, lists=8000, ids=5000):
+    """Lists of Zipfian ids, drawn one by one."""
+    if not folder.exists():
+        folder.mkdir()
+        generator = np.random.default_rng(5)
+        popularity = 1 / (np.arange(ids) + 3.0)
+        drawn = generator.permutation(ids)[generator.choice(ids, lists * 12, p=popularity / popularity.sum())]
+        lengths = generator.integers(2, 20, lists)
+        offsets = np.minimum(np.concatenate([[0], np.cumsum(lengths)]), len(drawn)).astype(np.int32)
+        column = pa.ListArray.from_arrays(pa.array(offsets), pa.array(drawn))
+        pq.write_table(pa.table({"words": column}), folder / "a.parquet", row_group_size=1000)
+    tree = {
+        "data": {"train": str(folder), "lanes": 8},
+        "features": {"words": {"kind": "sequence", "table": "word"}},
+        "tables": {"word": {"dim": 8, "rows": ids}},
+        "model": {"kind": "item_embedding", "sequence": "words", "subsample": subsample},
+        "objective": objective,
+        "train": {"global_batch_size": rows},
+    }
+    return build_config(tree, {}, "test")
+
+
+def looked_up(config, world_size):
+    """The mean over batches of rank 0's ids under each key, of its places, and which ids they are."""
+    with open_world("cpu") as world:
+        dataset = open_dataset(config, world, None)
+    specs = table_specs(config, dataset.table_rows)
+    collator = Collator(config, specs, None, dataset.pair_maker, dataset.tree)
+    reader = BatchReader(dataset.order, dataset.train, dataset.cached, collator, dataset.sampler, 0, world_size)
+    full = len(pq.read_table(config.data.train[0])) // config.train.global_batch_size
+    with reader.batches(0, full) as batches:
+        found = [(batch.sequences.to_dict(), len(batch.pairs.ids)) for batch in batches]
+    keys = {key: np.mean([len(jagged[key].values()) for jagged, _ in found]) for key in found[0][0]}
+    return keys, np.mean([places for _, places in found]), [jagged["words"].values().numpy() for jagged, _ in found]
+
+
+@pytest.mark.parametrize("world_size", [1, 4])
+@pytest.mark.parametrize("subsample", [None, 1e-3])
+@pytest.mark.parametrize("objective", ["softmax", "hierarchical_softmax"])
+def test_an_embedding_is_asked_for_each_id_of_a_batch_once(tmp_path, world_size, subsample, objective):
+    config = embedding_config(tmp_path / "lists", {"kind": objective}, subsample, rows=1024)
+    vocabularies = load_vocabularies(config)
+    sample, batch = sample_lookups(config, vocabularies), 1024 // world_size
+    estimated = key_lengths(config, specs_of(config), sample, batch)
+    counted, places, ids = looked_up(config, world_size)
+    assert estimated["words"] * batch == pytest.approx(counted["words"], rel=0.02)
+    assert places_per_row(config, sample) * batch == pytest.approx(places, rel=0.03), "but for places that are alone"
+    assert counted["words"] < places / 1.5, "or there would be nothing to tell"
+    if objective == "softmax":
+        assert estimated["words:context"] == estimated["words"]
+    else:
+        assert estimated["words:node"] * batch == pytest.approx(counted["words:node"], rel=0.05)
+    # A hot id is looked up once a batch, as others are: shares of rows are those of different ids.
+    demand = table_demands(config, specs_of(config), sample, batch)["word"]
+    shares = np.mean([np.histogram(found, bins=[0, 700, 3000, 5001])[0] / len(found) for found in ids], axis=0)
+    assert demand.shares([0, 700, 3000, 5001]) == pytest.approx(shares, abs=0.01)
+
+
+def test_without_data_an_embeddings_ids_are_drawn_evenly(tmp_path):
+    config = embedding_config(tmp_path / "lists", {"kind": "hierarchical_softmax"})
+    lengths = key_lengths(config, specs_of(config), None, 4096)
+    generator = np.random.default_rng(0)
+    drawn = np.unique(generator.integers(0, 5001, 4096 * 10))
+    assert lengths["words"] * 4096 == pytest.approx(len(drawn), rel=0.01)
+    visited = HuffmanTree(np.ones(5001, dtype=np.int64)).paths(drawn).visited
+    assert lengths["words:node"] * 4096 == pytest.approx(len(visited), rel=0.01)
+    few = key_lengths(config, specs_of(config), None, 8)
+    drawn = [np.unique(generator.integers(0, 5001, 80)) for _ in range(50)]
+    nodes = [len(HuffmanTree(np.ones(5001, dtype=np.int64)).paths(each).visited) for each in drawn]
+    assert few["words:node"] * 8 == pytest.approx(np.mean(nodes), rel=0.1)
