@@ -77,9 +77,14 @@ def run(tree, path, resume_step=None):
     return json.loads((path / "result.json").read_text())
 
 
-@pytest.mark.parametrize("objective", ["negative_sampling", "hierarchical_softmax"])
-def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective):
-    assert_plan_invariant(build_config(make_tree(objective), {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+@pytest.mark.parametrize(
+    ("objective", "drawn_for"), [("negative_sampling", "batch"), ("nce", "lane"), ("hierarchical_softmax", None)]
+)
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn_for):
+    tree = make_tree(objective)
+    if drawn_for is not None:
+        tree["objective"]["drawn_for"] = drawn_for
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -179,6 +184,9 @@ def test_other_features_and_models_are_refused(make_tree):
     tree["features"] = {"user": {"kind": "id", "table": "word"}, "item": {"kind": "id", "table": "word"}}
     tree["model"] = {"kind": "two_tower", "user": {"features": ["user"]}, "item": {"features": ["item"]}}
     with pytest.raises(ConfigError, match="learns pairs of a list, which a model of kind 'item_embedding' makes"):
+        build_config(tree, {}, "test")
+    tree["objective"] = {"kind": "negative_sampling", "drawn_for": "lane"}
+    with pytest.raises(ConfigError, match=r"objective\.drawn_for: 'lane' is for a model of kind 'item_embedding'"):
         build_config(tree, {}, "test")
 
 
