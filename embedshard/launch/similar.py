@@ -152,7 +152,8 @@ def vectors_here(
 
 def show(found: Similar, console: Console) -> None:
     """Prints the neighbours as a table."""
-    title = f"Nearest to {_named(found.query)} in table '{found.table}', step {found.step}"
+    known = "; ".join(map(_shown, found.query.metadata.values()))
+    title = f"Nearest to {_named(found.query)}{known and f' ({known})'} in table '{found.table}', step {found.step}"
     columns = list(dict.fromkeys(name for near in (found.query, *found.neighbours) for name in near.metadata))
     console.print(title, markup=False, soft_wrap=True)
     table = Table()
@@ -161,9 +162,13 @@ def show(found: Similar, console: Console) -> None:
     for name in columns:
         table.add_column(escape(name))
     for near in found.neighbours:
-        cells = [str(near.metadata.get(name, "")) for name in columns]
+        cells = [_shown(near.metadata.get(name, "")) for name in columns]
         table.add_row(escape(_named(near)), f"{near.cosine:.4f}", *map(escape, cells))
     console.print(table)
+
+
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _named(near: Neighbour) -> str:

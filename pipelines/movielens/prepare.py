@@ -6,8 +6,8 @@ made the same way from what is left: each user's last training rating, with 99 i
 `ratings`, for ratings.yaml: the first nine tenths of default_rng(0).permutation over the ratings' file order train, the
 rest is the test set (`split_ratings`). The last twentieth of the training rows, in that order, is the validation set.
 
-`histories`, for item2vec.yaml: a row a user, with the movies that the user rated in order of time, from all ratings; beside it
-movies.parquet with each movie's title and genres.
+`histories`, for item2vec.yaml: a row a user, with the movies that the user rated in order of time, from all ratings; beside
+it movies.parquet with each movie's title and genres.
 
 Without --source the official files are fetched: for all protocols unless --protocol names one. A source is a folder
 with train.parquet and test.parquet (ncf), with ratings.parquet (ratings), or with movies.parquet too (histories).

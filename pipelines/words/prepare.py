@@ -1,8 +1,8 @@
 """Writes the words of IMDB's 50,000 labelled reviews as lists, a review a row, for skip-gram.
 
-Reads train.parquet and test.parquet, each with a column `text` (`--source`). Tags fall out, capitals become small letters, and
-a word is a run of the letters a to z. Words that are met fewer than `--min-count` times fall out of the lists, as word2vec
-does it. Beside the lists lies the vocabulary, words.parquet: each word with its count, the most frequent first.
+Reads train.parquet and test.parquet, each with a column `text` (`--source`). Tags fall out, capitals become small letters,
+and a word is a run of the letters a to z. Words that are met fewer than `--min-count` times fall out of the lists, as
+word2vec does it. Beside the lists lies the vocabulary, words.parquet: each word with its count, the most frequent first.
 
     python pipelines/words/prepare.py --source ../shared/data/imdb
 """

@@ -207,7 +207,7 @@ def cosines(vectors, row):
 def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tensors):
     path = tmp_path / "run"
     run(make_tree(), path)
-    shapes = pa.table({"shape": ["round", "square"], "words": ["even0", "odd1"]})
+    shapes = pa.table({"shape": ["round", "square"], "words": ["even0", "odd1"], "of": [["a", "b"], []]})
     pq.write_table(shapes, tmp_path / "shapes.parquet")
     vectors = saved_tensors(path)[1]
     for table in ("word", "words:context"):
@@ -223,7 +223,9 @@ def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tens
         for near in found["neighbours"]:
             assert near["cosine"] == pytest.approx(expected[near["row"]], abs=1e-5)
         known = {near["id"]: near["metadata"] for near in found["neighbours"] if "metadata" in near}
-        assert known == {"even0": {"shape": "round"}, "odd1": {"shape": "square"}}
+        assert known == {"even0": {"shape": "round", "of": ["a", "b"]}, "odd1": {"shape": "square", "of": []}}
+    asked = ["similar", str(path), "even0", "-k", "1", "--metadata", str(tmp_path / "shapes.parquet")]
+    assert "Nearest to even0 (round; a, b) in table 'word'" in CliRunner().invoke(app, asked).output
     shown = CliRunner().invoke(app, ["similar", str(path), "odd2", "-k", "3"])
     assert shown.exit_code == 0
     assert "Nearest to odd2 in table 'word', step 10" in shown.output

@@ -156,7 +156,7 @@ def test_neighbours_of_words_are_found_by_the_tokenizer_that_was_kept(texts, tmp
     assert set(WORDS) <= set(ids)
     assert np.array_equal(vectors, weight[: len(ids)])
     assert ids[found.query.row] == "good"
-    with pytest.raises(DataError, match="'goood' is not among .* Did you mean 'good'"):
+    with pytest.raises(DataError, match=r"'goood' is not among .* Did you mean 'good'"):
         similar_here(tmp_path / "run", "goood", 3, {}, table="words")
     ids, vectors = vectors_here(tmp_path / "run", {}, table="pairs")
     assert ids == [None] * 64, "no one word has a hashed row"
