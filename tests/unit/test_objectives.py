@@ -15,9 +15,9 @@ from embedshard.config.parts import (
 )
 from embedshard.data.batch import Batch, Draws
 from embedshard.models.objectives import objective as blocks
+from embedshard.models.objectives import pairwise as pairwise_losses
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import l2_penalty
-from embedshard.models.objectives import pairwise as pairwise_losses
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import Pointwise
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax

@@ -33,9 +33,9 @@ _FEW: Final = 0.05  # share of scores above their thresholds up to which they ar
 class _MeanCost(torch.autograd.Function):
     """The mean over each row's candidates of cost(score - threshold), in blocks of rows that stay in the cache.
 
-    A block's slopes are kept for the backward pass up to 128 MiB of a rank, else made again. The slopes of relu are 1 where a
-    score is above its threshold: where that is rare, the backward pass adds up those vectors alone instead of multiplying
-    by a matrix of zeros (on a CPU; a GPU would wait to know how many there are).
+    A block's slopes are kept for the backward pass up to 128 MiB of a rank, else made again. The slopes of relu are 1 where
+    a score is above its threshold: where that is rare, the backward pass adds up those vectors alone instead of
+    multiplying by a matrix of zeros (on a CPU; a GPU would wait to know how many there are).
     """
 
     @staticmethod
