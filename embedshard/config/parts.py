@@ -703,6 +703,9 @@ class DrawsNegatives(Strict):
     """From which items are drawn."""
     alpha: float = Field(0.75, ge=0)
     """`popularity`: an item is drawn in proportion to its training count to this power."""
+    drawn_for: Literal["batch", "lane"] = "batch"
+    """Which rows meet a drawn id: all of the global batch, or those of one lane alone, so that each meets `num_negatives` /
+    `data.lanes` of its own and nothing that is drawn travels between workers. `lane` is for `item_embedding`."""
 
 
 class MasksHits(DrawsNegatives):

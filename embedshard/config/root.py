@@ -307,6 +307,8 @@ class Config(Strict):
             )
         if isinstance(self.model, ItemEmbeddingConfig):
             return
+        if getattr(objective, "drawn_for", "batch") != "batch":
+            raise ValueError("objective.drawn_for: 'lane' is for a model of kind 'item_embedding'. Leave it out")
         if isinstance(objective, NCEConfig | SoftmaxConfig | HierarchicalSoftmaxConfig):
             raise ValueError(
                 f"objective '{objective.kind}' learns pairs of a list, which a model of kind 'item_embedding' makes. "

@@ -80,6 +80,7 @@ class Pairs:
         contexts: the same of the contexts, (P,) int64.
         rows: the place of each pair's row in the batch, (P,) int64.
         weights: of each pair, (P,) float32: its row's.
+        lanes: where the places of each of this rank's lanes begin, and V.
         window: how far a context may be from its centre.
         paths: to the contexts, where the objective goes down a tree.
     """
@@ -89,6 +90,7 @@ class Pairs:
     contexts: torch.Tensor
     rows: torch.Tensor
     weights: torch.Tensor
+    lanes: tuple[int, ...]
     window: int
     paths: Paths | None = None
 
@@ -101,7 +103,7 @@ class Pairs:
         if self.paths is not None:
             paths = Paths(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.paths.tensors()))
         ids, centres, contexts, rows, weights = (tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors())
-        return Pairs(ids, centres, contexts, rows, weights, self.window, paths)
+        return Pairs(ids, centres, contexts, rows, weights, self.lanes, self.window, paths)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""

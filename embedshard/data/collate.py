@@ -49,6 +49,7 @@ class Collator:
     ) -> None:
         self._config, self._tally, self._pair_maker, self._tree = config, tally, pair_maker, tree
         pooled, sequences = ([spec for spec in specs if spec.is_sequence is kind] for kind in (False, True))
+        self._rows_per_lane = config.train.global_batch_size // config.data.lanes
         self._plain = [lookup for spec in pooled if not spec.weighted for lookup in spec.lookups]
         self._weighted = [lookup for spec in pooled if spec.weighted for lookup in spec.lookups]
         self._sequences = [lookup for spec in sequences for lookup in spec.lookups]
@@ -135,6 +136,7 @@ class Collator:
             contexts=torch.from_numpy(contexts),
             rows=torch.from_numpy(pair_rows),
             weights=torch.from_numpy(weights[pair_rows]),
+            lanes=tuple(kept.column.offsets[:: self._rows_per_lane].tolist()),
             window=maker.window,
             paths=paths,
         )

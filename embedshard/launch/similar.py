@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Neighbour", "Similar", "show", "similar_here"]
+__all__ = ["Neighbour", "Similar", "show", "similar_here", "vectors_here"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from embedshard.config import Config, bias_key, context_key
-from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig
+from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig, WordNgramsVocabulary
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.errors import CheckpointError, ConfigError, DataError, nearest
 from embedshard.storage import PathOrUri, locate, reaching
@@ -103,9 +103,7 @@ def similar_here(
     """
     run = RunDirectory.open(run_dir)
     config = run.load_config(environment).config
-    table = _default_table(config) if table is None else table
-    owner = _vocabulary_table(config, table)
-    vocabulary = load_vocabularies(config.model_copy(update={"tables": {owner: config.tables[owner]}}))[owner]
+    table, owner, vocabulary = _table_of(run, config, table)
     row = _row_of(id_, owner, vocabulary)
     checkpoint = _open(run, checkpoint_step)
     cosines = _cosines(checkpoint, f"tables/{table}/weight", row, id_)
@@ -123,9 +121,39 @@ def similar_here(
     return Similar(table, checkpoint.step, found[0], tuple(found[1:]))
 
 
+def vectors_here(
+    run_dir: PathOrUri,
+    environment: Mapping[str, str],
+    *,
+    table: str | None = None,
+    checkpoint_step: int | None = None,
+) -> tuple[list[Id], npt.NDArray[np.float32]]:
+    """Returns the ids of a table, in row order, and their vectors, (rows, dim). It is held in memory whole.
+
+    Args:
+        run_dir: the run's folder.
+        environment: gives configs their `${VAR}`.
+        table: its name, a derived one such as `words:context` too; None takes the model's.
+        checkpoint_step: None takes the one that the run selected, else the newest.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    run = RunDirectory.open(run_dir)
+    table, _, vocabulary = _table_of(run, run.load_config(environment).config, table)
+    checkpoint, name = _open(run, checkpoint_step), f"tables/{table}/weight"
+    _check_holds(checkpoint, name)
+    vectors = np.empty((vocabulary.rows, checkpoint.tensors[name].shape[1]), dtype=np.float32)
+    for (first, column), block in checkpoint.blocks(name):
+        values = block[: max(vocabulary.rows - first, 0)].float().numpy()  # the row for unknown ids is nobody's
+        vectors[first : first + len(values), column : column + values.shape[1]] = values
+    return vocabulary.ids_of(np.arange(vocabulary.rows, dtype=np.int64)), vectors
+
+
 def show(found: Similar, console: Console) -> None:
     """Prints the neighbours as a table."""
-    title = f"Nearest to {_named(found.query)} in table '{found.table}', step {found.step}"
+    known = "; ".join(map(_shown, found.query.metadata.values()))
+    title = f"Nearest to {_named(found.query)}{known and f' ({known})'} in table '{found.table}', step {found.step}"
     columns = list(dict.fromkeys(name for near in (found.query, *found.neighbours) for name in near.metadata))
     console.print(title, markup=False, soft_wrap=True)
     table = Table()
@@ -134,13 +162,28 @@ def show(found: Similar, console: Console) -> None:
     for name in columns:
         table.add_column(escape(name))
     for near in found.neighbours:
-        cells = [str(near.metadata.get(name, "")) for name in columns]
+        cells = [_shown(near.metadata.get(name, "")) for name in columns]
         table.add_row(escape(_named(near)), f"{near.cosine:.4f}", *map(escape, cells))
     console.print(table)
 
 
+def _shown(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def _named(near: Neighbour) -> str:
     return f"row {near.row}" if near.id is None else str(near.id)
+
+
+def _table_of(run: RunDirectory, config: Config, table: str | None) -> tuple[str, str, Vocabulary]:
+    """Returns the table that is meant, the config's table whose ids its rows are, and their vocabulary."""
+    table = _default_table(config) if table is None else table
+    owner = _vocabulary_table(config, table)
+    own = config.tables[owner].vocabulary
+    needed = [owner, own.of] if isinstance(own, WordNgramsVocabulary) else [owner]
+    alone = config.model_copy(update={"tables": {name: config.tables[name] for name in needed}})
+    kept = (run.read_json("inventory.json") or {}).get("tokenizers", {})
+    return table, owner, load_vocabularies(alone, kept)[owner]
 
 
 def _default_table(config: Config) -> str:
@@ -209,11 +252,15 @@ def _open(run: RunDirectory, step: int | None) -> Checkpoint:
     return found
 
 
+def _check_holds(checkpoint: Checkpoint, name: str) -> None:
+    if name not in checkpoint.tensors:
+        raise CheckpointError(f"{checkpoint.folder.uri} does not hold '{name}'. {nearest(name, checkpoint.tensors)}")
+
+
 def _cosines(checkpoint: Checkpoint, name: str, row: int, id_: str) -> npt.NDArray[np.float32]:
     """Returns the cosine of every row with one, -inf for a row of zeros. One file of the checkpoint is held at a time."""
-    spec = checkpoint.tensors.get(name)
-    if spec is None:
-        raise CheckpointError(f"{checkpoint.folder.uri} does not hold '{name}'. {nearest(name, checkpoint.tensors)}")
+    _check_holds(checkpoint, name)
+    spec = checkpoint.tensors[name]
     query = torch.empty(1, spec.shape[1], dtype=spec.dtype)
     checkpoint.read_into([(name, (row, 0), query)])
     query_D = query[0].float()

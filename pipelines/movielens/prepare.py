@@ -6,8 +6,11 @@ made the same way from what is left: each user's last training rating, with 99 i
 `ratings`, for ratings.yaml: the first nine tenths of default_rng(0).permutation over the ratings' file order train, the
 rest is the test set (`split_ratings`). The last twentieth of the training rows, in that order, is the validation set.
 
-Without --source the official files are fetched: for both protocols unless --protocol names one. A source is a folder
-with train.parquet and test.parquet (ncf) or with ratings.parquet (ratings).
+`histories`, for item2vec.yaml: a row a user, with the movies that the user rated in order of time, from all ratings; beside
+it movies.parquet with each movie's title and genres.
+
+Without --source the official files are fetched: for all protocols unless --protocol names one. A source is a folder
+with train.parquet and test.parquet (ncf), with ratings.parquet (ratings), or with movies.parquet too (histories).
 
     python pipelines/movielens/prepare.py --source ../shared/data/ncf-ml-1m
     python pipelines/movielens/prepare.py --source ../shared/data/ml-1m
@@ -35,22 +38,27 @@ RATINGS_ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 NUM_NEGATIVES = 99
 VALIDATION_SHARE = 0.05
 SEED = 7
-PROTOCOLS = ("ncf", "ratings")
+PROTOCOLS = ("ncf", "ratings", "histories")
 
 
 def main() -> None:
     """Parses arguments, prepares, and says what was written."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, help="folder with the data as Parquet; else the official files are fetched")
-    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the source holds; without a source, both")
+    parser.add_argument("--protocol", choices=PROTOCOLS, help="default: what the source holds; without a source, all")
     parser.add_argument("--out", type=Path, help="folder to write (default: $EMBEDSHARD_DATA/movielens/PROTOCOL)")
     arguments = parser.parse_args()
     root = Path(os.environ.get("EMBEDSHARD_DATA") or "data") / "movielens"
     try:
-        for protocol in [arguments.protocol] if arguments.protocol else protocols_of(arguments.source):
+        protocols = [arguments.protocol] if arguments.protocol else protocols_of(arguments.source)
+        if arguments.out and len(protocols) > 1:
+            raise ValueError(f"--out is one folder, for one of {', '.join(protocols)}. Name it with --protocol")
+        for protocol in protocols:
             sets = prepare(protocol, arguments.source, root / "official")
             out = arguments.out or root / protocol
             counts = write_sets(sets, out)
+            if protocol == "histories":
+                pq.write_table(read_movies(arguments.source, root / "official"), out / "movies.parquet")
             print(f"{out}: " + ", ".join(f"{name} {count:,} rows" for name, count in counts.items()))
             largest = {
                 name: pc.max(sets["train"][name]).as_py() for name in sets["train"].column_names if name.endswith("_id")
@@ -65,7 +73,7 @@ def protocols_of(source: Path | None) -> list[str]:
     if source is None:
         return list(PROTOCOLS)
     if (source / "ratings.parquet").exists():
-        return ["ratings"]
+        return ["ratings", "histories"] if (source / "movies.parquet").exists() else ["ratings"]
     if (source / "train.parquet").exists():
         return ["ncf"]
     raise OSError(f"{source} holds neither ratings.parquet (ratings) nor train.parquet and test.parquet (ncf)")
@@ -76,6 +84,11 @@ def prepare(protocol: str, source: Path | None, downloads: Path) -> dict[str, pa
     if protocol == "ratings":
         ratings = pq.read_table(source / "ratings.parquet") if source else read_archive(fetch(RATINGS_ARCHIVE, downloads))
         return split_ratings(ratings.select(["user_id", "movie_id", "rating"]))
+    if protocol == "histories":
+        if source:
+            columns = ["user_id", "movie_id", "seq_pos"]
+            return {"train": histories(pq.read_table(source / "ratings.parquet", columns=columns), "seq_pos")}
+        return {"train": histories(read_archive(fetch(RATINGS_ARCHIVE, downloads)), "time")}
     if source:
         train = pq.read_table(source / "train.parquet", columns=["user_id", "item_id", "seq_pos"])
         train = train.rename_columns(["user_id", "item_id", "time"])
@@ -118,7 +131,8 @@ def read_archive(path: Path) -> pa.Table:
     with zipfile.ZipFile(path) as archive:
         text = archive.read("ml-1m/ratings.dat").replace(b"::", b"\t")
     columns = np.loadtxt(io.BytesIO(text), dtype=np.int64, delimiter="\t", ndmin=2)
-    return pa.table({"user_id": columns[:, 0], "movie_id": columns[:, 1], "rating": columns[:, 2]})
+    names = ("user_id", "movie_id", "rating", "time")
+    return pa.table({name: columns[:, place] for place, name in enumerate(names)})
 
 
 def split_ratings(ratings: pa.Table) -> dict[str, pa.Table]:
@@ -131,6 +145,26 @@ def split_ratings(ratings: pa.Table) -> dict[str, pa.Table]:
         "validation": ratings.take(pa.array(order[last:cut])),
         "test": ratings.take(pa.array(order[cut:])),
     }
+
+
+# ----------------------------------------------------------------------------------------------------------- histories
+def histories(ratings: pa.Table, time: str) -> pa.Table:
+    """Returns a row for each user: user_id, and the movies in order of time, ties in file order."""
+    users = ratings["user_id"].to_numpy()
+    order = np.lexsort((ratings[time].to_numpy(), users))
+    first = np.append(np.flatnonzero(np.diff(users[order], prepend=users[order[0]] - 1)), len(order))
+    movies = pa.ListArray.from_arrays(pa.array(first, pa.int32()), pa.array(ratings["movie_id"].to_numpy()[order]))
+    return pa.table({"user_id": users[order[first[:-1]]], "movies": movies})
+
+
+def read_movies(source: Path | None, downloads: Path) -> pa.Table:
+    """Returns movie_id, title and genres of each movie."""
+    if source:
+        return pq.read_table(source / "movies.parquet", columns=["movie_id", "title", "genres"])
+    with zipfile.ZipFile(fetch(RATINGS_ARCHIVE, downloads)) as archive:
+        lines = [line.split("::") for line in archive.read("ml-1m/movies.dat").decode("latin-1").splitlines()]
+    columns = {"movie_id": [int(line[0]) for line in lines], "title": [line[1] for line in lines]}
+    return pa.table({**columns, "genres": [line[2].split("|") for line in lines]})
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def main():
         found = tree.paths(distinct)
         paths = Paths(*map(torch.from_numpy, (found.offsets, found.nodes, found.signs)))
         ids, centres, contexts = map(torch.from_numpy, (ids, centres, contexts))
-        pairs = Pairs(ids, centres, contexts, centres, torch.ones(len(centres)), WINDOW, paths)
+        pairs = Pairs(ids, centres, contexts, centres, torch.ones(len(centres)), (0, PLACES), WINDOW, paths)
         centre, nodes = (torch.randn(n, DIM, requires_grad=True) for n in (PLACES, len(found.visited)))
         tree_time = seconds(lambda c=centre, n=nodes, p=pairs: path_losses(c, n, p), centre, nodes)
         softmax = "-"

@@ -79,7 +79,38 @@ def test_ratings_are_split_by_the_stated_permutation(prepare, tmp_path, monkeypa
 def test_the_official_archive_is_read_in_file_order(prepare, tmp_path):
     with zipfile.ZipFile(tmp_path / "ml-1m.zip", "w") as archive:
         archive.writestr("ml-1m/ratings.dat", "1::1193::5::978300760\n1::661::3::978302109\n2::1357::5::978298709\n")
-    assert prepare.read_archive(tmp_path / "ml-1m.zip").to_pylist()[1] == {"user_id": 1, "movie_id": 661, "rating": 3}
+        archive.writestr(
+            "ml-1m/movies.dat",
+            "3::Grumpier Old Men (1995)::Comedy|Romance\n73::Misérables, Les (1995)::Drama\n".encode("latin-1"),
+        )
+    read = prepare.read_archive(tmp_path / "ml-1m.zip").to_pylist()
+    assert read[1] == {"user_id": 1, "movie_id": 661, "rating": 3, "time": 978302109}
+    assert prepare.read_movies(None, tmp_path).to_pylist() == [
+        {"movie_id": 3, "title": "Grumpier Old Men (1995)", "genres": ["Comedy", "Romance"]},
+        {"movie_id": 73, "title": "Misérables, Les (1995)", "genres": ["Drama"]},
+    ]
+    histories = prepare.prepare("histories", None, tmp_path)["train"]
+    assert histories.to_pylist() == [{"user_id": 1, "movies": [1193, 661]}, {"user_id": 2, "movies": [1357]}]
+
+
+def test_histories_are_the_movies_of_a_user_in_order_of_time(prepare, tmp_path, monkeypatch):
+    rows = [(7, 30, 1), (2, 10, 2), (7, 20, 0), (2, 11, 0), (2, 12, 1), (9, 30, 0)]
+    columns = dict(zip(("user_id", "movie_id", "seq_pos"), map(list, zip(*rows, strict=True)), strict=True))
+    pq.write_table(pa.table({**columns, "rating": [1] * len(rows)}), tmp_path / "ratings.parquet")
+    movies = pa.table({"movie_id": [10, 11], "title": ["a", "b"], "genres": [["x"], []]})
+    pq.write_table(movies, tmp_path / "movies.parquet")
+    monkeypatch.setenv("EMBEDSHARD_DATA", str(tmp_path / "data"))
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path)])
+    prepare.main()
+    written = tmp_path / "data" / "movielens" / "histories"
+    assert pq.read_table(written / "train").to_pylist() == [
+        {"user_id": 2, "movies": [11, 12, 10]}, {"user_id": 7, "movies": [20, 30]}, {"user_id": 9, "movies": [30]},
+    ]  # fmt: skip
+    assert pq.read_table(written / "movies.parquet").equals(movies)
+    assert (tmp_path / "data" / "movielens" / "ratings" / "train").is_dir(), "the source is for both"
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path), "--out", str(tmp_path / "one")])
+    with pytest.raises(SystemExit, match="--out is one folder, for one of ratings, histories"):
+        prepare.main()
 
 
 def test_a_source_that_is_not_there_is_said_without_a_traceback(tmp_path):

@@ -77,9 +77,14 @@ def run(tree, path, resume_step=None):
     return json.loads((path / "result.json").read_text())
 
 
-@pytest.mark.parametrize("objective", ["negative_sampling", "hierarchical_softmax"])
-def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective):
-    assert_plan_invariant(build_config(make_tree(objective), {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+@pytest.mark.parametrize(
+    ("objective", "drawn_for"), [("negative_sampling", "batch"), ("nce", "lane"), ("hierarchical_softmax", None)]
+)
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn_for):
+    tree = make_tree(objective)
+    if drawn_for is not None:
+        tree["objective"]["drawn_for"] = drawn_for
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -180,6 +185,9 @@ def test_other_features_and_models_are_refused(make_tree):
     tree["model"] = {"kind": "two_tower", "user": {"features": ["user"]}, "item": {"features": ["item"]}}
     with pytest.raises(ConfigError, match="learns pairs of a list, which a model of kind 'item_embedding' makes"):
         build_config(tree, {}, "test")
+    tree["objective"] = {"kind": "negative_sampling", "drawn_for": "lane"}
+    with pytest.raises(ConfigError, match=r"objective\.drawn_for: 'lane' is for a model of kind 'item_embedding'"):
+        build_config(tree, {}, "test")
 
 
 def test_a_softmax_over_a_large_vocabulary_is_refused(make_tree, tmp_path):
@@ -199,7 +207,7 @@ def cosines(vectors, row):
 def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tensors):
     path = tmp_path / "run"
     run(make_tree(), path)
-    shapes = pa.table({"shape": ["round", "square"], "words": ["even0", "odd1"]})
+    shapes = pa.table({"shape": ["round", "square"], "words": ["even0", "odd1"], "of": [["a", "b"], []]})
     pq.write_table(shapes, tmp_path / "shapes.parquet")
     vectors = saved_tensors(path)[1]
     for table in ("word", "words:context"):
@@ -215,7 +223,9 @@ def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tens
         for near in found["neighbours"]:
             assert near["cosine"] == pytest.approx(expected[near["row"]], abs=1e-5)
         known = {near["id"]: near["metadata"] for near in found["neighbours"] if "metadata" in near}
-        assert known == {"even0": {"shape": "round"}, "odd1": {"shape": "square"}}
+        assert known == {"even0": {"shape": "round", "of": ["a", "b"]}, "odd1": {"shape": "square", "of": []}}
+    asked = ["similar", str(path), "even0", "-k", "1", "--metadata", str(tmp_path / "shapes.parquet")]
+    assert "Nearest to even0 (round; a, b) in table 'word'" in CliRunner().invoke(app, asked).output
     shown = CliRunner().invoke(app, ["similar", str(path), "odd2", "-k", "3"])
     assert shown.exit_code == 0
     assert "Nearest to odd2 in table 'word', step 10" in shown.output

@@ -18,6 +18,7 @@ from embedshard.errors import DataError
 from embedshard.launch.data_check import show
 from embedshard.launch.local import evaluate_here, summarise_config
 from embedshard.launch.planning import plan_here
+from embedshard.launch.similar import similar_here, vectors_here
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
@@ -143,6 +144,23 @@ def test_evaluation_and_resumption_use_the_tokenizer_that_was_kept(texts, tmp_pa
         with pytest.raises(DataError, match="table 'words': its vocabulary is another"):
             open_dataset(config.config, world, spoilt)
     assert evaluate_here(tmp_path / "run", None, "cpu", {}) == before
+
+
+def test_neighbours_of_words_are_found_by_the_tokenizer_that_was_kept(texts, tmp_path, saved_tensors):
+    config = loaded(texts)
+    run(config, RunDirectory.create(tmp_path / "run", config))
+    found = similar_here(tmp_path / "run", "good", 3, {}, table="words")
+    assert len({near.id for near in found.neighbours} & set(WORDS)) == 3, "words, by their names"
+    ids, vectors = vectors_here(tmp_path / "run", {}, table="words")
+    weight = saved_tensors(tmp_path / "run")[1]["tables/words/weight"].numpy()
+    assert set(WORDS) <= set(ids)
+    assert np.array_equal(vectors, weight[: len(ids)])
+    assert ids[found.query.row] == "good"
+    with pytest.raises(DataError, match=r"'goood' is not among .* Did you mean 'good'"):
+        similar_here(tmp_path / "run", "goood", 3, {}, table="words")
+    ids, vectors = vectors_here(tmp_path / "run", {}, table="pairs")
+    assert ids == [None] * 64, "no one word has a hashed row"
+    assert vectors.shape == (64, 4)
 
 
 def test_a_ready_tokenizer_is_kept_with_the_run_too(texts, tmp_path):

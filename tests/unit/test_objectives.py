@@ -15,6 +15,7 @@ from embedshard.config.parts import (
 )
 from embedshard.data.batch import Batch, Draws
 from embedshard.models.objectives import objective as blocks
+from embedshard.models.objectives import pairwise as pairwise_losses
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import l2_penalty
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
@@ -301,9 +302,12 @@ PAIRWISE = ["bpr", "negative_sampling", "cosine_contrastive"]
 
 @pytest.mark.parametrize("block", [1, 7, 2**20], ids="blocks of {} scores".format)
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("kind", PAIRWISE)
-def test_pairwise_losses_equal_a_loop_over_rows_and_candidates(monkeypatch, block, masked, kind):
+@pytest.mark.parametrize(("kind", "few"), [*((kind, 0.0) for kind in PAIRWISE), ("cosine_contrastive", 1.0)])
+@pytest.mark.parametrize("kept", [0, 2**25], ids=["made again", "kept"])
+def test_pairwise_losses_equal_a_loop_over_rows_and_candidates(monkeypatch, block, masked, kind, few, kept):
     monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(pairwise_losses, "_FEW", few)
+    monkeypatch.setattr(pairwise_losses, "_KEPT_ELEMENTS", kept)
     generator = np.random.default_rng(6)
     size, drawn = 9, 13
     items, negatives = generator.integers(0, 5, size), generator.integers(0, 5, drawn)

@@ -35,11 +35,18 @@ def near_pairs(generator, places, window, share=0.6):
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
-def make_pairs(places, pairs, window=WINDOW, paths=None):
+def make_pairs(places, pairs, window=WINDOW, paths=None, lanes=None):
     """Pairs of places, whose ids are looked up once; `places` says which of them each holds."""
     centres, contexts = (torch.from_numpy(np.ascontiguousarray(column)) for column in pairs.T)
     return Pairs(
-        torch.from_numpy(places), centres, contexts, torch.zeros_like(centres), torch.ones(len(pairs)), window, paths
+        torch.from_numpy(places),
+        centres,
+        contexts,
+        torch.zeros_like(centres),
+        torch.ones(len(pairs)),
+        lanes or (0, len(places)),
+        window,
+        paths,
     )
 
 
@@ -51,10 +58,12 @@ def make_batch(draws=None):
 class Case:
     """A few places with ids, a table of class vectors, and contexts drawn from a distribution."""
 
-    def __init__(self, seed=0, places=23, drawn=14):
+    def __init__(self, seed=0, places=23, drawn=15, drawn_for="batch"):
         generator = np.random.default_rng(seed)
         self.ids = generator.integers(0, CLASSES, places)
         self.pairs = near_pairs(generator, places, WINDOW)
+        self.lanes = (0, 9, 9, places) if drawn_for == "lane" else (0, places)
+        self.pairs = self.pairs[self.lane_of(self.pairs[:, 0]) == self.lane_of(self.pairs[:, 1])]
         self.centre, self.table = vectors(generator, places, DIM), vectors(generator, CLASSES, DIM)
         self.bias = vectors(generator, CLASSES)
         self.q = generator.random(CLASSES) + 0.2
@@ -64,10 +73,17 @@ class Case:
     def draw(self, generator, drawn):
         self.drawn = generator.choice(CLASSES, drawn, p=self.q)
 
+    def lane_of(self, place):
+        return np.searchsorted(self.lanes, place, side="right") - 1
+
+    def met(self, centre):
+        """The drawn ids that a place meets."""
+        return np.split(self.drawn, len(self.lanes) - 1)[self.lane_of(centre)]
+
     def output(self, with_bias=False, window=WINDOW):
         distinct, places = np.unique(self.ids, return_inverse=True)
         return PairOutput(
-            pairs=make_pairs(places, self.pairs, window),
+            pairs=make_pairs(places, self.pairs, window, lanes=self.lanes),
             ids_I=torch.from_numpy(distinct),
             centre_VD=self.centre,
             context_VD=self.table[self.ids],
@@ -118,9 +134,10 @@ def test_logits_of_pairs_are_dot_products(places, window):
 
 @pytest.mark.parametrize("block", [1, 2**16])
 @pytest.mark.parametrize("kept", [0, 2**25], ids=["made again", "kept"])
-@pytest.mark.parametrize("candidates", [1, 63, 64, 150])
+@pytest.mark.parametrize("candidates", [3, 63, 192, 450])
 @pytest.mark.parametrize("kind", ["softplus", "log"])
-def test_sums_over_candidates_are_what_they_say(monkeypatch, block, kept, candidates, kind):
+@pytest.mark.parametrize("groups", [None, (0, 0, 11, 40)], ids=["together", "by groups"])
+def test_sums_over_candidates_are_what_they_say(monkeypatch, block, kept, candidates, kind, groups):
     monkeypatch.setattr(products, "_BLOCK_ELEMENTS", block)
     monkeypatch.setattr(products, "_KEPT_ELEMENTS", kept)
     generator = np.random.default_rng(candidates)
@@ -129,11 +146,15 @@ def test_sums_over_candidates_are_what_they_say(monkeypatch, block, kept, candid
     with torch.no_grad():
         query[:3] *= 40.0  # logits of hundreds
     function = softplus_sums if kind == "softplus" else log_sums
-    found = function(query, candidate, offset)
+    found = function(query, candidate, offset, groups)
     slopes = torch.linspace(-1.0, 1.0, 40)
     (found * slopes).sum().backward()
     q, c, b = (leaf.detach().double().requires_grad_() for leaf in (query, candidate, offset))
     logits = q @ c.T + b
+    if groups is not None:
+        logits = torch.cat(
+            [mine @ c_.T + b_ for mine, c_, b_ in zip(q.split((0, 11, 29)), c.chunk(3), b.chunk(3), strict=True)]
+        )
     softplus = torch.nn.functional.softplus(logits, threshold=1e9).sum(1)
     expected = softplus if kind == "softplus" else torch.logsumexp(logits, 1)
     (expected * slopes).sum().backward()
@@ -146,47 +167,56 @@ def softplus(x):
     return torch.log1p(torch.exp(x))
 
 
+LANES = pytest.mark.parametrize("drawn_for", ["batch", "lane"])
+
+
 @pytest.mark.parametrize("masked", [True, False])
-def test_negative_sampling_equals_a_loop_over_pairs_and_candidates(masked):
-    case = Case()
-    config = NegativeSamplingConfig(kind="negative_sampling", negative_weight=5.0, mask_accidental_hits=masked)
+@LANES
+def test_negative_sampling_equals_a_loop_over_pairs_and_candidates(masked, drawn_for):
+    case = Case(drawn_for=drawn_for)
+    options = {"mask_accidental_hits": masked, "drawn_for": drawn_for}
+    config = NegativeSamplingConfig(kind="negative_sampling", negative_weight=5.0, **options)
 
     def naive(centre, context, c, table, bias):
         own = case.ids[context]
-        others = [softplus(c[centre] @ table[id_]) for id_ in case.drawn if not (masked and id_ == own)]
+        others = [softplus(c[centre] @ table[id_]) for id_ in case.met(centre) if not (masked and id_ == own)]
         return softplus(-c[centre] @ table[own]) + 5.0 * torch.stack(others).mean()
 
     case.compare(PairNegativeSampling(config, ALONE)(case.output(), case.batch()), naive)
 
 
-def test_noise_contrastive_estimation_equals_a_loop_over_pairs_and_candidates():
-    case = Case()
+@LANES
+def test_noise_contrastive_estimation_equals_a_loop_over_pairs_and_candidates(drawn_for):
+    case = Case(drawn_for=drawn_for)
 
     def naive(centre, context, c, table, bias):
         def logit(id_):
             return c[centre] @ table[id_] + bias[id_] - math.log(3 * case.q[id_])
 
-        noise = torch.stack([softplus(logit(id_)) for id_ in case.drawn]).mean()
+        noise = torch.stack([softplus(logit(id_)) for id_ in case.met(centre)]).mean()
         return softplus(-logit(case.ids[context])) + 3 * noise
 
-    losses = PairNCE(NCEConfig(kind="nce", negatives_per_pair=3), ALONE)(case.output(with_bias=True), case.batch())
+    config = NCEConfig(kind="nce", negatives_per_pair=3, drawn_for=drawn_for)
+    losses = PairNCE(config, ALONE)(case.output(with_bias=True), case.batch())
     case.compare(losses, naive)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("log_q", ["on", "off"])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_sampled_softmax_equals_a_loop_over_pairs_and_candidates(masked, log_q, temperature):
-    case = Case()
-    config = SampledSoftmaxConfig(kind="sampled_softmax", mask_accidental_hits=masked, log_q=log_q, temperature=temperature)
+@LANES
+def test_sampled_softmax_equals_a_loop_over_pairs_and_candidates(masked, log_q, temperature, drawn_for):
+    case = Case(drawn_for=drawn_for)
+    options = {"mask_accidental_hits": masked, "drawn_for": drawn_for}
+    config = SampledSoftmaxConfig(kind="sampled_softmax", log_q=log_q, temperature=temperature, **options)
 
     def naive(centre, context, c, table, bias):
         own = case.ids[context]
         score = c[centre] @ table[own] / temperature
         total = torch.exp(score)
-        for id_ in case.drawn:
+        for id_ in case.met(centre):
             if not (masked and id_ == own):
-                weight = 1.0 if log_q == "off" else 1.0 / (len(case.drawn) * case.q[id_])
+                weight = 1.0 if log_q == "off" else 1.0 / (len(case.met(centre)) * case.q[id_])
                 total = total + weight * torch.exp(c[centre] @ table[id_] / temperature)
         return torch.log(total) - score
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 __all__ = ["BPR", "CosineContrastive", "NegativeSampling"]
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -25,11 +26,16 @@ from embedshard.world import World
 
 Cost = Literal["softplus", "relu"]
 
+_KEPT_ELEMENTS: Final = 2**25  # scores of a rank whose slopes are kept
+_FEW: Final = 0.05  # share of scores above their thresholds up to which they are taken one by one
+
 
 class _MeanCost(torch.autograd.Function):
-    """The mean over each row's candidates of cost(score - threshold), in blocks of rows.
+    """The mean over each row's candidates of cost(score - threshold), in blocks of rows that stay in the cache.
 
-    The scores of a block stay in the cache; what the backward pass needs of them is made again.
+    A block's slopes are kept for the backward pass up to 128 MiB of a rank, else made again. The slopes of relu are 1 where
+    a score is above its threshold: where that is rare, the backward pass adds up those vectors alone instead of
+    multiplying by a matrix of zeros (on a CPU; a GPU would wait to know how many there are).
     """
 
     @staticmethod
@@ -42,42 +48,115 @@ class _MeanCost(torch.autograd.Function):
         candidate_N: torch.Tensor,
         cost: Cost,
     ) -> torch.Tensor:
-        total_B, count_B = torch.empty_like(threshold_B), torch.empty_like(threshold_B)
+        hits = _Hits(own_B, candidate_N)
+        total_B = torch.empty_like(threshold_B)
+        kept: list[_Few | torch.Tensor | None] = []
         for rows in row_blocks(len(query_BD), len(candidate_ND)):
-            excess, left_out = _excess(query_BD[rows], candidate_ND, threshold_B[rows], own_B[rows], candidate_N)
-            costs = F.softplus(excess) if cost == "softplus" else excess.relu_()
-            total_B[rows] = costs.masked_fill_(left_out, 0.0).sum(dim=1)
-            count_B[rows] = (len(candidate_N) - left_out.sum(dim=1)).to(total_B.dtype)
-        count_B.clamp_(min=1.0)
-        ctx.cost = cost
-        ctx.save_for_backward(query_BD, candidate_ND, threshold_B, own_B, candidate_N, count_B)
+            excess_RN = _excess(query_BD[rows], candidate_ND, threshold_B[rows], hits, rows)
+            slopes = _slopes(excess_RN, cost)
+            kept.append(slopes if isinstance(slopes, _Few) or _fits(query_BD, candidate_ND) else None)
+            total_B[rows] = (F.softplus(excess_RN) if cost == "softplus" else excess_RN.relu_()).sum(dim=1)
+        count_B = (len(candidate_N) - hits.count_B).clamp(min=1).to(total_B.dtype)
+        ctx.cost, ctx.hits, ctx.kept = cost, hits, kept
+        ctx.save_for_backward(query_BD, candidate_ND, threshold_B, count_B)
         return total_B / count_B
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query_BD, candidate_ND, threshold_B, own_B, candidate_N, count_B = ctx.saved_tensors
+        query_BD, candidate_ND, threshold_B, count_B = ctx.saved_tensors
         scale_B = gradients[0] / count_B
         for_queries, for_candidates = torch.empty_like(query_BD), torch.zeros_like(candidate_ND)
         for_thresholds = torch.empty_like(threshold_B)
-        for rows in row_blocks(len(query_BD), len(candidate_ND)):
-            excess, left_out = _excess(query_BD[rows], candidate_ND, threshold_B[rows], own_B[rows], candidate_N)
-            slopes = excess.sigmoid_() if ctx.cost == "softplus" else (excess > 0).to(excess.dtype)
-            slopes.masked_fill_(left_out, 0.0).mul_(scale_B[rows, None])
-            torch.mm(slopes, candidate_ND, out=for_queries[rows])
-            for_candidates.addmm_(slopes.T, query_BD[rows])
-            for_thresholds[rows] = -slopes.sum(dim=1)
+        for rows, kept in zip(row_blocks(len(query_BD), len(candidate_ND)), ctx.kept, strict=True):
+            slopes = kept
+            if slopes is None:
+                excess_RN = _excess(query_BD[rows], candidate_ND, threshold_B[rows], ctx.hits, rows)
+                slopes = _slopes(excess_RN, ctx.cost)
+            scale_R = scale_B[rows, None]
+            if isinstance(slopes, _Few):
+                for_queries[rows] = slopes.of_rows(candidate_ND).mul_(scale_R)
+                slopes.add_to_columns(for_candidates, query_BD[rows] * scale_R)
+                for_thresholds[rows] = -scale_B[rows] * slopes.count_R
+            else:
+                slopes = slopes * scale_R
+                torch.mm(slopes, candidate_ND, out=for_queries[rows])
+                for_candidates.addmm_(slopes.T, query_BD[rows])
+                for_thresholds[rows] = -slopes.sum(dim=1)
         return for_queries, for_candidates, for_thresholds, None, None, None
 
 
+class _Hits:
+    """Which candidates are a row's own item, by row: (row, candidate) pairs, of which there are few.
+
+    Attributes:
+        count_B: how many each row has.
+    """
+
+    def __init__(self, own_B: torch.Tensor, candidate_N: torch.Tensor) -> None:
+        in_order = candidate_N.sort()
+        first_B = torch.searchsorted(in_order.values, own_B)
+        self.count_B = torch.searchsorted(in_order.values, own_B, right=True) - first_B
+        self._ends = self.count_B.cumsum(0).tolist()
+        self._rows = torch.repeat_interleave(self.count_B)
+        number = torch.arange(len(self._rows), device=own_B.device)
+        within = number - (self.count_B.cumsum(0) - self.count_B)[self._rows]
+        self._columns = in_order.indices[first_B[self._rows] + within]
+
+    def leave_out(self, excess_RN: torch.Tensor, rows: slice) -> None:
+        """Puts -inf where a candidate of some rows is the row's own."""
+        mine = slice(self._ends[rows.start - 1] if rows.start else 0, self._ends[rows.stop - 1])
+        excess_RN[self._rows[mine] - rows.start, self._columns[mine]] = -torch.inf
+
+
+class _Few:
+    """A matrix with few ones and else zeros, (R, N), on a CPU.
+
+    Args:
+        is_one_RN: where the ones are.
+
+    Attributes:
+        count_R: how many each row has.
+    """
+
+    def __init__(self, is_one_RN: torch.Tensor) -> None:
+        num_rows, num_columns = is_one_RN.shape
+        flat = torch.from_numpy(np.flatnonzero(is_one_RN.numpy()))  # ten times as fast as torch's
+        self._offset_R = torch.searchsorted(flat, torch.arange(num_rows) * num_columns)
+        self.count_R = torch.diff(self._offset_R, append=torch.tensor([len(flat)]))
+        self._rows, self._columns = flat // num_columns, flat % num_columns
+
+    def of_rows(self, vector_ND: torch.Tensor) -> torch.Tensor:
+        """Returns the product with the vectors of columns, (R, D)."""
+        return F.embedding_bag(self._columns, vector_ND, self._offset_R, mode="sum")
+
+    def add_to_columns(self, target_ND: torch.Tensor, vector_RD: torch.Tensor) -> None:
+        """Adds the transposed matrix's product with the vectors of rows."""
+        columns, order = self._columns.sort(stable=True)
+        met, counts = torch.unique_consecutive(columns, return_counts=True)
+        sums = F.embedding_bag(self._rows[order], vector_RD, counts.cumsum(0) - counts, mode="sum")
+        target_ND[met] += sums
+
+
+def _slopes(excess_RN: torch.Tensor, cost: Cost) -> _Few | torch.Tensor:
+    if cost == "softplus":
+        return torch.sigmoid(excess_RN)
+    is_above_RN = excess_RN > 0
+    if excess_RN.device.type == "cpu" and int(is_above_RN.sum()) <= _FEW * is_above_RN.numel():
+        return _Few(is_above_RN)
+    return is_above_RN.to(excess_RN.dtype)
+
+
+def _fits(query_BD: torch.Tensor, candidate_ND: torch.Tensor) -> bool:
+    return len(query_BD) * len(candidate_ND) <= _KEPT_ELEMENTS
+
+
 def _excess(
-    query_RD: torch.Tensor,
-    candidate_ND: torch.Tensor,
-    threshold_R: torch.Tensor,
-    own_R: torch.Tensor,
-    candidate_N: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns how far each candidate's score is above the row's threshold, and which candidates are left out, (R, N)."""
-    return torch.mm(query_RD, candidate_ND.T).sub_(threshold_R[:, None]), own_R[:, None] == candidate_N[None, :]
+    query_RD: torch.Tensor, candidate_ND: torch.Tensor, threshold_R: torch.Tensor, hits: _Hits, rows: slice
+) -> torch.Tensor:
+    """Returns how far each candidate's score is above the row's threshold, -inf for what is left out, (R, N)."""
+    excess_RN = torch.mm(query_RD, candidate_ND.T).sub_(threshold_R[:, None])
+    hits.leave_out(excess_RN, rows)
+    return excess_RN
 
 
 def _mean_cost(

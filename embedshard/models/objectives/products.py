@@ -12,7 +12,8 @@ from __future__ import annotations
 
 __all__ = ["log_sums", "pair_logits", "softplus_sums"]
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -100,17 +101,38 @@ class _PairLogits(torch.autograd.Function):
         return for_centres, for_contexts[band.reach : band.reach + band.num_places], None
 
 
-def softplus_sums(query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the sum over candidates of softplus(query . candidate + offset), (V,). Not collective."""
+def softplus_sums(
+    query_VD: torch.Tensor,
+    candidate_ND: torch.Tensor,
+    offset_N: torch.Tensor | None = None,
+    groups: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Returns the sum over candidates of softplus(query . candidate + offset), (V,). Not collective.
+
+    Args:
+        query_VD: vectors of places.
+        candidate_ND: vectors of candidates.
+        offset_N: added to each candidate's products.
+        groups: where each group of places begins, and V. Each meets its own candidates, as many and in the same order;
+            None lets all places meet all candidates.
+    """
     sums: Any = _Sums.apply
-    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, "softplus")
+    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, groups, "softplus")
     return result
 
 
-def log_sums(query_VD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None = None) -> torch.Tensor:
-    """Returns the log of the sum over candidates of exp(query . candidate + offset), (V,). Not collective."""
+def log_sums(
+    query_VD: torch.Tensor,
+    candidate_ND: torch.Tensor,
+    offset_N: torch.Tensor | None = None,
+    groups: Sequence[int] | None = None,
+) -> torch.Tensor:
+    """Returns the log of the sum over candidates of exp(query . candidate + offset), (V,). Not collective.
+
+    The arguments are those of `softplus_sums`.
+    """
     sums: Any = _Sums.apply
-    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, "log")
+    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, groups, "log")
     return result
 
 
@@ -123,13 +145,15 @@ class _Sums(torch.autograd.Function):
         query_VD: torch.Tensor,
         candidate_ND: torch.Tensor,
         offset_N: torch.Tensor | None,
+        groups: Sequence[int] | None,
         kind: Literal["softplus", "log"],
     ) -> torch.Tensor:
         sums_V = query_VD.new_empty(len(query_VD))
-        keeps = len(query_VD) * len(candidate_ND) <= _KEPT_ELEMENTS
+        blocks = list(_blocks(len(query_VD), len(candidate_ND), groups))
+        keeps = sum((rows.stop - rows.start) * (met.stop - met.start) for rows, met in blocks) <= _KEPT_ELEMENTS
         kept = []
-        for rows in _blocks(query_VD, candidate_ND):
-            logits_RN = _products(query_VD[rows], candidate_ND, offset_N)
+        for rows, met in blocks:
+            logits_RN = _products(query_VD[rows], candidate_ND[met], offset_N if offset_N is None else offset_N[met])
             if kind == "softplus":
                 slopes_RN = torch.sigmoid(logits_RN)
                 sums_V[rows] = _softplus_sum(logits_RN, slopes_RN)
@@ -138,7 +162,7 @@ class _Sums(torch.autograd.Function):
                 slopes_RN = logits_RN.sub_(sums_V[rows, None]).exp_() if keeps else logits_RN
             if keeps:
                 kept.append(slopes_RN)
-        ctx.kind, ctx.kept = kind, kept
+        ctx.kind, ctx.kept, ctx.blocks = kind, kept, blocks
         ctx.save_for_backward(query_VD, candidate_ND, offset_N, sums_V)
         return sums_V
 
@@ -147,18 +171,18 @@ class _Sums(torch.autograd.Function):
         query_VD, candidate_ND, offset_N, sums_V = ctx.saved_tensors
         for_queries, for_candidates = torch.empty_like(query_VD), torch.zeros_like(candidate_ND)
         for_offsets = torch.zeros_like(offset_N) if ctx.needs_input_grad[2] else None
-        for number, rows in enumerate(_blocks(query_VD, candidate_ND)):
+        for number, (rows, met) in enumerate(ctx.blocks):
             if ctx.kept:
                 slopes_RN = ctx.kept[number]
             else:
-                slopes_RN = _products(query_VD[rows], candidate_ND, offset_N)
+                slopes_RN = _products(query_VD[rows], candidate_ND[met], offset_N if offset_N is None else offset_N[met])
                 slopes_RN = slopes_RN.sigmoid_() if ctx.kind == "softplus" else slopes_RN.sub_(sums_V[rows, None]).exp_()
             slopes_RN = slopes_RN * gradients[0][rows, None]
-            torch.mm(slopes_RN, candidate_ND, out=for_queries[rows])
-            for_candidates.addmm_(slopes_RN.T, query_VD[rows])
+            torch.mm(slopes_RN, candidate_ND[met], out=for_queries[rows])
+            for_candidates[met].addmm_(slopes_RN.T, query_VD[rows])
             if for_offsets is not None:
-                for_offsets += slopes_RN.sum(dim=0)
-        return for_queries, for_candidates, for_offsets, None
+                for_offsets[met] += slopes_RN.sum(dim=0)
+        return for_queries, for_candidates, for_offsets, None, None
 
 
 def _products(query_RD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None) -> torch.Tensor:
@@ -176,6 +200,11 @@ def _softplus_sum(logits_RN: torch.Tensor, sigmoid_RN: torch.Tensor) -> torch.Te
     return logits_RN.clamp(min=0.0).sum(dim=1) - logs_R - near_RN[:, whole:].log().sum(dim=1)
 
 
-def _blocks(query_VD: torch.Tensor, candidate_ND: torch.Tensor) -> Iterator[slice]:
-    size = max(128, _BLOCK_ELEMENTS // max(len(candidate_ND), 1))
-    return (slice(first, min(first + size, len(query_VD))) for first in range(0, len(query_VD), size))
+def _blocks(num_queries: int, num_candidates: int, groups: Sequence[int] | None) -> Iterator[tuple[slice, slice]]:
+    """Yields places with the candidates that they meet."""
+    begins = [0, num_queries] if groups is None else groups
+    share = num_candidates // (len(begins) - 1)
+    size = max(128, _BLOCK_ELEMENTS // max(share, 1))
+    for group, (begin, end) in enumerate(itertools.pairwise(begins)):
+        for first in range(begin, end, size):
+            yield slice(first, min(first + size, end)), slice(group * share, (group + 1) * share)

@@ -1,10 +1,11 @@
-"""Losses of pairs of a centre and a context of a list, against contexts drawn once a step for all pairs.
+"""Losses of pairs of a centre and a context of a list, against contexts drawn for all pairs of a step or of a lane.
 
 What is summed over candidates depends on the centre alone, so it is computed once for a centre, not for each of its
 pairs. A candidate that happens to be the pair's own context has the logit that the pair has, so it is taken out of the
 centre's sum again without another product.
 
-Shapes: V places of lists, I distinct ids of them, D dim, P pairs, N candidates of the global batch.
+Shapes: V places of lists, I distinct ids of them, D dim, P pairs, N candidates of the global batch, or of all this rank's
+lanes where each lane has its own.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from __future__ import annotations
 __all__ = ["PairNCE", "PairNegativeSampling", "PairSampledSoftmax", "PairSoftmax"]
 
 import math
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
 from embedshard.config.parts import NCEConfig, NegativeSamplingConfig, SampledSoftmaxConfig
-from embedshard.data.batch import Batch, Draws
+from embedshard.data.batch import Batch
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.objectives.products import log_sums, pair_logits, softplus_sums
 from embedshard.models.output import PairOutput
@@ -28,7 +31,8 @@ class PairNegativeSampling(Objective):
     """Skip-gram with negative sampling (Mikolov et al. 2013).
 
     -log sigmoid(pair) + negative_weight * the mean over candidates of -log sigmoid(-candidate): in expectation what
-    `negative_weight` draws for each pair give. Collective: gathers the drawn candidates over ranks, with gradient.
+    `negative_weight` draws for each pair give. Collective: gathers the drawn candidates over ranks, with gradient,
+    unless each lane has its own.
 
     Args:
         config: as in the config.
@@ -42,14 +46,14 @@ class PairNegativeSampling(Objective):
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
         logits_P = _logits(output)
-        candidate_ND, draws = _candidates(output, batch, self._world)
+        drawn = _candidates(output, batch, self._world, self._config.drawn_for)
         as_positive_P = F.softplus(-logits_P)
-        others_P = softplus_sums(output.centre_VD, candidate_ND)[output.pairs.centres]
-        num_others_P: torch.Tensor | int = len(candidate_ND)
+        others_P = softplus_sums(output.centre_VD, drawn.vectors_ND, groups=drawn.groups)[output.pairs.centres]
+        num_others_P: torch.Tensor | int = drawn.met
         if self._config.mask_accidental_hits:
-            hits_P = _hits(output, self._world.gather(draws.ids))
+            hits_P = _hits(output, drawn)
             others_P = others_P - hits_P * (as_positive_P + logits_P)  # softplus(x) = softplus(-x) + x
-            num_others_P = (len(candidate_ND) - hits_P).clamp(min=1.0)
+            num_others_P = (drawn.met - hits_P).clamp(min=1.0)
         return as_positive_P + self._config.negative_weight * others_P / num_others_P
 
 
@@ -58,7 +62,8 @@ class PairNCE(Objective):
 
     Tells a pair from `negatives_per_pair` = k draws of the noise q: with s = centre . context + bias - log(k q(context)),
     softplus(-s) + k * the mean over candidates of softplus(s). At its minimum centre . context + bias is the log of the
-    conditional probability. Collective: gathers the drawn candidates over ranks, with gradient.
+    conditional probability. Collective: gathers the drawn candidates over ranks, with gradient, unless each lane has its
+    own.
 
     Args:
         config: as in the config.
@@ -67,26 +72,26 @@ class PairNCE(Objective):
 
     def __init__(self, config: NCEConfig, world: World) -> None:
         super().__init__()
-        self._noise, self._world = config.negatives_per_pair, world
+        self._config, self._world = config, world
 
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
         assert output.bias_I is not None, "the model looks biases up"
-        assert output.candidate_bias_N is not None, "the model looks up what was drawn"
-        candidate_ND, draws = _candidates(output, batch, self._world)
-        log_noise = math.log(self._noise)
-        offset_N = self._world.gather(output.candidate_bias_N) - log_noise - self._world.gather(draws.log_q)
-        own_I = output.bias_I - log_noise - draws.own_log_q
+        noise = self._config.negatives_per_pair
+        drawn = _candidates(output, batch, self._world, self._config.drawn_for)
+        assert drawn.bias_N is not None, "the model looks up what was drawn"
+        offset_N = drawn.bias_N - math.log(noise) - drawn.log_q_N
+        own_I = output.bias_I - math.log(noise) - drawn.own_log_q_I
         logits_P = _logits(output) + _of_contexts(output, own_I)
-        sums_V = softplus_sums(output.centre_VD, candidate_ND, offset_N)
-        return F.softplus(-logits_P) + sums_V[output.pairs.centres] * (self._noise / len(candidate_ND))
+        sums_V = softplus_sums(output.centre_VD, drawn.vectors_ND, offset_N, drawn.groups)
+        return F.softplus(-logits_P) + sums_V[output.pairs.centres] * (noise / drawn.met)
 
 
 class PairSampledSoftmax(Objective):
     """Softmax over a pair's context and the drawn ones, corrected for how often they are drawn (Jean et al. 2015).
 
     Each candidate counts 1 / (times it is expected to be drawn), the pair's own context once, for certain. Collective:
-    gathers the drawn candidates over ranks, with gradient.
+    gathers the drawn candidates over ranks, with gradient, unless each lane has its own.
 
     Args:
         config: as in the config.
@@ -100,17 +105,17 @@ class PairSampledSoftmax(Objective):
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
         config = self._config
-        candidate_ND, draws = _candidates(output, batch, self._world)
+        drawn = _candidates(output, batch, self._world, config.drawn_for)
         centre_VD = output.centre_VD / config.temperature
         logits_P = _logits(output) / config.temperature
-        offset_N, own_I = None, torch.zeros_like(draws.own_log_q)
+        offset_N, own_I = None, torch.zeros_like(drawn.own_log_q_I)
         if config.log_q == "on":
-            log_drawn = math.log(len(candidate_ND))
-            offset_N, own_I = -self._world.gather(draws.log_q) - log_drawn, -draws.own_log_q - log_drawn
-        excess_P = log_sums(centre_VD, candidate_ND, offset_N)[output.pairs.centres] - logits_P
+            log_met = math.log(drawn.met)
+            offset_N, own_I = -drawn.log_q_N - log_met, -drawn.own_log_q_I - log_met
+        excess_P = log_sums(centre_VD, drawn.vectors_ND, offset_N, drawn.groups)[output.pairs.centres] - logits_P
         if not config.mask_accidental_hits:
             return F.softplus(excess_P)
-        hits_P = _hits(output, self._world.gather(draws.ids))
+        hits_P = _hits(output, drawn)
         # Never drawn means never hit, and has no finite weight.
         counted_P = torch.where(hits_P > 0, hits_P * torch.exp(_of_contexts(output, own_I)), 0.0)
         return _log_of_one_plus(excess_P, counted_P)
@@ -131,8 +136,8 @@ class PairSoftmax(Objective):
 
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
-        candidate_ND, draws = _candidates(output, batch, self._world)
-        sums_V = log_sums(output.centre_VD, candidate_ND, -self._world.gather(draws.log_q))
+        drawn = _candidates(output, batch, self._world, "batch")
+        sums_V = log_sums(output.centre_VD, drawn.vectors_ND, -drawn.log_q_N)
         return sums_V[output.pairs.centres] - _logits(output)
 
 
@@ -142,17 +147,52 @@ def _logits(output: PairOutput) -> torch.Tensor:
     return pair_logits(output.centre_VD, output.context_VD, pairs.centres, pairs.contexts, pairs.window)
 
 
-def _candidates(output: PairOutput, batch: Batch, world: World) -> tuple[torch.Tensor, Draws]:
+@dataclass
+class _Candidates:
+    """What the places of this rank meet.
+
+    Attributes:
+        vectors_ND, bias_N, log_q_N, ids_N: of each candidate; biases if there are any.
+        own_log_q_I: the log of the probability of one draw, of the ids of the lists.
+        groups: where the places that meet the same candidates begin, and V; None where all places meet all.
+        met: how many candidates a place meets.
+    """
+
+    vectors_ND: torch.Tensor
+    bias_N: torch.Tensor | None
+    log_q_N: torch.Tensor
+    ids_N: torch.Tensor
+    own_log_q_I: torch.Tensor
+    groups: tuple[int, ...] | None
+    met: int
+
+
+def _candidates(output: PairOutput, batch: Batch, world: World, drawn_for: Literal["batch", "lane"]) -> _Candidates:
     assert batch.draws is not None, "the reader draws what this objective asks for"
     assert output.candidate_ND is not None, "the model looks up what was drawn"
-    return world.gather(output.candidate_ND), batch.draws
+    draws, bias_N = batch.draws, output.candidate_bias_N
+    if drawn_for == "lane":  # this rank's draws are those for its lanes, in their order
+        groups = output.pairs.lanes
+        met = len(draws.ids) // (len(groups) - 1)
+        return _Candidates(output.candidate_ND, bias_N, draws.log_q, draws.ids, draws.own_log_q, groups, met)
+    vectors_ND = world.gather(output.candidate_ND)
+    bias_N = None if bias_N is None else world.gather(bias_N)
+    log_q_N, ids_N = world.gather(draws.log_q), world.gather(draws.ids)
+    return _Candidates(vectors_ND, bias_N, log_q_N, ids_N, draws.own_log_q, None, len(vectors_ND))
 
 
-def _hits(output: PairOutput, drawn_N: torch.Tensor) -> torch.Tensor:
-    """Returns how many of the drawn ids are the pair's own context, (P,) float32."""
-    in_order = drawn_N.sort().values
-    hits_I = torch.searchsorted(in_order, output.ids_I, right=True) - torch.searchsorted(in_order, output.ids_I)
-    return _of_contexts(output, hits_I.to(output.centre_VD.dtype))
+def _hits(output: PairOutput, drawn: _Candidates) -> torch.Tensor:
+    """Returns how many of the drawn ids that a pair meets are its own context, (P,) float32."""
+    ids_V, ids_N = output.ids_I[output.pairs.ids], drawn.ids_N
+    if drawn.groups is not None:  # ids of other groups are others
+        group_of_V = torch.arange(len(drawn.groups) - 1, device=ids_V.device).repeat_interleave(
+            torch.tensor(drawn.groups, device=ids_V.device).diff()
+        )
+        group_of_N = torch.arange(len(ids_N), device=ids_N.device) // drawn.met
+        ids_V, ids_N = (ids * (len(drawn.groups) - 1) + group for ids, group in ((ids_V, group_of_V), (ids_N, group_of_N)))
+    in_order = ids_N.sort().values
+    hits_V = torch.searchsorted(in_order, ids_V, right=True) - torch.searchsorted(in_order, ids_V)
+    return hits_V.to(output.centre_VD.dtype)[output.pairs.contexts]
 
 
 def _of_contexts(output: PairOutput, of_ids_I: torch.Tensor) -> torch.Tensor:
