@@ -19,6 +19,7 @@ from embedshard.sharding.lazy_adam import pose_as_sgd, take_over
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, SequenceSharder, Sharders, make_plan
 from embedshard.sharding.recorded import RecordedPlan
+from embedshard.sharding.row_tables import take_over_sequences
 from embedshard.sharding.shards import weight_shards
 from embedshard.world import World
 
@@ -57,6 +58,7 @@ def shard_model(
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
     take_over(sharded)
+    take_over_sequences(sharded)
     initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
 
