@@ -1,6 +1,7 @@
 """What tests share: tiny data sets on disk, configs over them, runs of them."""
 
 import copy
+import json
 import os
 import textwrap
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 import torch
 
 from embedshard.config import Loaded, build_config
-from embedshard.train.checkpoint import newest_intact
+from embedshard.train.checkpoint import newest_intact, open_step
+from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
+from embedshard.train.tracking import Reporter
+from embedshard.world import open_world
 
 USERS, ITEMS = 40, 30
 
@@ -128,6 +132,21 @@ def saved_tensors():
 @pytest.fixture
 def assert_same_tensors():
     return compare_tensors
+
+
+def run_to_result(tree, path, resume_step=None):
+    """Trains a config's tree in a folder, from a checkpoint on if one is named; returns its result.json."""
+    loaded = Loaded(build_config(tree, {}, "test"), tree, "test")
+    directory = RunDirectory.create(path, loaded) if resume_step is None else RunDirectory.open(path)
+    resume_from = None if resume_step is None else open_step(directory.checkpoints, resume_step)
+    with open_world("cpu") as world:
+        train(loaded.config, world, directory, Reporter(), resume_from)
+    return json.loads((path / "result.json").read_text())
+
+
+@pytest.fixture
+def run_tree():
+    return run_to_result
 
 
 def real_data(name: str) -> Path:

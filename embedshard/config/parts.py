@@ -182,34 +182,10 @@ class IdFeature(Strict):
     """What a null id does: what `data.on_bad_row` says (`error`), or count as no id (`empty`)."""
 
 
-class BagFeature(Strict):
-    """A list of ids a row, looked up in a table and pooled. A null or empty list pools to zeros."""
+class ListFeature(Strict):
+    """What lists of ids have in common, whatever becomes of their vectors."""
 
-    kind: Literal["bag"]
-    """Which kind it is."""
-    table: Name
-    """The table that it is looked up in."""
-    column: str | None = None
-    """The Parquet column; the feature's name where absent."""
-    pooling: Literal["sum", "mean", "sqrtn"] = "mean"
-    """How a row's vectors become one; `sqrtn` divides their sum by the root of their number."""
-    max_length: int | None = Field(None, ge=1)
-    """Ids kept of a list; all where absent."""
-    keep: Literal["first", "last"] = "last"
-    """Which end of a longer list is kept."""
-    mask_zero: bool = False
-    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
-    unknown: Literal["error", "oov", "quarantine"] = "error"
-    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
-    unknown ids (`oov`), or set its row aside (`quarantine`)."""
-    null: Literal["error", "empty"] = "error"
-    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
-
-
-class SequenceFeature(Strict):
-    """A list of ids a row, each looked up by itself: the model gets a vector a place, in order."""
-
-    kind: Literal["sequence"]
+    kind: str
     """Which kind it is."""
     table: Name
     """The table that they are looked up in."""
@@ -219,38 +195,43 @@ class SequenceFeature(Strict):
     """Ids kept of a list; all where absent."""
     keep: Literal["first", "last"] = "last"
     """Which end of a longer list is kept."""
-    mask_zero: bool = False
-    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
     unknown: Literal["error", "oov", "quarantine"] = "error"
     """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
     unknown ids (`oov`), or set its row aside (`quarantine`)."""
     null: Literal["error", "empty"] = "error"
-    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list (`empty`)."""
+    """What a null in a list does: what `data.on_bad_row` says (`error`), or fall out of the list, with its weight if it
+    has one (`empty`)."""
 
 
-class WeightedBagFeature(Strict):
+class BagFeature(ListFeature):
+    """A list of ids a row, looked up in a table and pooled. A null or empty list pools to zeros."""
+
+    kind: Literal["bag"]
+    """Which kind it is."""
+    pooling: Literal["sum", "mean", "sqrtn"] = "mean"
+    """How a row's vectors become one; `sqrtn` divides their sum by the root of their number."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
+
+
+class SequenceFeature(ListFeature):
+    """A list of ids a row, each looked up by itself: the model gets a vector a place, in order."""
+
+    kind: Literal["sequence"]
+    """Which kind it is."""
+    mask_zero: bool = False
+    """Whether the integer 0 is padding: it falls out of the list, so it is never looked up and never trained."""
+
+
+class WeightedBagFeature(ListFeature):
     """A list of ids a row with a list of weights of the same lengths, pooled by them."""
 
     kind: Literal["weighted_bag"]
     """Which kind it is."""
-    table: Name
-    """The table that it is looked up in."""
-    column: str | None = None
-    """The Parquet column; the feature's name where absent."""
     weights: str
     """The Parquet column of the weights."""
     pooling: Literal["sum", "mean"] = "sum"
     """`mean` divides by the sum of the weights."""
-    max_length: int | None = Field(None, ge=1)
-    """Ids kept of a list; all where absent."""
-    keep: Literal["first", "last"] = "last"
-    """Which end of a longer list is kept."""
-    unknown: Literal["error", "oov", "quarantine"] = "error"
-    """What an id outside the vocabulary does: what `data.on_bad_row` says (`error`), look up the table's row for
-    unknown ids (`oov`), or set its row aside (`quarantine`)."""
-    null: Literal["error", "empty"] = "error"
-    """What a null in the list of ids does: what `data.on_bad_row` says (`error`), or fall out of the list with its
-    weight (`empty`)."""
 
 
 class TextFeature(Strict):

@@ -18,7 +18,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedshard.config import POINTWISE_METRICS, Config
-from embedshard.config.parts import BagFeature, DenseFeature, IdFeature, SequenceFeature, TextFeature, WeightedBagFeature
+from embedshard.config.parts import (
+    BagFeature,
+    DenseFeature,
+    IdFeature,
+    ListFeature,
+    SequenceFeature,
+    TextFeature,
+    WeightedBagFeature,
+)
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.findings import Action, Finding, Problem, Reason, shown
 from embedshard.data.parse import (
@@ -44,7 +52,6 @@ from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
-ListFeature = BagFeature | WeightedBagFeature | SequenceFeature
 
 _BYTES_PER_WORD = 4
 

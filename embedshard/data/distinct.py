@@ -16,11 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from embedshard.data.hashing import hash_integers, hash_strings
+from embedshard.data.hashing import WordArray, hash_integers, hash_strings
 from embedshard.data.vocabulary import integers
 
 IntArray = npt.NDArray[np.int64]
-WordArray = npt.NDArray[np.uint64]
 
 _KEPT = 2**20
 _WORDS = 2.0**64

@@ -17,13 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.config.parts import TokenizerVocabulary
-from embedshard.data.hashing import hash_ngrams
+from embedshard.data.hashing import WordArray, hash_ngrams
 from embedshard.data.tokenizer import Tokenizer
 from embedshard.errors import DataError
 from embedshard.storage import locate
 
 IntArray = npt.NDArray[np.int64]
-WordArray = npt.NDArray[np.uint64]
 
 
 class Encoder(Protocol):

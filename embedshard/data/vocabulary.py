@@ -16,14 +16,13 @@ import pyarrow.parquet as pq
 
 from embedshard.config import Config
 from embedshard.config.parts import FileVocabulary, HashVocabulary, TokenizerVocabulary, WordNgramsVocabulary
-from embedshard.data.hashing import hash_integers, hash_strings
+from embedshard.data.hashing import WordArray, hash_integers, hash_strings
 from embedshard.data.text import NgramVocabulary, TextVocabulary, UntrainedVocabulary, WordVocabulary, read_tokenizer
 from embedshard.data.tokenizer import Tokenizer
 from embedshard.errors import ConfigError, DataError
 from embedshard.storage import locate
 
 IntArray = npt.NDArray[np.int64]
-WordArray = npt.NDArray[np.uint64]
 
 
 class Vocabulary(Protocol):

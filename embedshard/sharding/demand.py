@@ -19,14 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from embedshard.config import Config, Lookup, TableSpec
-from embedshard.config.parts import (
-    BagFeature,
-    DrawsNegatives,
-    ItemEmbeddingConfig,
-    SequenceFeature,
-    TextFeature,
-    WeightedBagFeature,
-)
+from embedshard.config.parts import DrawsNegatives, ItemEmbeddingConfig, ListFeature, TextFeature
 from embedshard.data.id_counts import IdCounts
 from embedshard.data.lookup_sample import LookupSample
 from embedshard.data.pairs import keep_probability
@@ -114,7 +107,7 @@ def _ids_per_row(config: Config, name: str, sample: LookupSample | None) -> floa
     feature = config.features[name]
     if sample is not None:
         return sample.features[name].ids_per_row
-    if isinstance(feature, BagFeature | WeightedBagFeature | SequenceFeature | TextFeature):
+    if isinstance(feature, ListFeature | TextFeature):
         return float(feature.max_length or ASSUMED_BAG_LENGTH)
     return 1.0
 

@@ -100,7 +100,7 @@ class RunDirectory:
                 )
             run.folder.make_dirs()
         run.save_config(loaded)
-        run.write_json("variables.json", _digests(loaded, environment or {}))
+        run.write_json("variables.json", _digests(variable_values(loaded, environment or {})))
         return run
 
     @classmethod
@@ -139,7 +139,8 @@ class RunDirectory:
             for path, mine, theirs in differences(ours, theirs_now)
             if not _is_below(path, _FREE_TO_CHANGE)
         ]
-        now, values = _digests(saved, environment), variable_values(saved, environment)
+        values = variable_values(saved, environment)
+        now = _digests(values)
         changed += [
             f"  {path}: {_text_at(saved.tree, path)} is {values[path]!r} now, and was something else when the run began"
             for path, digest in (self.read_json("variables.json") or {}).items()
@@ -285,11 +286,11 @@ def _line_of(attempt: Attempt) -> str:
     return json.dumps(attempt.model_dump())
 
 
-def _digests(loaded: Loaded, environment: Mapping[str, str]) -> dict[str, str]:
+def _digests(values: Mapping[str, str]) -> dict[str, str]:
     """Returns what tells whether a value that holds a variable is still the same, and does not tell the value."""
     return {
         path: hashlib.sha256(f"{path}={text}".encode()).hexdigest()
-        for path, text in variable_values(loaded, environment).items()
+        for path, text in values.items()
         if not _is_below(path, _FREE_TO_CHANGE + _CHECKED_BY_CONTENT)
     }
 

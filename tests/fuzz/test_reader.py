@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import re
 import resource
 import sys
@@ -92,6 +93,7 @@ def run_apart(numbers: Sequence[int], folder: Path) -> None:
 def _run_all(numbers: Sequence[int], folder: Path, sender: Connection) -> None:
     in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use + MEMORY_BYTES, resource.RLIM_INFINITY))
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a case's few texts are not worth threads
     gc.freeze()  # what torch has brought along need not be looked through again and again
     for number in numbers:
         try:

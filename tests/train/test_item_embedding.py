@@ -9,15 +9,11 @@ import pytest
 from typer.testing import CliRunner
 
 from embedshard.cli import app
-from embedshard.config import Loaded, build_config
+from embedshard.config import build_config
 from embedshard.errors import ConfigError, DataError
 from embedshard.launch.similar import similar_here
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
-from embedshard.train.checkpoint import open_step
-from embedshard.train.loop import train
-from embedshard.train.run_directory import RunDirectory
-from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
 
 WORDS = [f"{group}{number}" for number in range(12) for group in ("even", "odd")]
@@ -68,15 +64,6 @@ def make_tree(tmp_path):
     return make
 
 
-def run(tree, path, resume_step=None):
-    loaded = Loaded(build_config(tree, {}, "test"), tree, "test")
-    directory = RunDirectory.create(path, loaded) if resume_step is None else RunDirectory.open(path)
-    resume_from = None if resume_step is None else open_step(directory.checkpoints, resume_step)
-    with open_world("cpu") as world:
-        train(loaded.config, world, directory, Reporter(), resume_from)
-    return json.loads((path / "result.json").read_text())
-
-
 @pytest.mark.parametrize(
     ("objective", "drawn_for"), [("negative_sampling", "batch"), ("nce", "lane"), ("hierarchical_softmax", None)]
 )
@@ -88,22 +75,22 @@ def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_stopped_run_goes_on_bit_for_bit(make_tree, tmp_path, saved_tensors, assert_same_tensors, objective):
+def test_a_stopped_run_goes_on_bit_for_bit(run_tree, make_tree, tmp_path, saved_tensors, assert_same_tensors, objective):
     tree = make_tree(objective)
     tree["train"]["epochs"] = 2
-    run(tree, tmp_path / "whole")
+    run_tree(tree, tmp_path / "whole")
     path = tmp_path / "run"
-    run({**tree, "train": {**tree["train"], "max_steps": 13}}, path)
+    run_tree({**tree, "train": {**tree["train"], "max_steps": 13}}, path)
     (path / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
-    run(tree, path, resume_step=13)
+    run_tree(tree, path, resume_step=13)
     assert_same_tensors(saved_tensors(path), saved_tensors(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_words_that_stand_together_end_together(make_tree, tmp_path, objective):
+def test_words_that_stand_together_end_together(run_tree, make_tree, tmp_path, objective):
     tree = make_tree(objective, subsample=None)
     tree["train"] |= {"epochs": 12}
-    run(tree, tmp_path / "run")
+    run_tree(tree, tmp_path / "run")
     for word in ("even0", "odd3"):
         found = similar_here(tmp_path / "run", word, 8, {})
         assert found.table == "word"
@@ -115,10 +102,10 @@ def test_words_that_stand_together_end_together(make_tree, tmp_path, objective):
         assert scores == sorted(scores, reverse=True)
 
 
-def test_tables_are_derived_with_the_rows_that_they_need(make_tree, tmp_path, saved_tensors):
+def test_tables_are_derived_with_the_rows_that_they_need(run_tree, make_tree, tmp_path, saved_tensors):
     shapes = {}
     for objective in OBJECTIVES:
-        run({**make_tree(objective), "train": {"global_batch_size": 32, "max_steps": 1}}, tmp_path / objective)
+        run_tree({**make_tree(objective), "train": {"global_batch_size": 32, "max_steps": 1}}, tmp_path / objective)
         tensors = saved_tensors(tmp_path / objective)[1]
         shapes[objective] = {
             name.split("/")[1]: tuple(tensor.shape) for name, tensor in tensors.items() if name.endswith("/weight")
@@ -190,11 +177,11 @@ def test_other_features_and_models_are_refused(make_tree):
         build_config(tree, {}, "test")
 
 
-def test_a_softmax_over_a_large_vocabulary_is_refused(make_tree, tmp_path):
+def test_a_softmax_over_a_large_vocabulary_is_refused(run_tree, make_tree, tmp_path):
     tree = make_tree("softmax")
     tree["tables"]["word"] = {"dim": 8, "rows": 70_000, "vocabulary": "hash"}
     with pytest.raises(ConfigError, match=r"has 70,000; it takes 65,535 at most\. Choose 'sampled_softmax'"):
-        run(tree, tmp_path / "run")
+        run_tree(tree, tmp_path / "run")
 
 
 # -------------------------------------------------------------------------------------------------------------- similar
@@ -204,9 +191,9 @@ def cosines(vectors, row):
     return (vectors @ vectors[row] / (vectors.norm(dim=1) * vectors[row].norm())).tolist()
 
 
-def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tensors):
+def test_similar_prints_the_neighbours_by_cosine(run_tree, make_tree, tmp_path, saved_tensors):
     path = tmp_path / "run"
-    run(make_tree(), path)
+    run_tree(make_tree(), path)
     shapes = pa.table({"shape": ["round", "square"], "words": ["even0", "odd1"], "of": [["a", "b"], []]})
     pq.write_table(shapes, tmp_path / "shapes.parquet")
     vectors = saved_tensors(path)[1]
@@ -233,9 +220,9 @@ def test_similar_prints_the_neighbours_by_cosine(make_tree, tmp_path, saved_tens
     assert all(near.id in shown.output for near in nearest)
 
 
-def test_similar_names_what_it_does_not_find(make_tree, tmp_path):
+def test_similar_names_what_it_does_not_find(run_tree, make_tree, tmp_path):
     path = tmp_path / "run"
-    run({**make_tree("hierarchical_softmax"), "train": {"global_batch_size": 32, "max_steps": 1}}, path)
+    run_tree({**make_tree("hierarchical_softmax"), "train": {"global_batch_size": 32, "max_steps": 1}}, path)
     with pytest.raises(DataError, match=r"'evn3' is not among .*, the ids of table 'word'\. Did you mean 'even3'\?"):
         similar_here(path, "evn3", 3, {})
     with pytest.raises(ConfigError, match="no table 'words:node' whose rows are ids"):

@@ -1,21 +1,14 @@
 """Sequences through the trainer: every encoder in any world, padding that changes nothing, exact resumption."""
 
-import json
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedshard.config import Loaded, build_config
+from embedshard.config import build_config
 from embedshard.errors import ConfigError
 from embedshard.launch.local import evaluate_here
 from embedshard.testing import assert_plan_invariant
-from embedshard.train.checkpoint import open_step
-from embedshard.train.loop import train
-from embedshard.train.run_directory import RunDirectory
-from embedshard.train.tracking import Reporter
-from embedshard.world import open_world
 
 WORDS = 60
 
@@ -78,15 +71,6 @@ def make_tree(tmp_path):
     return make
 
 
-def run(tree, path, resume_step=None):
-    loaded = Loaded(build_config(tree, {}, "test"), tree, "test")
-    directory = RunDirectory.create(path, loaded) if resume_step is None else RunDirectory.open(path)
-    resume_from = None if resume_step is None else open_step(directory.checkpoints, resume_step)
-    with open_world("cpu") as world:
-        train(loaded.config, world, directory, Reporter(), resume_from)
-    return json.loads((path / "result.json").read_text())
-
-
 ENCODERS = [
     {"kind": "flatten", "padding": "pre"},
     "mean",
@@ -99,20 +83,22 @@ ENCODERS = [
 
 
 @pytest.mark.parametrize("encoder", ENCODERS, ids=lambda encoder: encoder if isinstance(encoder, str) else encoder["kind"])
-def test_zeros_before_and_after_the_text_change_nothing(make_tree, tmp_path, saved_tensors, assert_same_tensors, encoder):
-    run(make_tree(encoder), tmp_path / "bare")
+def test_zeros_before_and_after_the_text_change_nothing(
+    run_tree, make_tree, tmp_path, saved_tensors, assert_same_tensors, encoder
+):
+    run_tree(make_tree(encoder), tmp_path / "bare")
     bare = saved_tensors(tmp_path / "bare")
     for padding, length in (("pre", 9), ("post", 9), ("post", 14)):
         name = f"{padding}{length}"
-        run(make_tree(encoder, name, padding=padding, length=length), tmp_path / f"run-{name}")
+        run_tree(make_tree(encoder, name, padding=padding, length=length), tmp_path / f"run-{name}")
         assert_same_tensors(saved_tensors(tmp_path / f"run-{name}"), bare)
 
 
-def test_the_row_of_the_padding_is_never_trained(make_tree, tmp_path, saved_tensors):
+def test_the_row_of_the_padding_is_never_trained(run_tree, make_tree, tmp_path, saved_tensors):
     tree = make_tree("mean", "padded", padding="pre", length=12)
     tree["train"]["epochs"] = 2
-    run({**tree, "train": {**tree["train"], "max_steps": 1}}, tmp_path / "before")
-    run(tree, tmp_path / "after")
+    run_tree({**tree, "train": {**tree["train"], "max_steps": 1}}, tmp_path / "before")
+    run_tree(tree, tmp_path / "after")
     before, after = (saved_tensors(tmp_path / name)[1]["tables/word/weight"] for name in ("before", "after"))
     moved = (before != after).any(dim=1)
     assert not moved[0]
@@ -120,13 +106,13 @@ def test_the_row_of_the_padding_is_never_trained(make_tree, tmp_path, saved_tens
 
 
 @pytest.mark.parametrize("encoder", ["attention", {"kind": "conv", "widths": [2, 3]}, {"kind": "lstm", "hidden": 6}])
-def test_a_stopped_run_goes_on_bit_for_bit(make_tree, tmp_path, saved_tensors, assert_same_tensors, encoder):
+def test_a_stopped_run_goes_on_bit_for_bit(run_tree, make_tree, tmp_path, saved_tensors, assert_same_tensors, encoder):
     tree = make_tree(encoder)
-    whole = run(tree, tmp_path / "whole")
+    whole = run_tree(tree, tmp_path / "whole")
     path = tmp_path / "run"
-    run({**tree, "train": {**tree["train"], "max_steps": 5}}, path)
+    run_tree({**tree, "train": {**tree["train"], "max_steps": 5}}, path)
     (path / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
-    resumed = run(tree, path, resume_step=5)
+    resumed = run_tree(tree, path, resume_step=5)
     assert_same_tensors(saved_tensors(path), saved_tensors(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
 
@@ -139,20 +125,20 @@ def test_no_world_and_no_cut_changes_what_is_trained(make_tree):
     assert_plan_invariant(build_config(tree, {}, "test"), steps=8, worlds=(2,), types=["row_wise"])
 
 
-def test_several_classes_are_told_apart(make_tree, tmp_path):
+def test_several_classes_are_told_apart(run_tree, make_tree, tmp_path):
     tree = make_tree("mean", objective={"kind": "cross_entropy", "classes": 3})
     tree["train"]["epochs"] = 12
-    result = run(tree, tmp_path / "run")
+    result = run_tree(tree, tmp_path / "run")
     assert list(result["metrics"]) == ["accuracy", "f1", "f1:0", "f1:1", "f1:2", "log_loss"]
     assert result["metrics"]["accuracy"] > 0.6, "a third by chance"
     assert evaluate_here(tmp_path / "run", None, "cpu", {})["test"] == result["metrics"]
 
 
-def test_a_text_is_learnt(make_tree, tmp_path):
+def test_a_text_is_learnt(run_tree, make_tree, tmp_path):
     tree = make_tree("mean")
     tree["train"]["epochs"] = 12
     tree["evaluate"]["metrics"].append("auc")
-    result = run(tree, tmp_path / "run")
+    result = run_tree(tree, tmp_path / "run")
     assert result["metrics"]["auc"] > 0.85
     assert result["metrics"]["accuracy"] > result["baselines"]["mean"]["accuracy"] + 0.1
 
