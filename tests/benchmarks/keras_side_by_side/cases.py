@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 TEXT_LENGTH, TEXT_DIM, TEXT_HIDDEN = 120, 16, 6
 RATING_DIM = 32
-PAIR_DIM, PAIR_NEGATIVES = 16, 64
+SENTENCE_LENGTH, PAIR_WINDOW, PAIR_DIM, PAIR_NEGATIVES, NOISE_POWER = 20, 5, 16, 64, 0.75
 TOWER_DIM, TOWER_SIZES, TOWER_TEMPERATURE = 32, (64, 32), 0.1
 INIT_SCALE = 0.05  # half the width of the uniform range: Keras' own default
 HELD_OUT_ROWS = 20_480
@@ -66,7 +66,7 @@ def _case(model: str, vocabulary: int, steps: int, keras: tuple[Optimizer, ...],
     tables, batch = {
         "text_flatten": (("word",), 512),
         "user_item": (("user", "item"), 4_096),
-        "nce": (("word",), 2_048),
+        "nce": (("word",), 128),
         "two_tower": (("user", "item"), 1_024),
     }[model]
     return Case(model, vocabulary, tables, steps, batch, keras, ours)

@@ -7,7 +7,7 @@ factors, neighbours and what is clicked share a topic.
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cases import HELD_OUT_ROWS, TEXT_LENGTH
+from cases import HELD_OUT_ROWS, NOISE_POWER, PAIR_WINDOW, SENTENCE_LENGTH, TEXT_LENGTH
 
 TOPICS, FACTORS = 50, 8
 
@@ -39,7 +39,7 @@ def user_item(generator, vocabulary, rows):
 
 def nce(generator, vocabulary, rows):
     topics = generator.integers(TOPICS, size=rows)
-    return {"pair": np.stack([of_topic(generator, topics, vocabulary) for _ in range(2)], axis=1)}
+    return {"words": of_topic(generator, np.repeat(topics, SENTENCE_LENGTH), vocabulary).reshape(rows, SENTENCE_LENGTH)}
 
 
 def two_tower(generator, vocabulary, rows):
@@ -59,13 +59,24 @@ def generate(name, vocabulary, rows, folder, seed=0):
     columns = GENERATORS[name](np.random.default_rng(seed), vocabulary, rows + HELD_OUT_ROWS)
     for part, span in (("train", slice(0, rows)), ("test", slice(rows, None))):
         (folder / part).mkdir(parents=True, exist_ok=True)
-        for column, values in columns.items():
-            np.save(
-                folder / part / f"{column}.npy", values[span].astype(np.int32 if values.dtype == np.int64 else np.float32)
-            )
+        for column, values in for_keras(name, {column: values[span] for column, values in columns.items()}).items():
+            dtype = np.int32 if values.dtype == np.int64 else np.float32
+            np.save(folder / part / f"{column}.npy", values.astype(dtype))
         table = pa.table({column: _arrow(values[span]) for column, values in columns.items()})
         pq.write_table(table, folder / part / "rows.parquet", row_group_size=65_536)
+    if name == "nce":
+        shares = np.bincount(columns["words"][:rows].ravel(), minlength=vocabulary) ** NOISE_POWER
+        np.save(folder / "noise.npy", (shares / shares.sum()).astype(np.float32))
     (folder / "done").touch()
+
+
+def for_keras(name, columns):
+    """Returns the arrays that Keras reads: of sentences, the pairs of a centre and a context, sentence by sentence."""
+    if name != "nce":
+        return columns
+    places = np.arange(SENTENCE_LENGTH)
+    centres, contexts = np.nonzero((np.abs(places[:, None] - places) <= PAIR_WINDOW) & (places[:, None] != places))
+    return {name: columns["words"][:, chosen].ravel() for name, chosen in (("centre", centres), ("context", contexts))}
 
 
 def _arrow(values):

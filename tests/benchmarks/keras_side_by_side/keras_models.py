@@ -1,10 +1,11 @@
 """The four models as Keras 3 writes them. Dense layers begin as torch's do, embeddings as Keras' own do.
 
-A function of the model's name returns the model, its loss (None: the model adds its own), and its weights by the names that
-embedshard's checkpoints give them.
+A function of the model's name, given how many ids there are and the data's folder, returns the model, its loss (None: the
+model adds its own), and what reads its weights by the names that embedshard's checkpoints give them.
 """
 
 import keras
+import numpy as np
 import tensorflow as tf
 from cases import (
     INIT_SCALE,
@@ -47,7 +48,7 @@ def of_layers(names):
     return read
 
 
-def text_flatten(vocabulary):
+def text_flatten(vocabulary, folder):
     words = keras.Input((TEXT_LENGTH,), dtype="int32", name="words")
     vectors = layers.Flatten()(embedding(vocabulary, TEXT_DIM, "word")(words))
     hidden = dense(TEXT_LENGTH * TEXT_DIM, TEXT_HIDDEN, "hidden", "relu")(vectors)
@@ -56,7 +57,7 @@ def text_flatten(vocabulary):
     return model, keras.losses.BinaryCrossentropy(from_logits=True), of_layers(names)
 
 
-def user_item(vocabulary):
+def user_item(vocabulary, folder):
     user, item = (keras.Input((1,), dtype="int32", name=name) for name in ("user_id", "item_id"))
     user_vector = layers.Flatten()(embedding(vocabulary, RATING_DIM, "user")(user))
     item_vector = layers.Flatten()(embedding(vocabulary, RATING_DIM, "item")(item))
@@ -65,11 +66,12 @@ def user_item(vocabulary):
 
 
 class NCE(layers.Layer):
-    """tf.nn.nce_loss of pairs, with negatives drawn by an operation that XLA compiles: TensorFlow's samplers it does not."""
+    """tf.nn.nce_loss of pairs, with negatives drawn by operations that XLA compiles: TensorFlow's samplers it does not."""
 
-    def __init__(self, vocabulary):
+    def __init__(self, noise):
         super().__init__(name="nce")
-        self.vocabulary = vocabulary
+        self.vocabulary = len(noise)
+        self.log_noise, self.cumulative = np.log(np.maximum(noise, 1e-30)), np.cumsum(noise, dtype=np.float64)
 
     def build(self, shapes):
         self.context = self.add_weight(shape=(self.vocabulary, PAIR_DIM), initializer="zeros", name="context")
@@ -77,8 +79,10 @@ class NCE(layers.Layer):
 
     def call(self, inputs):
         centre, context = inputs
-        drawn = tf.random.uniform((PAIR_NEGATIVES,), maxval=self.vocabulary, dtype=tf.int64)
-        expected = PAIR_NEGATIVES / self.vocabulary
+        log_noise = tf.constant(self.log_noise, tf.float32)
+        drawn = tf.searchsorted(tf.constant(self.cumulative, tf.float32), tf.random.uniform((PAIR_NEGATIVES,)))
+        drawn = tf.cast(tf.minimum(drawn, self.vocabulary - 1), tf.int64)
+        expected = [PAIR_NEGATIVES * tf.exp(tf.gather(log_noise, ids)) for ids in (context, drawn)]
         losses = tf.nn.nce_loss(
             self.context.value,
             self.bias.value,
@@ -86,23 +90,23 @@ class NCE(layers.Layer):
             centre,
             PAIR_NEGATIVES,
             self.vocabulary,
-            sampled_values=(drawn, tf.fill(tf.shape(context), expected), tf.fill((PAIR_NEGATIVES,), expected)),
+            sampled_values=(drawn, *expected),
         )
         self.add_loss(ops.mean(losses))
         return losses
 
 
-def nce(vocabulary):
-    pair = keras.Input((2,), dtype="int32", name="pair")
-    centre, context = ops.reshape(pair, (-1,)), ops.reshape(ops.flip(pair, axis=1), (-1, 1))
-    model = keras.Model(pair, NCE(vocabulary)([embedding(vocabulary, PAIR_DIM, "word")(centre), context]))
+def nce(vocabulary, folder):
+    centre, context = (keras.Input((1,), dtype="int32", name=name) for name in ("centre", "context"))
+    vectors = layers.Flatten()(embedding(vocabulary, PAIR_DIM, "word")(centre))
+    model = keras.Model([centre, context], NCE(np.load(folder / "noise.npy"))([vectors, context]))
 
     def read(model):
         layer = model.get_layer("nce")
         return {
             **of_layers({"word": "word"})(model),
-            "tables/pair:context/weight": layer.context.numpy(),
-            "tables/pair:context:bias/weight": layer.bias.numpy()[:, None],
+            "tables/words:context/weight": layer.context.numpy(),
+            "tables/words:context:bias/weight": layer.bias.numpy()[:, None],
         }
 
     return model, None, read
@@ -120,7 +124,7 @@ class InBatchSoftmax(layers.Layer):
         return losses
 
 
-def two_tower(vocabulary):
+def two_tower(vocabulary, folder):
     inputs, vectors, names = [], [], {}
     for side in ("user", "item"):
         inputs.append(keras.Input((1,), dtype="int32", name=f"{side}_id"))

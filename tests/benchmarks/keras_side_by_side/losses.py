@@ -1,12 +1,14 @@
 """The loss of held-out rows from the weights alone, in NumPy: the same sums for whichever program trained them.
 
-A function of the model's name takes a reader of weights (by the names of embedshard's checkpoints) and the rows' columns.
+A function of the model's name takes a reader of weights (by the names of embedshard's checkpoints) and the columns of
+the rows; for `nce` the law of the noise is among them.
 """
 
 import numpy as np
 from cases import PAIR_NEGATIVES, TOWER_TEMPERATURE
 
 TOWER_BATCH = 1_024
+HELD_OUT_PAIRS = 200_000
 
 
 def softplus(values):
@@ -32,13 +34,14 @@ def user_item(weights, rows):
 
 
 def nce(weights, rows):
-    table, context, bias = (weights(f"tables/{name}/weight") for name in ("word", "pair:context", "pair:context:bias"))
-    vocabulary = len(table) // 10 * 10  # embedshard's tables have one row more, for unknown ids
-    drawn = np.random.default_rng(0).integers(vocabulary, size=PAIR_NEGATIVES)
-    correction = np.log(PAIR_NEGATIVES / vocabulary)
-    centres, contexts = rows["pair"].ravel(), rows["pair"][:, ::-1].ravel()
-    own = np.einsum("pd,pd->p", table[centres], context[contexts]) + bias[contexts, 0] - correction
-    others = table[centres] @ context[drawn].T + bias[drawn, 0] - correction
+    table, context, bias = (weights(f"tables/{name}/weight") for name in ("word", "words:context", "words:context:bias"))
+    noise = rows["noise"]
+    drawn = np.random.default_rng(0).choice(len(noise), PAIR_NEGATIVES, p=noise / noise.sum())
+    with np.errstate(divide="ignore"):  # an id that was never seen in training is never noise: its loss is 0
+        correction = np.log(PAIR_NEGATIVES * noise)
+    centres, contexts = rows["centre"][:HELD_OUT_PAIRS], rows["context"][:HELD_OUT_PAIRS]
+    own = np.einsum("pd,pd->p", table[centres], context[contexts]) + bias[contexts, 0] - correction[contexts]
+    others = table[centres] @ context[drawn].T + bias[drawn, 0] - correction[drawn]
     return float(np.mean(softplus(-own) + softplus(others).sum(axis=1)))
 
 

@@ -94,15 +94,23 @@ def finished(command, cpu, log, **environment):
     return text, seconds, usage.ru_maxrss * 1024
 
 
-def train_keras(case, optimizer, data, scratch, cpu, python):
+def train_keras(case, optimizer, data, scratch, cpu, python, rows):
     weights = scratch / "keras.npz"
-    command = [python, HERE / "train_keras.py", case.model, case.vocabulary, case.batch, optimizer.kind, optimizer.lr]
-    command += [data / "train", weights, *([] if optimizer.xla else ["--no-xla"])]
+    command = [
+        python,
+        HERE / "train_keras.py",
+        case.model,
+        case.vocabulary,
+        rows // case.batch,
+        optimizer.kind,
+        optimizer.lr,
+    ]
+    command += [data, weights, *([] if optimizer.xla else ["--no-xla"])]
     text, seconds, memory = finished(command, cpu, scratch / "keras.log")
     measured = json.loads(text.strip().splitlines()[-1])
     with np.load(weights) as arrays:
         loss = held_out_loss(case, data, lambda name: arrays[name])
-    return measured["rows_per_second"], memory, seconds, loss
+    return measured["steps_per_second"] * case.batch, memory, seconds, loss
 
 
 def train_embedshard(case, optimizer, data, scratch, cpu):
@@ -134,7 +142,7 @@ def whole(checkpoint, name):
 
 
 def held_out_loss(case, data, weights):
-    rows = {path.stem: np.load(path) for path in sorted((data / "test").glob("*.npy"))}
+    rows = {path.stem: np.load(path) for path in (*(data / "test").glob("*.npy"), *data.glob("*.npy"))}
     return LOSSES[case.model](weights, rows)
 
 
@@ -147,7 +155,9 @@ def measure(case: Case, data, scratch, arguments, python):
             if turn and (side.seconds[0] > NOT_REPEATED_S or not reaches(side, sides)):
                 continue
             if side.program == "Keras":
-                measured = train_keras(case, side.optimizer, data, scratch, arguments.cpu, python)
+                measured = train_keras(
+                    case, side.optimizer, data, scratch, arguments.cpu, python, case.rows(arguments.quick)
+                )
             else:
                 measured = train_embedshard(case, side.optimizer, data, scratch, arguments.cpu)
             for kept, value in zip((side.speeds, side.memory, side.seconds, side.losses), measured, strict=True):

@@ -33,12 +33,12 @@ class Clock(keras.callbacks.Callback):
         self.seconds[batch + 1] = time.perf_counter()
 
 
-def batches(folder, size):
+def batches(folder, steps):
     """Returns a data set whose elements are batches, in the order of the rows."""
     columns = {}
     for path in sorted(folder.glob("*.npy")):
         values = np.load(path)
-        columns[path.stem] = values.reshape(-1, size, *(values.shape[1:] or (1,)))
+        columns[path.stem] = values.reshape(steps, len(values) // steps, *(values.shape[1:] or (1,)))
     labels = [columns.pop(name) for name in LABELS if name in columns]
     inputs = columns if len(columns) > 1 else next(iter(columns.values()))
     return tf.data.Dataset.from_tensor_slices((inputs, *labels)).prefetch(4)
@@ -48,7 +48,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
     parser.add_argument("vocabulary", type=int)
-    parser.add_argument("batch", type=int)
+    parser.add_argument("steps", type=int)
     parser.add_argument("optimizer")
     parser.add_argument("lr", type=float)
     parser.add_argument("folder", type=Path)
@@ -58,7 +58,7 @@ def main():
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     keras.utils.set_random_seed(0)
-    model, loss, read = MODELS[arguments.model](arguments.vocabulary)
+    model, loss, read = MODELS[arguments.model](arguments.vocabulary, arguments.folder)
     model.compile(
         optimizer=OPTIMIZERS[arguments.optimizer](arguments.lr),
         loss=loss,
@@ -66,12 +66,11 @@ def main():
         steps_per_execution=STEPS_AT_ONCE,
     )
     clock = Clock()
-    history = model.fit(batches(arguments.folder, arguments.batch), epochs=1, verbose=0, callbacks=[clock])
+    history = model.fit(batches(arguments.folder / "train", arguments.steps), epochs=1, verbose=0, callbacks=[clock])
     last = max(clock.seconds)
     seconds = clock.seconds[last] - clock.seconds[WARM_UP_STEPS]
     np.savez(arguments.weights, **read(model))
-    speed = (last - WARM_UP_STEPS) * arguments.batch / seconds
-    print(json.dumps({"rows_per_second": speed, "train_loss": history.history["loss"][0]}))
+    print(json.dumps({"steps_per_second": (last - WARM_UP_STEPS) / seconds, "train_loss": history.history["loss"][0]}))
 
 
 if __name__ == "__main__":
