@@ -348,7 +348,7 @@ class _Log:
             except AuthenticationError as error:
                 raise ConfigError(f"The cluster does not take the token any more; was it started anew? {error}") from error
             except (OSError, aiohttp.ClientError, RuntimeError) as error:
-                if "status code 404" in str(error):
+                if "status code 404" in str(error) or getattr(error, "status", None) == 404:  # the log's connection has it
                     raise LostError(f"The cluster does not know job {self._name}: was its head started anew?") from error
                 if lost is None:
                     lost = time.monotonic()
