@@ -257,6 +257,11 @@ def wait_for(path, text, process):
     raise AssertionError(f"'{text}' never came: {path.read_text()}")
 
 
+def listen_to_ctrl_c():
+    """For a child process: what a shell starts in the background, these tests too perhaps, ignores SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 LONG = {
     "train": {"epochs": 60, "log_every_steps": 1},
     "checkpoint": {"every_steps": 20, "keep": 3},
@@ -273,6 +278,7 @@ def test_ctrl_c_asks_what_a_stop_saves_and_the_printed_command_resumes(submit_en
         process = subprocess.Popen(
             submit_command("--workers", 2, "--working-dir", job, job / "config.yaml"),
             stdin=theirs, stdout=file, stderr=subprocess.STDOUT, env={**submit_environment, "PYTHONUNBUFFERED": "1"},
+            preexec_fn=listen_to_ctrl_c,
         )  # fmt: skip
     try:
         wait_for(out, "step 30/", process)
@@ -311,7 +317,7 @@ def test_ctrl_c_without_a_terminal_leaves_the_job_running(submit_environment, su
         process = subprocess.Popen(
             submit_command("--working-dir", job, job / "config.yaml"),
             stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
-            env={**submit_environment, "PYTHONUNBUFFERED": "1"},
+            env={**submit_environment, "PYTHONUNBUFFERED": "1"}, preexec_fn=listen_to_ctrl_c,
         )  # fmt: skip
     try:
         wait_for(out, "Running entrypoint", process)
