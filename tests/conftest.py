@@ -134,13 +134,13 @@ def assert_same_tensors():
     return compare_tensors
 
 
-def run_to_result(tree, path, resume_step=None):
+def run_to_result(tree, path, resume_step=None, reporter=None):
     """Trains a config's tree in a folder, from a checkpoint on if one is named; returns its result.json."""
     loaded = Loaded(build_config(tree, {}, "test"), tree, "test")
     directory = RunDirectory.create(path, loaded) if resume_step is None else RunDirectory.open(path)
     resume_from = None if resume_step is None else open_step(directory.checkpoints, resume_step)
     with open_world("cpu") as world:
-        train(loaded.config, world, directory, Reporter(), resume_from)
+        train(loaded.config, world, directory, reporter or Reporter(), resume_from)
     return json.loads((path / "result.json").read_text())
 
 

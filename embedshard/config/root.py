@@ -56,7 +56,10 @@ from embedshard.config.placement import check_table_sharding
 from embedshard.errors import nearest
 
 POINTWISE_METRICS: Final = ("rmse", "mae", "log_loss", "auc", "accuracy", "f1")
-"""The metrics that compare a row's prediction with its label; all others rank items."""
+"""The metrics that compare a row's prediction with its label; all others but `loss` rank items."""
+
+LOSS: Final = "loss"
+"""The metric of an item_embedding: the objective's own loss."""
 
 _OF_CLASSES: Final = ("log_loss", "accuracy", "f1")
 _OF_ODDS: Final = ("log_loss", "auc", "accuracy", "f1")
@@ -273,10 +276,15 @@ class Config(Strict):
             )
         if isinstance(objective, SampledSoftmaxConfig) and objective.mixed:
             raise ValueError("objective.mixed takes the items of other rows, and an item_embedding has lists. Leave it out")
-        if self.evaluate.metrics:
+        others = [metric for metric in self.evaluate.metrics if metric != LOSS]
+        if others:
             raise ValueError(
-                f"evaluate.metrics: '{self.evaluate.metrics[0]}' is for models of users and items or of labels, and an "
-                f"item_embedding has neither. Leave evaluate.metrics out, and look at the vectors with 'embedshard similar'"
+                f"evaluate.metrics: '{others[0]}' is for models of users and items or of labels, and an item_embedding has "
+                f"neither. Choose '{LOSS}', that of held-out pairs, and look at the vectors with 'embedshard similar'"
+            )
+        if self.evaluate.baselines != "auto" and self.evaluate.baselines:
+            raise ValueError(
+                "evaluate.baselines rank items or predict labels, and an item_embedding does neither. Leave them out"
             )
 
     def _check_identity(self, role: str) -> None:
@@ -340,8 +348,13 @@ class Config(Strict):
             )
 
     def _check_metrics(self) -> None:
-        from_ranking = [name for name in self.evaluate.metrics if name not in POINTWISE_METRICS]
+        from_ranking = [name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
         pointwise = [name for name in self.evaluate.metrics if name in POINTWISE_METRICS]
+        if LOSS in self.evaluate.metrics and not isinstance(self.model, ItemEmbeddingConfig):
+            raise ValueError(
+                f"evaluate.metrics: '{LOSS}' is the loss of pairs of lists, and only an item_embedding has them. Choose "
+                f"metrics of ranks such as 'recall@20', or of labels such as 'log_loss'"
+            )
         if pointwise and len(self.data.label_columns) != 1:
             raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
         allowed = (
@@ -460,6 +473,8 @@ class Config(Strict):
         """The baselines that the test set's metrics are seen beside: the chosen ones, or what `auto` means."""
         if self.evaluate.baselines != "auto":
             return list(self.evaluate.baselines)
+        if isinstance(self.model, ItemEmbeddingConfig):
+            return []
         pointwise = [name in POINTWISE_METRICS for name in self.evaluate.metrics]
         found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
         if any(pointwise) and not isinstance(self.objective, CrossEntropyConfig):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedshard.config import Config
+from embedshard.config import LOSS, Config
 from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
@@ -20,6 +20,7 @@ from embedshard.data.dataset import Dataset
 from embedshard.errors import ConfigError
 from embedshard.evaluate.classes import ClassSums
 from embedshard.evaluate.held_out import HeldOutSets, Split
+from embedshard.evaluate.pair_loss import PairLoss
 from embedshard.evaluate.pointwise import Link, PointwiseSums
 from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.scores import DotProducts
@@ -35,16 +36,20 @@ class Evaluator:
         dataset: the opened data.
         collator: makes batches of columns.
         world: the processes that evaluate together; each encodes all, since lookups are collective.
+        objective: the loss, for models that are measured by it.
 
     Raises:
         ConfigError: if a metric does not exist.
     """
 
-    def __init__(self, config: Config, dataset: Dataset, collator: Collator, world: World) -> None:
+    def __init__(self, config: Config, dataset: Dataset, collator: Collator, world: World, objective: nn.Module) -> None:
         self._config, self._dataset, self._collator, self._world = config, dataset, collator, world
         metrics = [parse_metric(name) for name in config.evaluate.metrics]
         self._pointwise = [str(metric) for metric in metrics if metric.is_pointwise]
-        self._ranking = [str(metric) for metric in metrics if not metric.is_pointwise]
+        self._ranking = [str(metric) for metric in metrics if metric.ranks]
+        self._pair_loss = None
+        if LOSS in config.evaluate.metrics:
+            self._pair_loss = PairLoss(config, collator, dataset.sampler, objective, world)
         self.sets = HeldOutSets(config, dataset)
         """The held-out sets, for whoever else is measured on them."""
         self.counts: dict[str, dict[str, int]] = {}
@@ -77,6 +82,8 @@ class Evaluator:
                 values |= self._rank(plain, split, slices)
             if self._pointwise:
                 values |= self._score(plain, split)
+            if self._pair_loss is not None:
+                values |= self._pair_loss.measure(plain, self.sets.read(split))
         finally:
             plain.train(was_training)
         names = self._config.evaluate.metrics

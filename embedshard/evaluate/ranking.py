@@ -31,7 +31,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.config import POINTWISE_METRICS
+from embedshard.config import LOSS, POINTWISE_METRICS
 from embedshard.errors import ConfigError, nearest
 
 IntArray = npt.NDArray[np.int64]
@@ -41,8 +41,8 @@ UNRANKED: Final = int(np.iinfo(np.int64).max)
 """The position of an item that is too far down to earn anything."""
 
 _CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
-_UNCUT_METRICS: Final = ("mrr", *POINTWISE_METRICS)
-_LOWER_IS_BETTER: Final = frozenset({"rmse", "mae", "log_loss"})
+_UNCUT_METRICS: Final = ("mrr", LOSS, *POINTWISE_METRICS)
+_LOWER_IS_BETTER: Final = frozenset({LOSS, "rmse", "mae", "log_loss"})
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,18 @@ class Metric:
         """Whether it compares predictions with labels, so that it has no ranked list."""
         return self.name in POINTWISE_METRICS
 
+    @property
+    def ranks(self) -> bool:
+        """Whether it looks at ranked items."""
+        return not self.is_pointwise and self.name != LOSS
+
 
 def parse_metric(text: str) -> Metric:
     """Returns the metric that `text` names.
 
     Args:
-        text: recall@k, precision@k, ndcg@k, hit_rate@k, map@k or coverage@k with a whole k of at least 1; or mrr, rmse,
-            mae, log_loss, auc, accuracy, f1.
+        text: recall@k, precision@k, ndcg@k, hit_rate@k, map@k or coverage@k with a whole k of at least 1; or mrr, loss,
+            rmse, mae, log_loss, auc, accuracy, f1.
 
     Raises:
         ConfigError: there is no such metric, or its k is missing, superfluous or not a whole number above 0.

@@ -59,7 +59,7 @@ class Yardsticks:
         self._world = world
         self._baselines = Baselines(config, dataset, sets) if compares else None
         self._survey: Survey | None = None
-        ranks = compares and not all(parse_metric(name).is_pointwise for name in config.evaluate.metrics)
+        ranks = compares and any(parse_metric(name).ranks for name in config.evaluate.metrics)
         wanted = Wanted(
             item_counts=ranks,
             interactions=self._baselines is not None and self._baselines.needs_interactions,

@@ -114,7 +114,7 @@ def assemble(
         objective=objective,
         optimizers=optimizers,
         stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row),
-        evaluator=Evaluator(config, dataset, collator, world),
+        evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
     )

@@ -1,19 +1,25 @@
 """Item embeddings through the trainer: pairs that no world changes, exact resumption, groups that are told apart."""
 
+import itertools
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from embedshard.cli import app
 from embedshard.config import build_config
 from embedshard.errors import ConfigError, DataError
+from embedshard.launch.local import evaluate_here
 from embedshard.launch.similar import similar_here
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
+from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
 
 WORDS = [f"{group}{number}" for number in range(12) for group in ("even", "odd")]
@@ -154,7 +160,8 @@ def as_words(batch):
         ({"objective": {"kind": "bpr"}}, "'bpr' does not learn pairs of a list"),
         ({"objective": {"kind": "sampled_softmax", "mixed": True}}, "objective.mixed takes the items of other rows"),
         ({"objective": {"kind": "nce", "num_negatives": 6}}, "num_negatives=6 does not divide into data.lanes=4"),
-        ({"evaluate": {"metrics": ["recall@5"]}}, "Leave evaluate.metrics out"),
+        ({"evaluate": {"metrics": ["recall@5"]}}, "Choose 'loss'"),
+        ({"evaluate": {"metrics": ["loss"], "baselines": ["popularity"]}}, "evaluate.baselines"),
     ],
 )
 def test_what_makes_no_pairs_is_refused(make_tree, changes, words):
@@ -229,3 +236,63 @@ def test_similar_names_what_it_does_not_find(run_tree, make_tree, tmp_path):
         similar_here(path, "even3", 3, {}, table="words:node")
     with pytest.raises(DataError, match="'7' is not among the 24 ids of"):
         similar_here(path, "7", 3, {})
+
+
+# ---------------------------------------------------------------------------------------------------- the held-out loss
+def measured(path, name="validation/loss"):
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: line[name] for line in lines if name in line}
+
+
+def test_the_loss_of_held_out_pairs_is_what_a_loop_over_them_adds_up(run_tree, make_tree, tmp_path, saved_tensors):
+    tree = make_tree("softmax", subsample=None, dynamic_window=False)
+    write_sentences(tmp_path / "test", 75, 2)
+    tree["data"]["test"] = str(tmp_path / "test")
+    tree["evaluate"] = {"metrics": ["loss"]}
+    result = run_tree(tree, tmp_path / "run")
+    tables = {name: tensor.numpy() for name, tensor in saved_tensors(tmp_path / "run")[1].items()}
+    centres, contexts = tables["tables/word/weight"], tables["tables/words:context/weight"]
+    losses = []
+    for sentence in pq.read_table(tmp_path / "test")["words"].to_pylist():
+        ids = [WORDS.index(word) for word in sentence]
+        for place, other in itertools.permutations(range(len(ids)), 2):
+            if abs(place - other) <= 3:
+                logits = contexts @ centres[ids[place]]
+                losses.append(np.log(np.exp(logits).sum()) - logits[ids[other]])
+    assert result["metrics"] == {"loss": pytest.approx(np.mean(losses), rel=1e-5)}
+    assert result["baselines"] == {}
+    again = evaluate_here(tmp_path / "run", None, "cpu", {})
+    assert again["test"] == result["metrics"], "the same draws each time"
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_a_share_of_the_lists_is_held_out_and_the_best_checkpoint_has_the_least_loss(
+    run_tree, make_tree, tmp_path, objective
+):
+    tree = make_tree(objective)
+    tree["data"]["validation_fraction"] = 0.2
+    tree["train"]["epochs"] = 6
+    tree["evaluate"] = {"metrics": ["loss"]}
+    result = run_tree(tree, tmp_path / "run", reporter=JsonLinesReporter(tmp_path / "run.jsonl", 1))
+    losses = measured(tmp_path / "run.jsonl")
+    assert list(losses) == [8 * epoch for epoch in range(1, 7)], "248 of 310 rows in batches of 32"
+    assert losses[48] < losses[8]
+    assert result["selected_step"] == min(losses, key=losses.get)
+    # Measuring draws nothing that training draws: without it, the same rows are trained to the same weights.
+    tree["evaluate"]["every_steps"] = 3
+    run_tree(tree, tmp_path / "often", reporter=JsonLinesReporter(tmp_path / "often.jsonl", 1))
+    assert len(measured(tmp_path / "often.jsonl")) > len(losses)
+    assert measured(tmp_path / "often.jsonl", "train/loss") == measured(tmp_path / "run.jsonl", "train/loss")
+
+
+def test_two_ranks_measure_the_loss_of_one(make_tree, tmp_path):
+    tree = make_tree("nce")
+    tree["data"]["validation_fraction"] = 0.2
+    tree["evaluate"] = {"metrics": ["loss"]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    for workers in ("1", "2"):
+        command = ["train", str(tmp_path / "config.yaml"), "--workers", workers, "--run-dir", str(tmp_path / workers)]
+        subprocess.run([sys.executable, "-m", "embedshard.cli", *command], check=True, capture_output=True, timeout=900)
+    one, two = (measured(tmp_path / workers / "metrics.jsonl") for workers in ("1", "2"))
+    assert list(one) == [8]
+    assert two == pytest.approx(one, rel=1e-5)

@@ -92,6 +92,7 @@ def refused(config_file, *overrides, environment=None):
         ),
         ("evaluate={metrics: [rmse], baselines: [ease]}", ["evaluate.baselines: 'ease' ranks items", "recall@20"]),
         ("evaluate={baselines: [popularity]}", ["evaluate.baselines: 'popularity' ranks items", "no metric"]),
+        ("evaluate={metrics: [loss]}", ["evaluate.metrics: 'loss'", "only an item_embedding", "recall@20"]),
         ("evaluate={metrics: [rmse], baselines: bias}", ["evaluate.baselines", "'bias'", "auto"]),
         ("evaluate={metrics: [rmse], baseline_bytes: -1}", ["evaluate.baseline_bytes: -1"]),
         ("evaluate={metrics: [rmse], id_statistics_rows: -1}", ["evaluate.id_statistics_rows: -1"]),
