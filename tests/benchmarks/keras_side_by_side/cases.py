@@ -91,7 +91,7 @@ CASES = (
         "user_item",
         10_000,
         500,
-        (Optimizer("adam", 0.01), Optimizer("sgd", 30.0), Optimizer("adagrad", 3.0)),
+        (Optimizer("adam", 0.01), Optimizer("sgd", 15.0), Optimizer("adagrad", 5.0)),
         (Optimizer("adam", 0.01), Optimizer("rowwise_adagrad", 0.1)),
     ),
     _case(
@@ -106,14 +106,14 @@ CASES = (
         10_000,
         400,
         (Optimizer("adam", 0.03), Optimizer("sgd", 5.0), Optimizer("adagrad", 1.0)),
-        (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
+        (Optimizer("sgd", 5.0), Optimizer("rowwise_adagrad", 0.3)),
     ),
     _case(
         "nce",
         1_000_000,
         120,
         (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
-        (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
+        (Optimizer("sgd", 5.0), Optimizer("rowwise_adagrad", 0.3)),
     ),
     _case(
         "two_tower",
