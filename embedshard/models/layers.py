@@ -88,10 +88,12 @@ def padded(
         length: L.
         side: where the zeros are.
     """
+    num_rows = len(lengths_B)
+    if len(values_VD) == num_rows * length:  # no row is shorter: they lie as they should
+        return values_VD.view(num_rows, length, -1), lengths_B.new_ones((num_rows, length), dtype=torch.bool)
     rows_V, places_V = _places(lengths_B)
     if side == "pre":
         places_V = places_V + (length - lengths_B)[rows_V]
-    num_rows = len(lengths_B)
     flat = values_VD.new_zeros(num_rows * length, values_VD.shape[1]).index_copy(0, rows_V * length + places_V, values_VD)
     columns_L = torch.arange(length, device=lengths_B.device)
     reached_BL = columns_L < lengths_B.unsqueeze(1)

@@ -140,8 +140,7 @@ class Stepper:
 def _seed_generator(seed: int, device: torch.device) -> None:
     """Seeds the global generator of a device and of the CPU.
 
-    torch.manual_seed does too, and for each kind of device that is not there takes the stack down as text: half the time of
-    a small model's step.
+    torch.manual_seed does too, and for each kind of device that is not there it takes the stack down as text, at each step.
     """
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
@@ -26,6 +27,9 @@ from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import Objective, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
 from embedshard.world import World
+
+_KEPT_ELEMENTS = 2**25
+"""Of which the exponentials are kept for the backward pass: 128 MiB."""
 
 
 def softmax_losses(
@@ -56,8 +60,9 @@ def softmax_losses(
 class _OthersLogSum(torch.autograd.Function):
     """log(sum of exp(logits)) over the candidates of each row, in blocks of rows.
 
-    The logits of a block stay in the cache and are made again in the backward pass: the whole B x N matrix, with the
-    copies that autograd keeps of it, costs several times the products themselves.
+    A block's logits become exponentials where they lie: the whole B x N matrix, with the copies that autograd keeps of it,
+    costs several times the products themselves. They are kept for the backward pass, or, where they are too many, made again
+    to the same bits.
     """
 
     @staticmethod
@@ -69,38 +74,62 @@ class _OthersLogSum(torch.autograd.Function):
         own_B: torch.Tensor,
         candidate_N: torch.Tensor,
     ) -> torch.Tensor:
-        others_B = query_BD.new_empty(len(query_BD))
+        hits = _Hits(own_B, candidate_N)
+        most_B, sums_B = query_BD.new_empty(len(query_BD)), query_BD.new_empty(len(query_BD))
+        keeps = len(query_BD) * len(candidate_ND) <= _KEPT_ELEMENTS
+        ctx.hits, ctx.kept = hits, []
         for rows in row_blocks(len(query_BD), len(candidate_ND)):
-            logits = _logits(query_BD[rows], candidate_ND, offset_N, own_B[rows], candidate_N)
-            others_B[rows] = torch.logsumexp(logits, dim=1)
-        ctx.save_for_backward(query_BD, candidate_ND, offset_N, own_B, candidate_N, others_B)
-        return others_B
+            logits_RN = _logits(query_BD, candidate_ND, offset_N, hits, rows)
+            most_R = logits_RN.amax(dim=1)
+            most_B[rows] = most_R.masked_fill_(torch.isneginf(most_R), 0.0)
+            exponentials_RN = logits_RN.sub_(most_R[:, None]).exp_()
+            sums_B[rows] = exponentials_RN.sum(dim=1)
+            if keeps:
+                ctx.kept.append(exponentials_RN)
+        ctx.save_for_backward(query_BD, candidate_ND, offset_N, most_B, sums_B)
+        return sums_B.log() + most_B
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (gradient_B,) = gradients
-        query_BD, candidate_ND, offset_N, own_B, candidate_N, others_B = ctx.saved_tensors
-        alone = torch.isneginf(others_B)  # no candidate is left: nothing to push away
-        gradient_B = gradient_B.masked_fill(alone, 0.0)
-        others_B = others_B.masked_fill(alone, 0.0)
+    @once_differentiable
+    def backward(ctx: Any, gradient_B: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query_BD, candidate_ND, offset_N, most_B, sums_B = ctx.saved_tensors
+        # Where no candidate is left there is nothing to push away.
+        slopes_B = torch.where(sums_B > 0, gradient_B / sums_B, 0.0)
         for_queries, for_candidates = torch.empty_like(query_BD), torch.zeros_like(candidate_ND)
-        for rows in row_blocks(len(query_BD), len(candidate_ND)):
-            shares = _logits(query_BD[rows], candidate_ND, offset_N, own_B[rows], candidate_N)
-            shares.sub_(others_B[rows, None]).exp_().mul_(gradient_B[rows, None])
-            torch.mm(shares, candidate_ND, out=for_queries[rows])
-            for_candidates.addmm_(shares.T, query_BD[rows])
+        for number, rows in enumerate(row_blocks(len(query_BD), len(candidate_ND))):
+            if ctx.kept:
+                exponentials_RN = ctx.kept[number]
+            else:
+                logits_RN = _logits(query_BD, candidate_ND, offset_N, ctx.hits, rows)
+                exponentials_RN = logits_RN.sub_(most_B[rows, None]).exp_()
+            slopes_RN = exponentials_RN.mul_(slopes_B[rows, None])
+            torch.mm(slopes_RN, candidate_ND, out=for_queries[rows])
+            for_candidates.addmm_(slopes_RN.T, query_BD[rows])
+        ctx.kept = []
         return for_queries, for_candidates, None, None, None
 
 
+class _Hits:
+    """Which candidates are a row's own: few, so they are found by sorting and not by comparing all with all."""
+
+    def __init__(self, own_B: torch.Tensor, candidate_N: torch.Tensor) -> None:
+        sorted_N, self._order_N = candidate_N.sort(stable=True)
+        self._first_B = torch.searchsorted(sorted_N, own_B)
+        self._count_B = torch.searchsorted(sorted_N, own_B, right=True) - self._first_B
+
+    def leave_out(self, logits_RN: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Fills a block's logits with -inf where the candidate is the row's own, and returns them."""
+        first_R, count_R = self._first_B[rows], self._count_B[rows]
+        rows_H = torch.repeat_interleave(count_R)
+        places_H = torch.arange(len(rows_H), device=rows_H.device) + (first_R - count_R.cumsum(0) + count_R)[rows_H]
+        logits_RN.view(-1).index_fill_(0, rows_H * logits_RN.shape[1] + self._order_N[places_H], -math.inf)
+        return logits_RN
+
+
 def _logits(
-    query_RD: torch.Tensor,
-    candidate_ND: torch.Tensor,
-    offset_N: torch.Tensor,
-    own_R: torch.Tensor,
-    candidate_N: torch.Tensor,
+    query_BD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor, hits: _Hits, rows: slice
 ) -> torch.Tensor:
-    logits = torch.addmm(offset_N, query_RD, candidate_ND.T)
-    return logits.masked_fill_(own_R[:, None] == candidate_N[None, :], -math.inf)
+    return hits.leave_out(torch.addmm(offset_N, query_BD[rows], candidate_ND.T), rows)
 
 
 class InBatchSoftmax(Objective):

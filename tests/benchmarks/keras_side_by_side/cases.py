@@ -91,8 +91,8 @@ CASES = (
         "user_item",
         10_000,
         500,
-        (Optimizer("adam", 0.01), Optimizer("sgd", 30.0), Optimizer("adagrad", 3.0)),
-        (Optimizer("adam", 0.01), Optimizer("rowwise_adagrad", 0.1)),
+        (Optimizer("adam", 0.01), Optimizer("sgd", 15.0), Optimizer("adagrad", 5.0)),
+        (Optimizer("adam", 0.01), Optimizer("rowwise_adagrad", 0.15)),
     ),
     _case(
         "user_item",
@@ -106,14 +106,14 @@ CASES = (
         10_000,
         400,
         (Optimizer("adam", 0.03), Optimizer("sgd", 5.0), Optimizer("adagrad", 1.0)),
-        (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
+        (Optimizer("sgd", 7.0), Optimizer("adam", 0.03)),
     ),
     _case(
         "nce",
         1_000_000,
         120,
         (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
-        (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
+        (Optimizer("sgd", 5.0), Optimizer("rowwise_adagrad", 0.3)),
     ),
     _case(
         "two_tower",
