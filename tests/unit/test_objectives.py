@@ -16,6 +16,7 @@ from embedshard.config.parts import (
 from embedshard.data.batch import Batch, Draws
 from embedshard.models.objectives import objective as blocks
 from embedshard.models.objectives import pairwise as pairwise_losses
+from embedshard.models.objectives import softmax as softmax_losses
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import l2_penalty
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
@@ -70,9 +71,10 @@ def test_pointwise_losses_equal_their_definitions(kind):
 @pytest.mark.parametrize("block", [1, 7, 2**20], ids="blocks of {} logits".format)
 @pytest.mark.parametrize("log_q", ["off", "streaming"])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("temperature", [1.0, 0.3])
-def test_in_batch_softmax_equals_a_loop_over_rows_and_candidates(monkeypatch, block, log_q, masked, temperature):
+@pytest.mark.parametrize(("temperature", "kept"), [(1.0, 0), (1.0, 2**25), (0.3, 2**25)])
+def test_in_batch_softmax_equals_a_loop_over_rows_and_candidates(monkeypatch, block, log_q, masked, temperature, kept):
     monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(softmax_losses, "KEPT_ELEMENTS", kept)
     generator = np.random.default_rng(3)
     items = generator.integers(0, 8, 14)
     weights = np.where(np.arange(14) % 5 == 4, 0.0, generator.random(14) + 0.5)
@@ -307,7 +309,7 @@ PAIRWISE = ["bpr", "negative_sampling", "cosine_contrastive"]
 def test_pairwise_losses_equal_a_loop_over_rows_and_candidates(monkeypatch, block, masked, kind, few, kept):
     monkeypatch.setattr(blocks, "_BLOCK_ELEMENTS", block)
     monkeypatch.setattr(pairwise_losses, "_FEW", few)
-    monkeypatch.setattr(pairwise_losses, "_KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(pairwise_losses, "KEPT_ELEMENTS", kept)
     generator = np.random.default_rng(6)
     size, drawn = 9, 13
     items, negatives = generator.integers(0, 5, size), generator.integers(0, 5, drawn)

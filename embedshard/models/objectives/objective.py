@@ -6,7 +6,7 @@ are the same for all; so are the penalties on looked-up vectors, since they do n
 
 from __future__ import annotations
 
-__all__ = ["Objective", "l2_penalty", "row_blocks", "valid_ids"]
+__all__ = ["KEPT_ELEMENTS", "Objective", "OwnHits", "l2_penalty", "row_blocks", "valid_ids"]
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,6 +18,8 @@ from embedshard.data.batch import Batch
 from embedshard.errors import ConfigError
 
 _BLOCK_ELEMENTS = 2**20  # scores made at once: 4 MiB
+KEPT_ELEMENTS = 2**25
+"""Scores of a rank of which something is kept for the backward pass instead of made again: 128 MiB."""
 
 
 class Objective(nn.Module):
@@ -61,3 +63,28 @@ def row_blocks(num_rows: int, num_candidates: int) -> Iterator[slice]:
     """Yields blocks of rows whose scores against all candidates stay in the cache."""
     size = max(1, _BLOCK_ELEMENTS // max(num_candidates, 1))
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
+
+
+class OwnHits:
+    """Which candidates are a row's own item: few, so they are found by sorting and not by comparing all with all.
+
+    Args:
+        own_B: the item of each row.
+        candidate_N: the candidates.
+
+    Attributes:
+        count_B: how many each row has.
+    """
+
+    def __init__(self, own_B: torch.Tensor, candidate_N: torch.Tensor) -> None:
+        sorted_N, self._order_N = candidate_N.sort(stable=True)
+        self._first_B = torch.searchsorted(sorted_N, own_B)
+        self.count_B = torch.searchsorted(sorted_N, own_B, right=True) - self._first_B
+
+    def leave_out(self, scores_RN: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Fills the scores of a block of rows with -inf where the candidate is the row's own, and returns them."""
+        first_R, count_R = self._first_B[rows], self.count_B[rows]
+        rows_H = torch.repeat_interleave(count_R)
+        places_H = torch.arange(len(rows_H), device=rows_H.device) + (first_R - count_R.cumsum(0) + count_R)[rows_H]
+        scores_RN.view(-1).index_fill_(0, rows_H * scores_RN.shape[1] + self._order_N[places_H], -torch.inf)
+        return scores_RN

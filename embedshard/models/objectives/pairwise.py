@@ -20,13 +20,12 @@ import torch.nn.functional as F
 
 from embedshard.config.parts import BPRConfig, CosineContrastiveConfig, NegativeSamplingConfig
 from embedshard.data.batch import Batch
-from embedshard.models.objectives.objective import Objective, row_blocks, valid_ids
+from embedshard.models.objectives.objective import KEPT_ELEMENTS, Objective, OwnHits, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
 from embedshard.world import World
 
 Cost = Literal["softplus", "relu"]
 
-_KEPT_ELEMENTS: Final = 2**25  # scores of a rank whose slopes are kept
 _FEW: Final = 0.05  # share of scores above their thresholds up to which they are taken one by one
 
 
@@ -48,7 +47,7 @@ class _MeanCost(torch.autograd.Function):
         candidate_N: torch.Tensor,
         cost: Cost,
     ) -> torch.Tensor:
-        hits = _Hits(own_B, candidate_N)
+        hits = OwnHits(own_B, candidate_N)
         total_B = torch.empty_like(threshold_B)
         kept: list[_Few | torch.Tensor | None] = []
         for rows in row_blocks(len(query_BD), len(candidate_ND)):
@@ -83,29 +82,6 @@ class _MeanCost(torch.autograd.Function):
                 for_candidates.addmm_(slopes.T, query_BD[rows])
                 for_thresholds[rows] = -slopes.sum(dim=1)
         return for_queries, for_candidates, for_thresholds, None, None, None
-
-
-class _Hits:
-    """Which candidates are a row's own item, by row: (row, candidate) pairs, of which there are few.
-
-    Attributes:
-        count_B: how many each row has.
-    """
-
-    def __init__(self, own_B: torch.Tensor, candidate_N: torch.Tensor) -> None:
-        in_order = candidate_N.sort()
-        first_B = torch.searchsorted(in_order.values, own_B)
-        self.count_B = torch.searchsorted(in_order.values, own_B, right=True) - first_B
-        self._ends = self.count_B.cumsum(0).tolist()
-        self._rows = torch.repeat_interleave(self.count_B)
-        number = torch.arange(len(self._rows), device=own_B.device)
-        within = number - (self.count_B.cumsum(0) - self.count_B)[self._rows]
-        self._columns = in_order.indices[first_B[self._rows] + within]
-
-    def leave_out(self, excess_RN: torch.Tensor, rows: slice) -> None:
-        """Puts -inf where a candidate of some rows is the row's own."""
-        mine = slice(self._ends[rows.start - 1] if rows.start else 0, self._ends[rows.stop - 1])
-        excess_RN[self._rows[mine] - rows.start, self._columns[mine]] = -torch.inf
 
 
 class _Few:
@@ -147,11 +123,11 @@ def _slopes(excess_RN: torch.Tensor, cost: Cost) -> _Few | torch.Tensor:
 
 
 def _fits(query_BD: torch.Tensor, candidate_ND: torch.Tensor) -> bool:
-    return len(query_BD) * len(candidate_ND) <= _KEPT_ELEMENTS
+    return len(query_BD) * len(candidate_ND) <= KEPT_ELEMENTS
 
 
 def _excess(
-    query_RD: torch.Tensor, candidate_ND: torch.Tensor, threshold_R: torch.Tensor, hits: _Hits, rows: slice
+    query_RD: torch.Tensor, candidate_ND: torch.Tensor, threshold_R: torch.Tensor, hits: OwnHits, rows: slice
 ) -> torch.Tensor:
     """Returns how far each candidate's score is above the row's threshold, -inf for what is left out, (R, N)."""
     excess_RN = torch.mm(query_RD, candidate_ND.T).sub_(threshold_R[:, None])

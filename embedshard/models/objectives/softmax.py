@@ -24,12 +24,9 @@ from torch.autograd.function import once_differentiable
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
 from embedshard.models.objectives.frequency import FrequencyEstimate
-from embedshard.models.objectives.objective import Objective, row_blocks, valid_ids
+from embedshard.models.objectives.objective import KEPT_ELEMENTS, Objective, OwnHits, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
 from embedshard.world import World
-
-_KEPT_ELEMENTS = 2**25
-"""Of which the exponentials are kept for the backward pass: 128 MiB."""
 
 
 def softmax_losses(
@@ -74,9 +71,9 @@ class _OthersLogSum(torch.autograd.Function):
         own_B: torch.Tensor,
         candidate_N: torch.Tensor,
     ) -> torch.Tensor:
-        hits = _Hits(own_B, candidate_N)
+        hits = OwnHits(own_B, candidate_N)
         most_B, sums_B = query_BD.new_empty(len(query_BD)), query_BD.new_empty(len(query_BD))
-        keeps = len(query_BD) * len(candidate_ND) <= _KEPT_ELEMENTS
+        keeps = len(query_BD) * len(candidate_ND) <= KEPT_ELEMENTS
         ctx.hits, ctx.kept = hits, []
         for rows in row_blocks(len(query_BD), len(candidate_ND)):
             logits_RN = _logits(query_BD, candidate_ND, offset_N, hits, rows)
@@ -109,25 +106,8 @@ class _OthersLogSum(torch.autograd.Function):
         return for_queries, for_candidates, None, None, None
 
 
-class _Hits:
-    """Which candidates are a row's own: few, so they are found by sorting and not by comparing all with all."""
-
-    def __init__(self, own_B: torch.Tensor, candidate_N: torch.Tensor) -> None:
-        sorted_N, self._order_N = candidate_N.sort(stable=True)
-        self._first_B = torch.searchsorted(sorted_N, own_B)
-        self._count_B = torch.searchsorted(sorted_N, own_B, right=True) - self._first_B
-
-    def leave_out(self, logits_RN: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Fills a block's logits with -inf where the candidate is the row's own, and returns them."""
-        first_R, count_R = self._first_B[rows], self._count_B[rows]
-        rows_H = torch.repeat_interleave(count_R)
-        places_H = torch.arange(len(rows_H), device=rows_H.device) + (first_R - count_R.cumsum(0) + count_R)[rows_H]
-        logits_RN.view(-1).index_fill_(0, rows_H * logits_RN.shape[1] + self._order_N[places_H], -math.inf)
-        return logits_RN
-
-
 def _logits(
-    query_BD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor, hits: _Hits, rows: slice
+    query_BD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor, hits: OwnHits, rows: slice
 ) -> torch.Tensor:
     return hits.leave_out(torch.addmm(offset_N, query_BD[rows], candidate_ND.T), rows)
 
