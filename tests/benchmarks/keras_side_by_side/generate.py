@@ -7,7 +7,7 @@ factors, neighbours and what is clicked share a topic.
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from cases import HELD_OUT_ROWS, NOISE_POWER, PAIR_WINDOW, SENTENCE_LENGTH, TEXT_LENGTH
+from cases import HELD_OUT_ROWS, NOISE_POOL, NOISE_POWER, PAIR_WINDOW, SENTENCE_LENGTH, TEXT_LENGTH
 
 TOPICS, FACTORS = 50, 8
 
@@ -66,7 +66,11 @@ def generate(name, vocabulary, rows, folder, seed=0):
         pq.write_table(table, folder / part / "rows.parquet", row_group_size=65_536)
     if name == "nce":
         shares = np.bincount(columns["words"][:rows].ravel(), minlength=vocabulary) ** NOISE_POWER
-        np.save(folder / "noise.npy", (shares / shares.sum()).astype(np.float32))
+        noise = shares / shares.sum()
+        np.save(folder / "noise.npy", noise.astype(np.float32))
+        np.save(
+            folder / "drawn.npy", np.random.default_rng(seed + 1).choice(vocabulary, NOISE_POOL, p=noise).astype(np.int32)
+        )
     (folder / "done").touch()
 
 
