@@ -100,7 +100,7 @@ CASES = (
         1_000_000,
         120,
         (Optimizer("adam", 0.01), Optimizer("sgd", 60.0)),
-        (Optimizer("adam", 0.02), Optimizer("rowwise_adagrad", 0.4)),
+        (Optimizer("adam", 0.03), Optimizer("rowwise_adagrad", 0.1)),
     ),
     _case(
         "nce",
