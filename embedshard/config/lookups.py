@@ -38,6 +38,7 @@ from embedshard.config.parts import (
     HierarchicalSoftmaxConfig,
     InitConfig,
     ItemEmbeddingConfig,
+    ManagedVocabulary,
     NCEConfig,
     SequenceFeature,
     SoftmaxConfig,
@@ -94,6 +95,7 @@ class TableSpec:
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
         is_sequence: whether a vector a place is asked of it, by one feature at least.
+        managed_by: the config's table whose managed vocabulary says which id holds which row; None where rows are fixed.
     """
 
     name: str
@@ -107,6 +109,7 @@ class TableSpec:
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
     is_sequence: bool = False
+    managed_by: str | None = None
 
     @property
     def num_embeddings(self) -> int:
@@ -203,6 +206,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 is_sequence=config.is_sequence_table(name),
                 lookups=tuple(lookups),
                 sharding=table.sharding,
+                managed_by=name if isinstance(table.vocabulary, ManagedVocabulary) else None,
             )
         )
     if isinstance(config.model, ItemEmbeddingConfig):
@@ -275,6 +279,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),
                 ),
                 sharding=sharding_of_bias(specs[feature.table].sharding),
+                managed_by=specs[feature.table].managed_by,
             )
         )
     return biases

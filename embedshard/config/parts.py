@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 __all__ = [
+    "AdmissionConfig",
     "BPRConfig",
     "BagFeature",
     "BpeVocabulary",
@@ -38,6 +39,7 @@ __all__ = [
     "InitConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
+    "ManagedVocabulary",
     "MasksHits",
     "MeanBaseline",
     "ModelConfig",
@@ -305,6 +307,38 @@ class FileVocabulary(Strict):
     """The column of the ids; the file's only column where absent."""
 
 
+class AdmissionConfig(Strict):
+    """When an id is given a row of its own."""
+
+    min_count: int = Field(1, ge=1, le=32767)
+    """Sightings in training at which it is; before, it looks up the row for unknown ids."""
+
+
+class ManagedVocabulary(Strict):
+    """Ids that come and go: each has a row to itself for as long as it is of use.
+
+    Any integer of at least 0 is an id, and any string, by a 63-bit hash. An id of which training has seen enough is given a
+    free row; where there is none, the least useful ids lose theirs, which begin anew, weights and optimizer state. Counts
+    and evictions are those of virtual buckets of ids, so that the result is the same in every world.
+    """
+
+    kind: Literal["managed"]
+    """Which kind it is."""
+    rows: int | None = Field(None, ge=1)
+    """The table's rows, where `rows` of the table is not given."""
+    admission: AdmissionConfig = AdmissionConfig()
+    """When an id is given a row."""
+    eviction: Literal["lfu", "lru", "distance_lfu"] = "lfu"
+    """Which ids of a full bucket are the least useful: those with the fewest sightings (`lfu`), those that were not seen for
+    the longest time (`lru`), or those with the fewest sightings for each step since they were last seen (`distance_lfu`)."""
+    ttl_steps: int | None = Field(None, ge=1)
+    """Steps without a sighting after which an id loses its row; absent: it keeps it until there is need of it."""
+    buckets: int | None = Field(None, ge=1)
+    """Virtual buckets; `data.lanes` where absent. A rank has whole ones, so there are at least as many as workers."""
+    seed: int = Field(0, ge=0)
+    """Of the hash."""
+
+
 class TokenizerVocabulary(Strict):
     """What tokenizers have in common: made from the training texts when a run begins, or read from a file."""
 
@@ -372,7 +406,13 @@ class WordNgramsVocabulary(Strict):
 
 Vocabulary = Annotated[
     Annotated[
-        IdentityVocabulary | HashVocabulary | FileVocabulary | WordsVocabulary | BpeVocabulary | WordNgramsVocabulary,
+        IdentityVocabulary
+        | HashVocabulary
+        | FileVocabulary
+        | ManagedVocabulary
+        | WordsVocabulary
+        | BpeVocabulary
+        | WordNgramsVocabulary,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_as_kind),
@@ -483,9 +523,10 @@ class TableConfig(Strict):
     @model_validator(mode="after")
     def _rows_are_known(self) -> TableConfig:
         vocabulary = self.vocabulary
-        if isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary):
+        if isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary):
             if self.rows is None and vocabulary.rows is None:
-                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows to hash to")
+                what = "that ids can hold" if isinstance(vocabulary, ManagedVocabulary) else "to hash to"
+                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows {what}")
             if self.rows is not None and vocabulary.rows is not None and self.rows != vocabulary.rows:
                 raise ValueError(f"rows={self.rows} and vocabulary.rows={vocabulary.rows} differ. Give one of them")
         elif isinstance(vocabulary, IdentityVocabulary) and self.rows is None:
@@ -503,7 +544,7 @@ class TableConfig(Strict):
         vocabulary = self.vocabulary
         if isinstance(vocabulary, WordsVocabulary | BpeVocabulary):
             return vocabulary.num_words if vocabulary.path is None else None
-        if self.rows is None and isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary):
+        if self.rows is None and isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary):
             return vocabulary.rows
         return self.rows
 

@@ -37,7 +37,7 @@ from embedshard.data.source import Inventory, Source, check_unchanged, fingerpri
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_held_out_of_training, open_training
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
+from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows, unknown_number
 from embedshard.errors import DataError
 from embedshard.world import World
 
@@ -110,6 +110,10 @@ class Dataset:
     def fingerprint(self) -> str:
         """Of all training files."""
         return fingerprint_of([source.inventory for source in self.train])
+
+    def unknown_number(self, table: str) -> int:
+        """Returns the greatest number that stands for an id of a table: the row for unknown ids, or what becomes it."""
+        return unknown_number(self.vocabularies[table])
 
     def vocabulary_fingerprints(self) -> dict[str, str]:
         """Of each table's vocabulary."""

@@ -137,7 +137,7 @@ class _Parts:
     def __init__(self, dataset: Dataset, wanted: Wanted) -> None:
         config = dataset.config
         tables = {name: feature.table for name, feature in config.features.items() if not isinstance(feature, DenseFeature)}
-        self.id_counts = {name: IdCounts(table, dataset.table_rows[table]) for name, table in tables.items()}
+        self.id_counts = {name: IdCounts(table, dataset.unknown_number(table)) for name, table in tables.items()}
         self.item_counts = np.zeros(0, dtype=np.int64)
         self.label_sum = self.label_weight = 0.0
         self._wanted = wanted

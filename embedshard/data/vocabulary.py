@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Vocabulary", "integers", "load_vocabularies", "table_rows"]
+__all__ = ["UNKNOWN_ID", "ManagedIds", "Vocabulary", "integers", "load_vocabularies", "table_rows", "unknown_number"]
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedshard.config import Config
-from embedshard.config.parts import FileVocabulary, HashVocabulary, TokenizerVocabulary, WordNgramsVocabulary
+from embedshard.config.parts import (
+    FileVocabulary,
+    HashVocabulary,
+    ManagedVocabulary,
+    TokenizerVocabulary,
+    WordNgramsVocabulary,
+)
 from embedshard.data.hashing import WordArray, hash_integers, hash_strings
 from embedshard.data.text import NgramVocabulary, TextVocabulary, UntrainedVocabulary, WordVocabulary, read_tokenizer
 from embedshard.data.tokenizer import Tokenizer
@@ -23,6 +29,9 @@ from embedshard.errors import ConfigError, DataError
 from embedshard.storage import locate
 
 IntArray = npt.NDArray[np.int64]
+
+UNKNOWN_ID: Final = 2**63 - 1
+"""Under a managed vocabulary, whose ids become rows later: what stands for an unknown one until then."""
 
 
 class Vocabulary(Protocol):
@@ -92,6 +101,32 @@ class _Hash:
 
     def describe(self) -> str:
         return "any id"
+
+
+class ManagedIds:
+    """Ids as they travel to the rank that knows their rows: integers of at least 0, strings by their hash."""
+
+    def __init__(self, rows: int, vocabulary: ManagedVocabulary) -> None:
+        self.rows, self._seed = rows, vocabulary.seed
+        self.fingerprint = f"managed, seed {vocabulary.seed}"
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns the ids themselves, -1 for those below 0."""
+        own = ids.astype(np.int64, copy=False)
+        known = (own >= 0) & (own < UNKNOWN_ID)
+        return own if known.all() else np.where(known, own, -1)
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        """Returns 63 bits of each string's hash."""
+        return (hash_strings(ids, self._seed) >> np.uint64(1)).astype(np.int64)
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns what travels, which are ids and not rows; of strings their hashes."""
+        return list(rows.tolist())
+
+    def describe(self) -> str:
+        """Returns what is known, for messages."""
+        return "integers of at least 0, or strings"
 
 
 class _File:
@@ -170,6 +205,9 @@ def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = Non
             continue  # when the words are there
         rows = table.known_rows
         assert rows is not None, "the config checks that rows are known without a file"
+        if isinstance(vocabulary, ManagedVocabulary):
+            loaded[name] = ManagedIds(rows, vocabulary)
+            continue
         loaded[name] = _Hash(rows, vocabulary.seed) if isinstance(vocabulary, HashVocabulary) else _Identity(rows)
     for name, table in config.tables.items():
         if isinstance(table.vocabulary, WordNgramsVocabulary):
@@ -178,6 +216,11 @@ def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = Non
             assert rows is not None, "the config checks that rows are known without a file"
             loaded[name] = NgramVocabulary(words, table.vocabulary.n, rows, table.vocabulary.seed)
     return {name: loaded[name] for name in config.tables}
+
+
+def unknown_number(vocabulary: Vocabulary) -> int:
+    """Returns the number by which an unknown id travels: the row after the last, or what becomes that row later."""
+    return UNKNOWN_ID if isinstance(vocabulary, ManagedIds) else vocabulary.rows
 
 
 def table_rows(vocabularies: Mapping[str, Vocabulary]) -> dict[str, int]:

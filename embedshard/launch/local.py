@@ -173,7 +173,7 @@ def evaluate_here(
         raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
     with open_world(device) as world:
         parts = assemble(config, world, run.read_json("inventory.json"))
-        restore_model(checkpoint, parts.model)
+        restore_model(checkpoint, parts.model, parts.managed)
         found: dict[str, Any] = {"step": checkpoint.step}
         splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]
         yardsticks = parts.yardsticks(compares=with_baselines and bool(splits), counts_ids=False)

@@ -11,6 +11,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.config import Config, TableSpec, table_specs
+from embedshard.config.parts import ManagedVocabulary
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import Dataset, open_dataset
 from embedshard.data.quarantine import Tally
@@ -20,9 +21,11 @@ from embedshard.evaluate.evaluator import Evaluator
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
+from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
+from embedshard.train.snapshot import table_shards
 from embedshard.train.step import Stepper
 from embedshard.world import World
 
@@ -42,6 +45,7 @@ class Assembly:
     evaluator: Evaluator
     collator: Collator
     tally: Tally
+    managed: ManagedTables | None = None
 
     @property
     def num_steps(self) -> int:
@@ -103,6 +107,7 @@ def assemble(
     model = shard_model(build_model(config, specs), config, specs, world, plan)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
+    managed = _manage(config, world, specs, model, optimizers)
     tally = Tally(dataset.train[0].decoder)
     collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
     return Assembly(
@@ -117,4 +122,22 @@ def assemble(
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
+        managed=managed,
     )
+
+
+def _manage(
+    config: Config,
+    world: World,
+    specs: tuple[TableSpec, ...],
+    model: DistributedModelParallel,
+    optimizers: Optimizers,
+) -> ManagedTables | None:
+    vocabularies = {
+        name: table.vocabulary for name, table in config.tables.items() if isinstance(table.vocabulary, ManagedVocabulary)
+    }
+    if not vocabularies:
+        return None
+    managed = ManagedTables(specs, vocabularies, config.data.lanes, world, config.seed)
+    managed.attach(model, lambda: table_shards(model, optimizers))
+    return managed
