@@ -1,5 +1,6 @@
 """Who holds which row: against the same rules one id at a time, and cut into any number of parts."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -101,7 +102,7 @@ def test_rules(eviction, min_count, ttl_steps, monkeypatch):
 def test_parts_are_the_whole(parts):
     whole = make(min_count=2, ttl_steps=20)
     cuts = [BUCKETS * part // parts for part in range(parts + 1)]
-    several = [make(first, last, min_count=2, ttl_steps=20) for first, last in zip(cuts, cuts[1:], strict=False)]
+    several = [make(first, last, min_count=2, ttl_steps=20) for first, last in itertools.pairwise(cuts)]
     for step, ids, counts in stream(80, seed=5):
         expected = whole.meet(ids, counts, step)
         rows, evicted = np.empty_like(expected.rows), []
