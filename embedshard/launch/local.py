@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from embedshard.config import Config, Loaded, load_config, table_specs
-from embedshard.config.parts import WordsVocabulary
+from embedshard.config.parts import AutoVocabulary, WordsVocabulary
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.evaluate.held_out import SPLITS, Split
@@ -172,7 +172,7 @@ def evaluate_here(
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
     with open_world(device) as world:
-        parts = assemble(config, world, run.read_json("inventory.json"))
+        parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies)
         restore_model(checkpoint, parts.model)
         found: dict[str, Any] = {"step": checkpoint.step}
         splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]
@@ -198,7 +198,8 @@ def evaluate_untrained(run_dir: PathOrUri, split: Split, device: str, environmen
     """
     run = RunDirectory.open(run_dir)
     with open_world(device) as world:
-        parts = assemble(run.load_config(environment).config, world, run.read_json("inventory.json"))
+        config = run.load_config(environment).config
+        parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies)
         return parts.evaluator.evaluate(parts.model, split)
 
 
@@ -210,6 +211,12 @@ def summarise_config(config_path: Path, overrides: Sequence[str], environment: M
     """
     config = load_config(config_path, environment, overrides).config
     for name, table in config.tables.items():
+        if isinstance(table.vocabulary, AutoVocabulary) and table.known_rows is None:
+            raise ConfigError(
+                f"tables.{name}.vocabulary is auto, so its rows are known when a run has counted the ids. To see the rest, "
+                f"say how many there are at most: --set tables.{name}.vocabulary.max_size=1000000; or count them: "
+                f"embedshard vocabulary build {config_path}."
+            )
         if isinstance(table.vocabulary, WordsVocabulary) and table.vocabulary.path is None and table.known_rows is None:
             raise ConfigError(
                 f"tables.{name}.vocabulary.num_words is null, so its rows are known when a run has counted the words. To "

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from embedshard.config import Config, TableSpec
-from embedshard.config.parts import InBatchSoftmaxConfig, TokenizerVocabulary
+from embedshard.config.parts import AutoVocabulary, InBatchSoftmaxConfig, TokenizerVocabulary
 from embedshard.config.placement import changed_optimizer
 from embedshard.models.embeddings import table_modules
 from embedshard.models.registry import build_model
@@ -90,6 +90,8 @@ def _table_row(spec: TableSpec, config: Config) -> Row:
     vocabulary = config.tables[spec.name].vocabulary if spec.name in config.tables else None
     is_open = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None
     most = "; so many rows at most: a run makes the tokenizer" if is_open else ""
+    if isinstance(vocabulary, AutoVocabulary):
+        most = "; so many rows at most: a run counts the ids"
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
     optimizer = "adam (lazy kernel on CPU, FBGEMM's on CUDA)" if spec.optimizer.kind == "adam" else spec.optimizer.kind
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
