@@ -191,11 +191,18 @@ def evaluate(
 
 
 @app.command()
-def summary(config: ConfigPath, overrides: Overrides = None) -> None:
+def summary(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TABLE=N", help="Different ids that a hashed table is to hold: how many collide is told."),
+    ] = None,
+) -> None:
     """Show every table and layer of a config: shape, parameters, bytes."""
     from embedshard.launch.local import summarise_config
 
-    found = summarise_config(config, overrides or [], os.environ)
+    found = summarise_config(config, overrides or [], os.environ, ids or [])
     console = Console()
     table = Table(title="Tables (one row each is for unknown ids) and layers", title_justify="left")
     for heading, justify in (

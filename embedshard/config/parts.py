@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from embedshard.config.composition import Composition
+
 __all__ = [
     "AutoVocabulary",
     "BPRConfig",
@@ -581,15 +583,15 @@ class TableConfig(Strict):
         return self.rows
 
     @property
-    def composed_of(self) -> tuple[int, int] | None:
-        """Rows of each of the two parts that an id looks up a row of; None where an id looks up one row."""
+    def composition(self) -> Composition | None:
+        """How an id becomes two rows; None where it becomes one."""
         vocabulary = self.vocabulary
         if isinstance(vocabulary, QuotientRemainderVocabulary):
-            return vocabulary.parts
+            return Composition(vocabulary.ids, *vocabulary.parts)
         if isinstance(vocabulary, DoubleHashVocabulary):
             rows = self.known_rows
             assert rows is not None, "checked above"
-            return rows // 2, rows - rows // 2
+            return Composition(rows // 2 * (rows - rows // 2), rows // 2, rows - rows // 2)
         return None
 
 

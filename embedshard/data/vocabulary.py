@@ -12,8 +12,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedshard.config import Config
+from embedshard.config.composition import Composition
 from embedshard.config.parts import (
     AutoVocabulary,
+    DoubleHashVocabulary,
     FileVocabulary,
     HashVocabulary,
     TokenizerVocabulary,
@@ -30,10 +32,10 @@ IntArray = npt.NDArray[np.int64]
 
 
 class Vocabulary(Protocol):
-    """Maps ids to rows of a table.
+    """Maps ids to rows of a table; where an id becomes two rows, to the number that a batch makes them of.
 
     Attributes:
-        rows: how many rows there are for known ids.
+        rows: how many rows, or such numbers, there are for known ids.
         fingerprint: of the whole mapping.
     """
 
@@ -98,6 +100,42 @@ class _Hash:
         return "any id"
 
 
+class _QuotientRemainder(_Identity):
+    """Integers from 0, each a pair of rows."""
+
+    def __init__(self, composition: Composition) -> None:
+        super().__init__(composition.num_ids)
+        self.fingerprint = f"quotients and remainders of {composition.num_ids} by {composition.second}"
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        raise DataError(
+            "the column holds strings, but its table's vocabulary is 'quotient_remainder', for integers from 0. "
+            "Use a 'double_hash', 'hash' or 'file' vocabulary."
+        )
+
+    def describe(self) -> str:
+        return f"ids from 0 to {self.rows - 1} (vocabulary.ids={self.rows})"
+
+
+class _DoubleHash(_Hash):
+    """Ids of any kind, each a pair of rows."""
+
+    def __init__(self, composition: Composition, seed: int) -> None:
+        super().__init__(composition.num_ids, seed)
+        self._composition = composition
+        self.fingerprint = f"two hashes to {composition.first} and {composition.second}, seed {seed}"
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        return self._paired(hash_integers(ids, self._seed), hash_integers(ids, self._seed + 1))
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        return self._paired(hash_strings(ids, self._seed), hash_strings(ids, self._seed + 1))
+
+    def _paired(self, first: WordArray, second: WordArray) -> IntArray:
+        quotients = (first % np.uint64(self._composition.first)).astype(np.int64)
+        return quotients * self._composition.second + (second % np.uint64(self._composition.second)).astype(np.int64)
+
+
 class _Uncounted:
     """Stands for a vocabulary that is yet to be counted: it knows the most rows that there can be, and takes any id."""
 
@@ -158,6 +196,11 @@ def load_vocabularies(
             continue  # when the words are there
         rows = table.known_rows
         assert rows is not None, "the config checks that rows are known without a file"
+        composition = table.composition
+        if composition is not None:
+            is_hash = isinstance(vocabulary, DoubleHashVocabulary)
+            loaded[name] = _DoubleHash(composition, vocabulary.seed) if is_hash else _QuotientRemainder(composition)
+            continue
         loaded[name] = _Hash(rows, vocabulary.seed) if isinstance(vocabulary, HashVocabulary) else _Identity(rows)
     for name, table in config.tables.items():
         if isinstance(table.vocabulary, WordNgramsVocabulary):
@@ -169,7 +212,7 @@ def load_vocabularies(
 
 
 def table_rows(vocabularies: Mapping[str, Vocabulary]) -> dict[str, int]:
-    """Returns how many ids each table has rows for."""
+    """Returns how many ids each table tells apart: as many as its rows, but where an id becomes two of them."""
     return {name: vocabulary.rows for name, vocabulary in vocabularies.items()}
 
 

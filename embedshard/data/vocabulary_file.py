@@ -153,8 +153,12 @@ def load_id_file(table: str, location: Location, path: str, column: str | None) 
             else:
                 ids = mapped(f"{_digest(location)[:32]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}", laid_out)
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order.") from error
+        raise _unreadable(where, error) from error
     return IdFile(path, ids, counted, location)
+
+
+def _unreadable(where: str, error: Exception) -> DataError:
+    return DataError(f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order.")
 
 
 def _column(where: str, parquet: pq.ParquetFile, column: str | None) -> str:
@@ -179,8 +183,14 @@ def _counted(parquet: pq.ParquetFile) -> Counted | None:
 
 
 def _batches(where: str, parquet: pq.ParquetFile, column: str) -> Iterator[pa.Array]:
-    done = 0
-    for batch in parquet.iter_batches(columns=[column], use_threads=False):
+    done, batches = 0, parquet.iter_batches(columns=[column], use_threads=False)
+    while True:
+        try:  # here, so that it is not taken for a failure to write what is made of it
+            batch = next(batches, None)
+        except (OSError, pa.ArrowException) as error:
+            raise _unreadable(where, error) from error
+        if batch is None:
+            return
         ids = batch.column(0)
         if ids.null_count:
             row = done + int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])

@@ -23,7 +23,7 @@ from rich.console import Console
 from embedshard.config import Config, Loaded, load_config, table_specs
 from embedshard.config.parts import AutoVocabulary, WordsVocabulary
 from embedshard.data.vocabulary import load_vocabularies, table_rows
-from embedshard.errors import CheckpointError, ConfigError
+from embedshard.errors import CheckpointError, ConfigError, nearest
 from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.launch.request import TrainRequest
 from embedshard.models.summary import Summary, summarise
@@ -203,8 +203,10 @@ def evaluate_untrained(run_dir: PathOrUri, split: Split, device: str, environmen
         return parts.evaluator.evaluate(parts.model, split)
 
 
-def summarise_config(config_path: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> Summary:
-    """Describes what a config builds; reads its vocabularies, not its data.
+def summarise_config(
+    config_path: Path, overrides: Sequence[str], environment: Mapping[str, str], ids: Sequence[str] = ()
+) -> Summary:
+    """Describes what a config builds; reads its vocabularies, not its data. `ids` are tables' numbers of ids, `table=N`.
 
     Raises:
         EmbedshardError: what a user can act on.
@@ -222,4 +224,16 @@ def summarise_config(config_path: Path, overrides: Sequence[str], environment: M
                 f"tables.{name}.vocabulary.num_words is null, so its rows are known when a run has counted the words. To "
                 f"see the rest, take a number for it: --set tables.{name}.vocabulary.num_words=100000."
             )
-    return summarise(config, table_specs(config, table_rows(load_vocabularies(config))))
+    return summarise(config, table_specs(config, table_rows(load_vocabularies(config))), _numbers_of_ids(config, ids))
+
+
+def _numbers_of_ids(config: Config, ids: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for text in ids:
+        table, _, number = text.partition("=")
+        if table not in config.tables:
+            raise ConfigError(f"--ids {text}: there is no table '{table}'. {nearest(table, config.tables)}")
+        if not number.replace("_", "").isdecimal() or not int(number):
+            raise ConfigError(f"--ids {text}: '{number}' is no number of ids. Give it as --ids {table}=1000000.")
+        found[table] = int(number)
+    return found

@@ -181,6 +181,11 @@ def _table_of(run: RunDirectory, config: Config, table: str | None) -> tuple[str
     table = _default_table(config) if table is None else table
     owner = _vocabulary_table(config, table)
     own = config.tables[owner].vocabulary
+    if config.tables[owner].composition is not None:
+        raise ConfigError(
+            f"table '{owner}' has the vocabulary '{own.kind}': an id's vector there is the sum of two rows, and no row is "
+            f"an id's. Name another table with --table. {_tables(config)}"
+        )
     needed = [owner, own.of] if isinstance(own, WordNgramsVocabulary) else [owner]
     alone = config.model_copy(update={"tables": {name: config.tables[name] for name in needed}})
     kept = (run.read_json("inventory.json") or {}).get("tokenizers", {})
