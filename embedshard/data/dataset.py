@@ -41,6 +41,7 @@ from embedshard.data.tokenizer_training import PreparationProgress, train_tokeni
 from embedshard.data.training_set import open_held_out_of_training, open_training
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.data.vocabulary_building import build_vocabularies, counted_tables, kept_vocabularies
+from embedshard.data.vocabulary_file import IdFile
 from embedshard.errors import DataError
 from embedshard.storage import Location, locate
 from embedshard.world import World
@@ -132,6 +133,21 @@ class Dataset:
             "tokenizers": dict(self.tokenizers),
             "partitions": [source.inventory.to_json() for source in self.train],
         }
+
+    def known_counts(self, feature: str) -> IntArray | None:
+        """Returns how often each row of a feature's table is met in training, (rows + 1,), as its vocabulary's file tells.
+
+        None where the file was not counted, or counted something else: other features or files, or rows that are set aside.
+        """
+        config = self.config.features[feature]
+        vocabulary = self.vocabularies[getattr(config, "table", "")]
+        counted = vocabulary.counted if isinstance(vocabulary, IdFile) else None
+        if counted is None or not counted.is_exact or self.train[0].decoder.quarantines or counted.data != self.fingerprint:
+            return None
+        if _as_counted({feature: config.model_dump(mode="json")}) != _as_counted(counted.features):
+            return None
+        assert isinstance(vocabulary, IdFile), "it was counted"
+        return vocabulary.counts()
 
     def describe_row(self, partition: int, row: int) -> str:
         """Returns the file, row group and row of a partition's row number."""
@@ -321,8 +337,17 @@ def _open_lists(dataset: Dataset, model: ItemEmbeddingConfig, world: World) -> N
         dataset.tree = HuffmanTree(counts)
 
 
+def _as_counted(features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what of features decides which ids are counted."""
+    decides = ("kind", "max_length", "keep", "mask_zero")
+    return [{"column": one.get("column") or name} | {key: one.get(key) for key in decides} for name, one in features.items()]
+
+
 def _count(dataset: Dataset, feature: str, num_rows: int, world: World) -> IntArray:
     """Returns how often each row of a feature's table is met in training, (num_rows + 1,). Collective."""
+    known = world.from_rank_zero(lambda: dataset.known_counts(feature))
+    if known is not None:
+        return known
     counted = world.from_rank_zero(lambda: sum(count_ids(source, feature, num_rows) for source in dataset.train))
     return np.asarray(counted)
 

@@ -198,8 +198,10 @@ def load_vocabularies(
         assert rows is not None, "the config checks that rows are known without a file"
         composition = table.composition
         if composition is not None:
-            is_hash = isinstance(vocabulary, DoubleHashVocabulary)
-            loaded[name] = _DoubleHash(composition, vocabulary.seed) if is_hash else _QuotientRemainder(composition)
+            if isinstance(vocabulary, DoubleHashVocabulary):
+                loaded[name] = _DoubleHash(composition, vocabulary.seed)
+            else:
+                loaded[name] = _QuotientRemainder(composition)
             continue
         loaded[name] = _Hash(rows, vocabulary.seed) if isinstance(vocabulary, HashVocabulary) else _Identity(rows)
     for name, table in config.tables.items():
