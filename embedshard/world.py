@@ -25,7 +25,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -174,16 +174,11 @@ class World:
         Raises:
             PeerError: on the other ranks, if the work failed; rank 0 raises what it raised.
         """
-        import torch
-
         if self.world_size == 1:
             return work()
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work) if self.is_rank_zero else None
-            goes_on = True
-            while goes_on:
-                is_mine_open = future is not None and bool(wait([future], timeout=_SIGN_OF_LIFE_S).not_done)
-                goes_on = bool(self.sum(torch.tensor(int(is_mine_open))).item())
+            self._wait_for_all(future)
         failure = None if future is None else future.exception()
         told = self.broadcast_object(None if failure is None else str(failure))
         if failure is not None:
@@ -192,6 +187,37 @@ class World:
             raise PeerError(f"rank 0 failed in what it did for all: {told}")
         result: T = self.broadcast_object(None if future is None else future.result())
         return result
+
+    def on_all_ranks(self, work: Callable[[], T]) -> list[T]:
+        """Returns what work on each rank returns, in rank order, on every rank. Collective; it pickles.
+
+        The work may take longer than a collective may wait, as in `from_rank_zero`.
+
+        Raises:
+            PeerError: on the ranks whose own work did not fail, if another's did; that one raises what it raised.
+        """
+        if self.world_size == 1:
+            return [work()]
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            self._wait_for_all(future)
+        failure = future.exception()
+        told = self.gather_objects(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+        if failed:
+            raise PeerError(f"rank {failed[0][0]} failed in its share of what all did: {failed[0][1]}")
+        return self.gather_objects(future.result())
+
+    def _wait_for_all(self, future: Future[Any] | None) -> None:
+        """Waits until no rank's work goes on; all hear every few seconds that some does. Collective."""
+        import torch
+
+        goes_on = True
+        while goes_on:
+            is_mine_open = future is not None and bool(wait([future], timeout=_SIGN_OF_LIFE_S).not_done)
+            goes_on = bool(self.sum(torch.tensor(int(is_mine_open))).item())
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Returns every rank's value, in rank order, on every rank. Collective; it pickles."""

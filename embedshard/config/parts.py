@@ -7,12 +7,16 @@ what is trained, never how it is launched. Every field has its meaning in its de
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from embedshard.config.composition import Composition
+
 __all__ = [
     "AdmissionConfig",
+    "AutoVocabulary",
     "BPRConfig",
     "BagFeature",
     "BpeVocabulary",
@@ -24,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DenseFeature",
     "DenseOptimizerConfig",
+    "DoubleHashVocabulary",
     "DrawsNegatives",
     "EarlyStoppingConfig",
     "EaseBaseline",
@@ -51,6 +56,7 @@ __all__ = [
     "PointwiseConfig",
     "PooledEncoder",
     "PopularityBaseline",
+    "QuotientRemainderVocabulary",
     "RecurrentEncoder",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
@@ -304,7 +310,52 @@ class FileVocabulary(Strict):
     path: str
     """The Parquet file."""
     column: str | None = None
-    """The column of the ids; the file's only column where absent."""
+    """The column of the ids; where absent, the file's only column, or `id` of a file that `vocabulary build` wrote."""
+
+
+class AutoVocabulary(Strict):
+    """The ids of the training set, integers or strings, counted when a run begins: the most frequent first."""
+
+    kind: Literal["auto"]
+    """Which kind it is."""
+    min_count: int = Field(1, ge=1)
+    """How often an id is met at least to have a row."""
+    max_size: int | None = Field(None, ge=1)
+    """Ids that have a row at most, the most frequent ones; all where absent."""
+
+
+class QuotientRemainderVocabulary(Strict):
+    """An integer looks up two rows, its quotient's and its remainder's, whose vectors are summed (Shi et al. 2020).
+
+    No two ids share both, in about twice the root of `ids` rows.
+    """
+
+    kind: Literal["quotient_remainder"]
+    """Which kind it is."""
+    ids: int = Field(ge=1)
+    """How many ids there are: one more than the greatest."""
+    remainders: int | None = Field(None, ge=1)
+    """Divisor; as many rows are for remainders, and the rest for quotients. The root of `ids`, rounded up, where absent."""
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Rows for quotients, and for remainders."""
+        remainders = self.remainders or math.isqrt(self.ids - 1) + 1
+        return -(-self.ids // remainders), remainders
+
+
+class DoubleHashVocabulary(Strict):
+    """An id of any kind is hashed to a row of each half of the table, and the two vectors are summed (Zhang et al. 2020).
+
+    That is a hash embedding (Svenstrup et al. 2017) of two hashes without weights.
+    """
+
+    kind: Literal["double_hash"]
+    """Which kind it is."""
+    rows: int | None = Field(None, ge=2)
+    """The table's rows, both halves together, where `rows` of the table is not given."""
+    seed: int = Field(0, ge=0)
+    """Of the first hash; the second has the next seed."""
 
 
 class AdmissionConfig(Strict):
@@ -410,6 +461,9 @@ Vocabulary = Annotated[
         | HashVocabulary
         | FileVocabulary
         | ManagedVocabulary
+        | AutoVocabulary
+        | QuotientRemainderVocabulary
+        | DoubleHashVocabulary
         | WordsVocabulary
         | BpeVocabulary
         | WordNgramsVocabulary,
@@ -523,7 +577,7 @@ class TableConfig(Strict):
     @model_validator(mode="after")
     def _rows_are_known(self) -> TableConfig:
         vocabulary = self.vocabulary
-        if isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary):
+        if isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary | DoubleHashVocabulary):
             if self.rows is None and vocabulary.rows is None:
                 what = "that ids can hold" if isinstance(vocabulary, ManagedVocabulary) else "to hash to"
                 raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows {what}")
@@ -536,6 +590,18 @@ class TableConfig(Strict):
                 f"'rows' comes from the tokenizer of a {vocabulary.kind} vocabulary: leave it out. "
                 f"vocabulary.num_words says how many there are at most"
             )
+        elif isinstance(vocabulary, AutoVocabulary) and self.rows is not None:
+            raise ValueError(
+                "'rows' comes from the ids that an auto vocabulary counts: leave it out. vocabulary.max_size says how many "
+                "there are at most"
+            )
+        elif isinstance(vocabulary, QuotientRemainderVocabulary) and self.rows not in (None, sum(vocabulary.parts)):
+            raise ValueError(
+                f"rows={self.rows}, but {vocabulary.ids} ids have {vocabulary.parts[0]} quotients and "
+                f"{vocabulary.parts[1]} remainders: {sum(vocabulary.parts)} rows. Leave 'rows' out"
+            )
+        if isinstance(vocabulary, DoubleHashVocabulary) and (self.known_rows or 0) < 2:
+            raise ValueError("a double_hash vocabulary needs 2 rows at least, one for each hash")
         return self
 
     @property
@@ -544,9 +610,27 @@ class TableConfig(Strict):
         vocabulary = self.vocabulary
         if isinstance(vocabulary, WordsVocabulary | BpeVocabulary):
             return vocabulary.num_words if vocabulary.path is None else None
-        if self.rows is None and isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary):
+        if isinstance(vocabulary, AutoVocabulary):
+            return vocabulary.max_size
+        if isinstance(vocabulary, QuotientRemainderVocabulary):
+            return sum(vocabulary.parts)
+        if self.rows is None and isinstance(
+            vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary | DoubleHashVocabulary
+        ):
             return vocabulary.rows
         return self.rows
+
+    @property
+    def composition(self) -> Composition | None:
+        """How an id becomes two rows; None where it becomes one."""
+        vocabulary = self.vocabulary
+        if isinstance(vocabulary, QuotientRemainderVocabulary):
+            return Composition(vocabulary.ids, *vocabulary.parts)
+        if isinstance(vocabulary, DoubleHashVocabulary):
+            rows = self.known_rows
+            assert rows is not None, "checked above"
+            return Composition(rows // 2 * (rows - rows // 2), rows // 2, rows - rows // 2)
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -19,6 +19,7 @@ from embedshard.config.parts import (
     CrossEntropyConfig,
     DataConfig,
     DenseFeature,
+    DoubleHashVocabulary,
     DrawsNegatives,
     EvaluateConfig,
     Feature,
@@ -102,6 +103,7 @@ class Config(Strict):
         self._check_batch()
         self._check_tables()
         self._check_text()
+        self._check_compositions()
         self._check_sharding()
         if isinstance(self.model, TwoTowerConfig):
             self._check_tower("user", self.model.user, self.model.biases)
@@ -119,6 +121,7 @@ class Config(Strict):
         self._check_managed()
         self._check_objective()
         self._check_metrics()
+        self._check_hashed_item()
         self._check_baselines()
         return self
 
@@ -187,6 +190,33 @@ class Config(Strict):
                     f"tables.{name}.vocabulary: a tokenizer is made from texts, and no feature of kind 'text' looks this "
                     f"table up. Give one, or a ready tokenizer (vocabulary.path)"
                 )
+
+    def _check_compositions(self) -> None:
+        """Checks that ids which become two rows are pooled: the sum of both is what there is of them."""
+        for name, feature in self.features.items():
+            if isinstance(feature, DenseFeature) or self.tables[feature.table].composition is None:
+                continue
+            if self.is_sequence(name):
+                raise ValueError(
+                    f"features.{name} is a sequence, a vector a place, but table '{feature.table}' has the vocabulary "
+                    f"'{self.tables[feature.table].vocabulary.kind}', whose ids are sums of two vectors. Make it a 'bag', "
+                    f"or give the table the vocabulary 'hash', 'file' or 'auto'"
+                )
+
+    def _check_hashed_item(self) -> None:
+        """Checks that items which are drawn or ranked can be listed: pairs of hashes are too many."""
+        item_id = self.identity("item_id")
+        table = None if item_id is None else getattr(self.features[item_id], "table", None)
+        if table is None or not isinstance(self.tables[table].vocabulary, DoubleHashVocabulary):
+            return
+        ranked = [name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
+        if isinstance(self.objective, DrawsNegatives) or ranked:
+            who = f"metric '{ranked[0]}' ranks" if ranked else f"objective '{self.objective.kind}' draws"
+            raise ValueError(
+                f"tables.{table}.vocabulary is 'double_hash', and {who} items of feature '{item_id}': pairs of hashes "
+                f"cannot be listed. Give the table the vocabulary 'quotient_remainder', 'hash', 'file' or 'auto', or choose "
+                f"{'metrics of labels' if ranked else 'in_batch_softmax'}"
+            )
 
     def _check_sharding(self) -> None:
         for name, table in self.tables.items():

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 __all__ = ["Dataset", "SetAside", "open_dataset"]
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,7 +40,10 @@ from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_held_out_of_training, open_training
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows, unknown_number
+from embedshard.data.vocabulary_building import build_vocabularies, counted_tables, kept_vocabularies
+from embedshard.data.vocabulary_file import IdFile
 from embedshard.errors import DataError
+from embedshard.storage import Location, locate
 from embedshard.world import World
 
 IntArray = npt.NDArray[np.int64]
@@ -133,6 +138,21 @@ class Dataset:
             "partitions": [source.inventory.to_json() for source in self.train],
         }
 
+    def known_counts(self, feature: str) -> IntArray | None:
+        """Returns how often each row of a feature's table is met in training, (rows + 1,), as its vocabulary's file tells.
+
+        None where the file was not counted, or counted something else: other features or files, or rows that are set aside.
+        """
+        config = self.config.features[feature]
+        vocabulary = self.vocabularies[getattr(config, "table", "")]
+        counted = vocabulary.counted if isinstance(vocabulary, IdFile) else None
+        if counted is None or not counted.is_exact or self.train[0].decoder.quarantines or counted.data != self.fingerprint:
+            return None
+        if _as_counted({feature: config.model_dump(mode="json")}) != _as_counted(counted.features):
+            return None
+        assert isinstance(vocabulary, IdFile), "it was counted"
+        return vocabulary.counts()
+
     def describe_row(self, partition: int, row: int) -> str:
         """Returns the file, row group and row of a partition's row number."""
         return self.train[partition].describe_row(row)
@@ -183,7 +203,11 @@ class Dataset:
 
 
 def open_dataset(
-    config: Config, world: World, resolved: Mapping[str, Any] | None, progress: PreparationProgress | None = None
+    config: Config,
+    world: World,
+    resolved: Mapping[str, Any] | None,
+    progress: PreparationProgress | None = None,
+    folder: Location | None = None,
 ) -> Dataset:
     """Opens the data of a config. Collective: rank 0 finds out what has to be counted, for all.
 
@@ -192,13 +216,15 @@ def open_dataset(
         world: the processes that train together.
         resolved: what the run has kept of its data; None for a new run.
         progress: hears on rank 0 how far it is with what takes long.
+        folder: where vocabularies that are counted are kept with the run; None keeps them for as long as they are loaded,
+            for processes of one machine.
 
     Raises:
         DataError: if a file cannot be read, is not what the config says, or has changed since the run began.
         ConfigError: if vocabularies and tables disagree.
     """
     tokenizers = _tokenizers(config, world, resolved, progress)
-    vocabularies = load_vocabularies(config, tokenizers)
+    vocabularies = _vocabularies(config, world, resolved, tokenizers, progress, folder)
     rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
@@ -239,6 +265,31 @@ def _tokenizers(
     if not any(isinstance(table.vocabulary, TokenizerVocabulary) for table in config.tables.values()):
         return {}
     return world.from_rank_zero(lambda: train_tokenizers(config, progress))
+
+
+def _vocabularies(
+    config: Config,
+    world: World,
+    resolved: Mapping[str, Any] | None,
+    tokenizers: Mapping[str, str],
+    progress: PreparationProgress | None,
+    folder: Location | None,
+) -> dict[str, Vocabulary]:
+    """Returns all vocabularies: of counted ones those that the run has kept, or new ones where it has none. Collective."""
+    tables = counted_tables(config)
+    if not tables:
+        return load_vocabularies(config, tokenizers)
+    if resolved is not None:
+        assert folder is not None, "what a run has resolved it has kept in a folder"
+        return load_vocabularies(config, tokenizers, kept_vocabularies(config, folder))
+    with ExitStack() as stack:
+        if folder is None:
+            prefix = "embedshard-vocabularies-"
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)) if world.is_rank_zero else None
+            folder = locate(world.broadcast_object(own))
+        loaded = load_vocabularies(config, tokenizers, build_vocabularies(config, folder, world, progress))
+        world.barrier()  # all have loaded them
+        return loaded
 
 
 def _open_held_out(config: Config, vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> dict[str, Source]:
@@ -290,8 +341,17 @@ def _open_lists(dataset: Dataset, model: ItemEmbeddingConfig, world: World) -> N
         dataset.tree = HuffmanTree(counts)
 
 
+def _as_counted(features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what of features decides which ids are counted."""
+    decides = ("kind", "max_length", "keep", "mask_zero")
+    return [{"column": one.get("column") or name} | {key: one.get(key) for key in decides} for name, one in features.items()]
+
+
 def _count(dataset: Dataset, feature: str, num_rows: int, world: World) -> IntArray:
     """Returns how often each row of a feature's table is met in training, (num_rows + 1,). Collective."""
+    known = world.from_rank_zero(lambda: dataset.known_counts(feature))
+    if known is not None:
+        return known
     counted = world.from_rank_zero(lambda: sum(count_ids(source, feature, num_rows) for source in dataset.train))
     return np.asarray(counted)
 

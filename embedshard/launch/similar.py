@@ -21,6 +21,7 @@ from rich.table import Table
 from embedshard.config import Config, bias_key, context_key
 from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig, WordNgramsVocabulary
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
+from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import CheckpointError, ConfigError, DataError, nearest
 from embedshard.storage import PathOrUri, locate, reaching
 from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
@@ -180,10 +181,15 @@ def _table_of(run: RunDirectory, config: Config, table: str | None) -> tuple[str
     table = _default_table(config) if table is None else table
     owner = _vocabulary_table(config, table)
     own = config.tables[owner].vocabulary
+    if config.tables[owner].composition is not None:
+        raise ConfigError(
+            f"table '{owner}' has the vocabulary '{own.kind}': an id's vector there is the sum of two rows, and no row is "
+            f"an id's. Name another table with --table. {_tables(config)}"
+        )
     needed = [owner, own.of] if isinstance(own, WordNgramsVocabulary) else [owner]
     alone = config.model_copy(update={"tables": {name: config.tables[name] for name in needed}})
     kept = (run.read_json("inventory.json") or {}).get("tokenizers", {})
-    return table, owner, load_vocabularies(alone, kept)[owner]
+    return table, owner, load_vocabularies(alone, kept, kept_vocabularies(alone, run.vocabularies))[owner]
 
 
 def _default_table(config: Config) -> str:

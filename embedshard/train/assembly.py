@@ -25,6 +25,7 @@ from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
+from embedshard.storage import Location
 from embedshard.train.snapshot import table_shards
 from embedshard.train.step import Stepper
 from embedshard.world import World
@@ -84,6 +85,7 @@ def assemble(
     dataset: Dataset | None = None,
     plan: RecordedPlan | None = None,
     progress: PreparationProgress | None = None,
+    vocabularies: Location | None = None,
 ) -> Assembly:
     """Opens the data and builds everything else. Collective.
 
@@ -95,6 +97,7 @@ def assemble(
         dataset: one that is open already, of the same data; it is opened where it is None.
         plan: to be replayed; None makes one.
         progress: hears on rank 0 how far it is with what takes long.
+        vocabularies: the folder of those that the run counts and keeps; None keeps none.
 
     Raises:
         ConfigError, DataError, PlanError: as the parts do.
@@ -102,7 +105,7 @@ def assemble(
     if config.train.deterministic and world.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
     if dataset is None:
-        dataset = open_dataset(config, world, resolved, progress)
+        dataset = open_dataset(config, world, resolved, progress, vocabularies)
     specs = table_specs(config, dataset.table_rows)
     model = shard_model(build_model(config, specs), config, specs, world, plan)
     objective = build_objective(config, specs, world).to(world.device)

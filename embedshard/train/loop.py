@@ -78,7 +78,7 @@ def train(
     """
     begin = time.monotonic()
     kept, own_plan = run.read_json("inventory.json"), plan or _own_plan(world, run)
-    parts = assemble(config, world, kept, plan=own_plan, progress=reporter.prepared)
+    parts = assemble(config, world, kept, plan=own_plan, progress=reporter.prepared, vocabularies=run.vocabularies)
     state = TrainState()
     if resume_from is not None:
         restore(resume_from, parts.model, parts.optimizers, parts.objective, parts.managed)
