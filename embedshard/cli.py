@@ -104,6 +104,14 @@ def train(
     auto_resume: Annotated[
         bool, typer.Option("--auto-resume", help="Continue the run in --run-dir if it has begun, else begin it.")
     ] = False,
+    continues: Annotated[
+        str | None,
+        typer.Option(
+            "--continue", metavar="RUN_DIR", help="Begin with a finished run's weights, on what is new.", show_default=False
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Train new partitions as they come, until told to stop.")] = False,
+    poll: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: between two looks.")] = 10.0,
     workers: Annotated[
         str | None,
         typer.Option(
@@ -133,7 +141,9 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
-    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, auto_resume, device, plan).resolved()
+    request = TrainRequest(
+        config, tuple(overrides or []), run_dir, resume, auto_resume, device, plan, continues, poll if watch else None
+    ).resolved()
     least, most = parse_workers(workers or "1")
     console = Console(soft_wrap=True, highlight=False)
     if use_ray or launcher is Launcher.ray:

@@ -24,6 +24,7 @@ __all__ = [
     "DenseFeature",
     "DenseOptimizerConfig",
     "DrawsNegatives",
+    "EachPartition",
     "EarlyStoppingConfig",
     "EaseBaseline",
     "EvaluateConfig",
@@ -98,13 +99,23 @@ Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+class EachPartition(Strict):
+    """Partitions by one pattern, as days that come one after the other."""
+
+    each: str
+    """A glob: each folder or file that it names is a partition, in the order of their paths, numbers in them by value."""
+    marker: str | None = Field(None, pattern=r"^[^/]+$")
+    """A file, such as `_SUCCESS`, without which a folder is not complete: it is passed over until it is there."""
+
+
 class DataConfig(Strict):
     """Where the rows are and in which order they are trained."""
 
     train: Paths | None = None
     """Path, URI or glob of the Parquet files to train on, or a list of them."""
-    partitions: list[str] | None = Field(None, min_length=1)
-    """Ordered globs (days, say), trained one after the other. Instead of `train`."""
+    partitions: Annotated[list[str], Field(min_length=1)] | EachPartition | None = None
+    """Ordered globs (days, say), trained one after the other; or `{each: days/day=*}`, where what the one glob names are
+    the partitions. Instead of `train`."""
     validation: Paths | None = None
     """Rows that early stopping and the choice of the best checkpoint look at."""
     validation_fraction: float | None = Field(None, gt=0, lt=1)
@@ -158,11 +169,6 @@ class DataConfig(Strict):
     def label_columns(self) -> dict[str, str]:
         """Label name to column, in config order; a single label is named by its column."""
         return {self.label: self.label} if self.label is not None else dict(self.labels)
-
-    @property
-    def train_partitions(self) -> list[list[str]]:
-        """The globs of each training partition, in order."""
-        return [[glob] for glob in self.partitions] if self.partitions is not None else [list(self.train or [])]
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -919,6 +925,9 @@ class EvaluateConfig(Strict):
     always evaluated whole."""
     batch_size: int = Field(8192, ge=1)
     """Rows encoded at once."""
+    progressive: bool = False
+    """Whether each partition of the training data is evaluated before it is trained for the first time, by those of
+    `metrics` that compare predictions with labels."""
     baselines: list[Baseline] | Literal["auto"] = "auto"
     """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
     the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""
