@@ -45,6 +45,8 @@ config_app = typer.Typer(help="About config files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 data_app = typer.Typer(help="About the data that a config names.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="About the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", show_default=False)]
 RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder: a path or a URI.", show_default=False)]
@@ -387,6 +389,97 @@ def data_check(
         show(report, Console())
     if report.refused:
         raise typer.Exit(1)
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Step = Annotated[
+    int | None,
+    typer.Option("--checkpoint", metavar="STEP", help="Default: the one that the run selected.", show_default=False),
+]
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(
+    run_dir: RunPath,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file and check it. Exit code 1 if any differs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List a run's checkpoints."""
+    from embedshard.launch.checkpoints import list_here, show_list
+
+    found = list_here(run_dir, verify)
+    if as_json:
+        typer.echo(json.dumps([vars(one) for one in found], indent=2))
+    else:
+        show_list(found, Console(highlight=False))
+    if any(one.damage is not None for one in found):
+        raise typer.Exit(1)
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(run_dir: RunPath, step: Step = None, as_json: AsJson = False) -> None:
+    """Show what a checkpoint holds: every tensor, how the tables lay, and the state beside them."""
+    from embedshard.launch.checkpoints import show_here, show_tensors
+
+    found = show_here(run_dir, step)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show_tensors(found, Console())
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    run_dir: RunPath,
+    before: Annotated[int, typer.Argument(metavar="STEP", help="Of the first checkpoint.", show_default=False)],
+    after: Annotated[int, typer.Argument(metavar="STEP", help="Of the second.", show_default=False)],
+    other: Annotated[
+        str | None, typer.Option(metavar="RUN_DIR", help="The run that the second is of.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option("-k", min=1, help="How many of the rows that moved most are named.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show what moved between two checkpoints: rows of tables, and the dense part."""
+    from embedshard.launch.checkpoint_diff import diff_here, show_diff
+
+    found = diff_here(run_dir, before, after, os.environ, other=other, count=count)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        show_diff(found, Console(highlight=False))
+
+
+@checkpoint_app.command("extract")
+def checkpoint_extract(
+    run_dir: RunPath,
+    out: Annotated[str, typer.Option(metavar="FILE", help="The Parquet file that is written.", show_default=False)],
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Default: the table of the model's items or of its list.", show_default=False),
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID,...", help="Of these ids alone. Default: of all.", show_default=False)
+    ] = None,
+    ids_file: Annotated[
+        str | None, typer.Option(metavar="PARQUET", help="Of the ids in this file.", show_default=False)
+    ] = None,
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="Of the ids in --ids-file.", show_default=False)] = None,
+    skip_unknown: Annotated[bool, typer.Option(help="Leave unknown ids out, and say how many.")] = False,
+    step: Step = None,
+) -> None:
+    """Write vectors to Parquet: id, row, vector."""
+    from embedshard.launch.extract import extract_here
+
+    typed = None if ids is None else [text.strip() for text in ids.split(",") if text.strip()]
+    found = extract_here(
+        run_dir, out, os.environ, table=table, ids=typed, ids_file=ids_file, column=column,
+        skip_unknown=skip_unknown, checkpoint_step=step,
+    )  # fmt: skip
+    if found.num_unknown:
+        typer.echo(f"Left out, as unknown: {found.num_unknown:,} ids ({', '.join(found.unknown)})")
+    typer.echo(f"{found.written:,} vectors of table '{found.table}', step {found.step}: {found.out}")
 
 
 def main() -> None:
