@@ -37,6 +37,7 @@ __all__ = [
     "IdentityVocabulary",
     "InBatchSoftmaxConfig",
     "InitConfig",
+    "InitFromConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
     "MasksHits",
@@ -394,6 +395,17 @@ class InitConfig(Strict):
     """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
 
 
+class InitFromConfig(Strict):
+    """Vectors that rows begin with, as `embedshard checkpoint extract` writes them."""
+
+    parquet: Paths
+    """Path, URI or glob of Parquet files, or a list of them."""
+    id: Name = "id"
+    """The column of the ids, integers or strings, each once."""
+    vector: Name = "vector"
+    """The column of the vectors, lists of `dim` numbers."""
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -470,6 +482,8 @@ class TableConfig(Strict):
     """Of the weights; optimizer state is always fp32."""
     init: InitConfig = InitConfig()
     """How its rows begin."""
+    init_from: InitFromConfig | None = None
+    """Vectors that its rows begin with, where a file has one for their id."""
     optimizer: TableOptimizerOverride = TableOptimizerOverride()
     """What differs from `optimizer.tables`."""
     l2_lookup: float = Field(0.0, ge=0)
@@ -500,6 +514,15 @@ class TableConfig(Strict):
             raise ValueError(
                 f"'rows' comes from the tokenizer of a {vocabulary.kind} vocabulary: leave it out. "
                 f"vocabulary.num_words says how many there are at most"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ids_have_rows_of_their_own(self) -> TableConfig:
+        if self.init_from is not None and isinstance(self.vocabulary, HashVocabulary | WordNgramsVocabulary | BpeVocabulary):
+            raise ValueError(
+                f"'init_from' gives the row of an id its vector, and under a {self.vocabulary.kind} vocabulary a row is not "
+                f"one id's. Use the vocabulary 'identity', 'file' or 'words'"
             )
         return self
 

@@ -37,6 +37,7 @@ from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
 from embedshard.train.stop import Notices
 from embedshard.train.tracking import ConsoleReporter, JsonLinesReporter, Reporter, Reporters, TensorBoardReporter
+from embedshard.train.warm_start import warm_start
 from embedshard.world import World, open_world
 
 
@@ -207,7 +208,9 @@ def evaluate_untrained(run_dir: PathOrUri, split: Split, device: str, environmen
     """
     run = RunDirectory.open(run_dir)
     with open_world(device) as world:
-        parts = assemble(run.load_config(environment).config, world, run.read_json("inventory.json"))
+        config = run.load_config(environment).config
+        parts = assemble(config, world, run.read_json("inventory.json"))
+        warm_start(config, parts.dataset.vocabularies, parts.model, world)
         return parts.evaluator.evaluate(parts.model, split)
 
 

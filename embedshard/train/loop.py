@@ -37,6 +37,7 @@ from embedshard.train.step import StepResult
 from embedshard.train.stop import Notices, StopSignal
 from embedshard.train.stopwatch import Stopwatch
 from embedshard.train.tracking import Reporter
+from embedshard.train.warm_start import warm_start
 from embedshard.train.watch import Watch
 from embedshard.world import World
 
@@ -103,6 +104,8 @@ def train(
     state = TrainState()
     if resume_from is None and continues is not None:
         restore(continues.checkpoint(), parts.model, parts.optimizers, parts.objective)
+    elif resume_from is None:
+        _start_warm(parts, run, reporter)
     if resume_from is not None:
         restore(resume_from, parts.model, parts.optimizers, parts.objective)
         state = TrainState.from_json(resume_from.state["train"])
@@ -148,6 +151,15 @@ def train(
         reporter.saving()
         _leave_report(run, reporter)
     return result
+
+
+def _start_warm(parts: Assembly, run: RunDirectory, reporter: Reporter) -> None:
+    """Gives rows the vectors that the config names, if it names any, and keeps what came of it. Collective."""
+    found = warm_start(parts.config, parts.dataset.vocabularies, parts.model, parts.world, reporter.prepared)
+    if found and parts.world.is_rank_zero:
+        run.write_json("warm_start.json", {table: start.to_json() for table, start in found.items()})
+    for start in found.values():
+        reporter.said(start.sentence)
 
 
 def _own_plan(world: World, run: RunDirectory) -> RecordedPlan | None:
@@ -415,6 +427,7 @@ def _conclude(
         "evaluated": parts.evaluator.counts,
         "progressive": state.progressive,
         "former_steps": parts.dataset.former.steps,
+        "warm_start": run.read_json("warm_start.json") or {},
         "bad_rows": _bad_rows(parts, state),
         "skipped_files": parts.dataset.skipped_files,
     }

@@ -22,6 +22,7 @@ from embedshard.storage import locate
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpointer, Piece, open_step
 from embedshard.train.snapshot import pieces, restore
+from embedshard.train.warm_start import warm_start
 from embedshard.world import World
 
 Array = npt.NDArray[Any]
@@ -103,6 +104,8 @@ def rehearse(wanted: Rehearsal, world: World, dataset: Dataset | None = None) ->
     if wanted.resume_from is not None:
         folder, first = wanted.resume_from
         restore(open_step(locate(folder), first), parts.model, parts.optimizers, parts.objective)
+    else:
+        warm_start(wanted.config, parts.dataset.vocabularies, parts.model, world)
     noted = Noted(before=list(_blocks(parts, wanted)))
     last = min(wanted.last, parts.num_steps)
     touched: dict[str, list[Array]] = {}

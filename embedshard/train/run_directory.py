@@ -28,7 +28,9 @@ _FREE_TO_CHANGE = (
 )  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
 
-_CHECKED_BY_CONTENT = ("data.train", "data.validation", "data.test", "data.partitions", "tables.*.vocabulary.path")
+_CHECKED_BY_CONTENT = (
+    "data.train", "data.validation", "data.test", "data.partitions", "tables.*.vocabulary.path", "tables.*.init_from.parquet"
+)  # fmt: skip
 """Where files lie may differ too: inventory and vocabularies tell whether they are the same."""
 
 
