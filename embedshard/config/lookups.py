@@ -94,6 +94,7 @@ class TableSpec:
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
         is_sequence: whether a vector a place is asked of it, by one feature at least.
+        stochastic_rounding: whether updates of its fp16 weights are rounded at random.
     """
 
     name: str
@@ -107,6 +108,7 @@ class TableSpec:
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
     is_sequence: bool = False
+    stochastic_rounding: bool = False
 
     @property
     def num_embeddings(self) -> int:
@@ -203,6 +205,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 is_sequence=config.is_sequence_table(name),
                 lookups=tuple(lookups),
                 sharding=table.sharding,
+                stochastic_rounding=table.stochastic_rounding,
             )
         )
     if isinstance(config.model, ItemEmbeddingConfig):
@@ -237,6 +240,7 @@ def _pair_specs(config: Config, feature: str, words: TableSpec) -> list[TableSpe
         dtype="fp32",
         lookups=_with_slot(config, key, feature),
         sharding=sharding_of_bias(words.sharding),
+        stochastic_rounding=False,
     )
     return [contexts, biases]
 

@@ -480,6 +480,9 @@ class TableConfig(Strict):
     """How ids become rows."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Of the weights; optimizer state is always fp32."""
+    stochastic_rounding: bool = False
+    """Of fp16 weights on CUDA: whether an update is rounded up or down at random, in proportion, so that small ones are not
+    always lost. The result is no function of config, data and seed then."""
     init: InitConfig = InitConfig()
     """How its rows begin."""
     init_from: InitFromConfig | None = None
@@ -514,6 +517,15 @@ class TableConfig(Strict):
             raise ValueError(
                 f"'rows' comes from the tokenizer of a {vocabulary.kind} vocabulary: leave it out. "
                 f"vocabulary.num_words says how many there are at most"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_what_is_rounded(self) -> TableConfig:
+        if self.stochastic_rounding and self.dtype != "fp16":
+            raise ValueError(
+                f"'stochastic_rounding' is of weights that are rounded at each step, and dtype '{self.dtype}' is not. Leave "
+                "it out, or give 'dtype: fp16'"
             )
         return self
 

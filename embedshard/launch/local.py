@@ -182,7 +182,7 @@ def evaluate_here(
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
     with open_world(device) as world:
-        parts = assemble(config, world, run.read_json("inventory.json"))
+        parts = assemble(config, world, run.read_json("inventory.json"), initialises=False)
         restore_model(checkpoint, parts.model)
         found: dict[str, Any] = {"step": checkpoint.step}
         splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]

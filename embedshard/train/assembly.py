@@ -96,6 +96,8 @@ def assemble(
     plan: RecordedPlan | None = None,
     progress: PreparationProgress | None = None,
     partitions: Sequence[Partition] | None = None,
+    *,
+    initialises: bool = True,
 ) -> Assembly:
     """Opens the data and builds everything else. Collective.
 
@@ -108,6 +110,7 @@ def assemble(
         plan: to be replayed; None makes one.
         progress: hears on rank 0 how far it is with what takes long.
         partitions: of the training data; None looks for them.
+        initialises: whether tables' rows get their first values; not where a checkpoint is restored next.
 
     Raises:
         ConfigError, DataError, PlanError: as the parts do.
@@ -117,7 +120,7 @@ def assemble(
     if dataset is None:
         dataset = open_dataset(config, world, resolved, progress, partitions)
     specs = table_specs(config, dataset.table_rows)
-    model = shard_model(build_model(config, specs), config, specs, world, plan)
+    model = shard_model(build_model(config, specs), config, specs, world, plan, initialises=initialises)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
     tally = Tally(dataset.train[0].decoder)

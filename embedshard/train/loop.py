@@ -100,11 +100,12 @@ def train(
         partitions = watch.first(world, Former.from_json((kept or {}).get("former")), notices)
         if not partitions:
             return TrainResult(notices.stop or "another rank", 0, {})
-    parts = assemble(config, world, kept, plan=own_plan, progress=reporter.prepared, partitions=partitions)
+    is_new = resume_from is None and continues is None
+    parts = assemble(config, world, kept, None, own_plan, reporter.prepared, partitions, initialises=is_new)
     state = TrainState()
     if resume_from is None and continues is not None:
         restore(continues.checkpoint(), parts.model, parts.optimizers, parts.objective)
-    elif resume_from is None:
+    if is_new:
         _start_warm(parts, run, reporter)
     if resume_from is not None:
         restore(resume_from, parts.model, parts.optimizers, parts.objective)

@@ -99,7 +99,7 @@ def rehearse(wanted: Rehearsal, world: World, dataset: Dataset | None = None) ->
     Raises:
         EmbedshardError: what a user can act on.
     """
-    parts = assemble(wanted.config, world, dataset=dataset)
+    parts = assemble(wanted.config, world, dataset=dataset, initialises=wanted.resume_from is None)
     first = 0
     if wanted.resume_from is not None:
         folder, first = wanted.resume_from

@@ -161,6 +161,24 @@ def test_neither_comparing_nor_extracting_holds_a_table(tmp_path, make_config):
     assert got["vector"][2000].as_py() == [2.0] * dim
 
 
+def test_neither_saving_piece_by_piece_nor_restoring_makes_a_second_copy(tmp_path):
+    """Of 128 MB in files of 4 MB: a few files' bytes are held beside the table."""
+    table = torch.full((2_000_000, 32), 0.5, dtype=torch.float16)
+    whole = Piece("tables/t/weight", table, (0, 0), (2_000_000, 32))
+
+    def save(step):
+        with Checkpointer(locate(tmp_path), 0, 1, "1", mode="blocking", max_file_bytes=4_000_000) as checkpointer:
+            checkpointer.save(step, lambda: iter([whole]), {})
+
+    def restore(step):
+        table[step] = 0.0
+        open_step(locate(tmp_path), step).read_into([whole])
+        assert float(table[step].sum()) == 16.0
+
+    for work in (save, restore):
+        assert peak_growth(work) < 40_000_000, work.__name__
+
+
 @pytest.fixture
 def named_run(make_config, run_tree, tmp_path, interactions):
     """A run whose items have ids in a file."""
