@@ -101,6 +101,7 @@ class TableSpec:
         is_sequence: whether a vector a place is asked of it, by one feature at least.
         managed_by: the config's table whose managed vocabulary says which id holds which row; None where rows are fixed.
         composition: how an id becomes two rows; None where it becomes one.
+        stochastic_rounding: whether updates of its fp16 weights are rounded at random.
     """
 
     name: str
@@ -116,6 +117,7 @@ class TableSpec:
     is_sequence: bool = False
     managed_by: str | None = None
     composition: Composition | None = None
+    stochastic_rounding: bool = False
 
     @property
     def num_embeddings(self) -> int:
@@ -219,6 +221,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 sharding=table.sharding,
                 managed_by=name if isinstance(table.vocabulary, ManagedVocabulary) else None,
                 composition=table.composition,
+                stochastic_rounding=table.stochastic_rounding,
             )
         )
     if isinstance(config.model, ItemEmbeddingConfig):
@@ -253,6 +256,7 @@ def _pair_specs(config: Config, feature: str, words: TableSpec) -> list[TableSpe
         dtype="fp32",
         lookups=_with_slot(config, key, feature),
         sharding=sharding_of_bias(words.sharding),
+        stochastic_rounding=False,
     )
     return [contexts, biases]
 

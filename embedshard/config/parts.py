@@ -30,6 +30,7 @@ __all__ = [
     "DenseOptimizerConfig",
     "DoubleHashVocabulary",
     "DrawsNegatives",
+    "EachPartition",
     "EarlyStoppingConfig",
     "EaseBaseline",
     "EvaluateConfig",
@@ -42,6 +43,7 @@ __all__ = [
     "IdentityVocabulary",
     "InBatchSoftmaxConfig",
     "InitConfig",
+    "InitFromConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
     "ManagedVocabulary",
@@ -106,13 +108,23 @@ Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+class EachPartition(Strict):
+    """Partitions by one pattern, as days that come one after the other."""
+
+    each: str
+    """A glob: each folder or file that it names is a partition, in the order of their paths, numbers in them by value."""
+    marker: str | None = Field(None, pattern=r"^[^/]+$")
+    """A file, such as `_SUCCESS`, without which a folder is not complete: it is passed over until it is there."""
+
+
 class DataConfig(Strict):
     """Where the rows are and in which order they are trained."""
 
     train: Paths | None = None
     """Path, URI or glob of the Parquet files to train on, or a list of them."""
-    partitions: list[str] | None = Field(None, min_length=1)
-    """Ordered globs (days, say), trained one after the other. Instead of `train`."""
+    partitions: Annotated[list[str], Field(min_length=1)] | EachPartition | None = None
+    """Ordered globs (days, say), trained one after the other; or `{each: days/day=*}`, where what the one glob names are
+    the partitions. Instead of `train`."""
     validation: Paths | None = None
     """Rows that early stopping and the choice of the best checkpoint look at."""
     validation_fraction: float | None = Field(None, gt=0, lt=1)
@@ -166,11 +178,6 @@ class DataConfig(Strict):
     def label_columns(self) -> dict[str, str]:
         """Label name to column, in config order; a single label is named by its column."""
         return {self.label: self.label} if self.label is not None else dict(self.labels)
-
-    @property
-    def train_partitions(self) -> list[list[str]]:
-        """The globs of each training partition, in order."""
-        return [[glob] for glob in self.partitions] if self.partitions is not None else [list(self.train or [])]
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -482,6 +489,17 @@ class InitConfig(Strict):
     """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
 
 
+class InitFromConfig(Strict):
+    """Vectors that rows begin with, as `embedshard checkpoint extract` writes them."""
+
+    parquet: Paths
+    """Path, URI or glob of Parquet files, or a list of them."""
+    id: Name = "id"
+    """The column of the ids, integers or strings, each once."""
+    vector: Name = "vector"
+    """The column of the vectors, lists of `dim` numbers."""
+
+
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -556,8 +574,13 @@ class TableConfig(Strict):
     """How ids become rows."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Of the weights; optimizer state is always fp32."""
+    stochastic_rounding: bool = False
+    """Of fp16 weights on CUDA: whether an update is rounded up or down at random, in proportion, so that small ones are not
+    always lost. The result is no function of config, data and seed then."""
     init: InitConfig = InitConfig()
     """How its rows begin."""
+    init_from: InitFromConfig | None = None
+    """Vectors that its rows begin with, where a file has one for their id."""
     optimizer: TableOptimizerOverride = TableOptimizerOverride()
     """What differs from `optimizer.tables`."""
     l2_lookup: float = Field(0.0, ge=0)
@@ -602,6 +625,27 @@ class TableConfig(Strict):
             )
         if isinstance(vocabulary, DoubleHashVocabulary) and (self.known_rows or 0) < 2:
             raise ValueError("a double_hash vocabulary needs 2 rows at least, one for each hash")
+        return self
+
+    @model_validator(mode="after")
+    def _rounds_what_is_rounded(self) -> TableConfig:
+        if self.stochastic_rounding and self.dtype != "fp16":
+            raise ValueError(
+                f"'stochastic_rounding' is of weights that are rounded at each step, and dtype '{self.dtype}' is not. Leave "
+                "it out, or give 'dtype: fp16'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ids_have_rows_of_their_own(self) -> TableConfig:
+        if self.init_from is not None and isinstance(
+            self.vocabulary,
+            HashVocabulary | WordNgramsVocabulary | BpeVocabulary | QuotientRemainderVocabulary | DoubleHashVocabulary,
+        ):
+            raise ValueError(
+                f"'init_from' gives the row of an id its vector, and under a {self.vocabulary.kind} vocabulary a row is not "
+                f"one id's. Use the vocabulary 'identity', 'file' or 'words'"
+            )
         return self
 
     @property
@@ -1044,6 +1088,9 @@ class EvaluateConfig(Strict):
     always evaluated whole."""
     batch_size: int = Field(8192, ge=1)
     """Rows encoded at once."""
+    progressive: bool = False
+    """Whether each partition of the training data is evaluated before it is trained for the first time, by those of
+    `metrics` that compare predictions with labels."""
     baselines: list[Baseline] | Literal["auto"] = "auto"
     """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
     the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""

@@ -387,6 +387,11 @@ class Config(Strict):
                 f"evaluate.metrics: '{LOSS}' is the loss of pairs of lists, and only an item_embedding has them. Choose "
                 f"metrics of ranks such as 'recall@20', or of labels such as 'log_loss'"
             )
+        if self.evaluate.progressive and not pointwise:
+            raise ValueError(
+                f"evaluate.progressive compares each partition's labels with what is predicted before they are trained, and "
+                f"evaluate.metrics has nothing that does. Add one of {', '.join(POINTWISE_METRICS)}"
+            )
         if pointwise and len(self.data.label_columns) != 1:
             raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
         allowed = (
@@ -468,6 +473,10 @@ class Config(Strict):
                 raise ValueError(
                     f"{where} shares its rows out among {buckets} buckets, and there are {table.known_rows}. Give it more "
                     f"rows, or set vocabulary.buckets lower"
+                )
+            if table.init_from is not None:
+                raise ValueError(
+                    f"{where} begins without ids, so there are no rows for the vectors of init_from. Leave it out"
                 )
             if "data_parallel" in table.sharding.asked:
                 raise ValueError(f"{where} gives rows to new ids, which data_parallel does not follow. Choose another type")

@@ -107,10 +107,10 @@ def take_survey(dataset: Dataset, wanted: Wanted) -> Survey:
         DataError: if a row group cannot be read.
     """
     parts = _Parts(dataset, wanted)
-    group_rows = [group.num_rows for source in dataset.train for group in source.inventory.row_groups]
+    group_rows = [group.num_rows for source in dataset.known for group in source.inventory.row_groups]
     counted = evenly_spaced(group_rows, wanted.id_rows)
     number = 0
-    for source in dataset.train:
+    for source in dataset.known:
         whole, narrow = source.narrowed([*parts.id_counts, *parts.columns]), source.narrowed(parts.columns)
         for group in range(len(source.inventory.row_groups)):
             if number in counted:

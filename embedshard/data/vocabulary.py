@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["UNKNOWN_ID", "ManagedIds", "Vocabulary", "load_vocabularies", "table_rows", "unknown_number"]
+__all__ = ["UNKNOWN_ID", "HeldIds", "ManagedIds", "Vocabulary", "load_vocabularies", "table_rows", "unknown_number"]
 
 from collections.abc import Mapping
 from typing import Final, Protocol
@@ -128,6 +128,47 @@ class ManagedIds:
     def describe(self) -> str:
         """Returns what is known, for messages."""
         return "integers of at least 0, or strings"
+
+    def held(self, ids: IntArray) -> HeldIds:
+        """Returns the vocabulary as it was when rows held these ids, below 0 where none."""
+        return HeldIds(self, ids)
+
+
+class HeldIds:
+    """A managed vocabulary at one moment.
+
+    Attributes:
+        is_held: which rows hold an id, (rows,).
+    """
+
+    def __init__(self, vocabulary: ManagedIds, ids: IntArray) -> None:
+        self.rows = vocabulary.rows
+        self.fingerprint = vocabulary.fingerprint
+        self._vocabulary, self._ids = vocabulary, ids
+        self.is_held: npt.NDArray[np.bool_] = ids >= 0
+        self._order = np.flatnonzero(self.is_held)
+        self._order = self._order[np.argsort(ids[self._order])]
+        self._sorted = ids[self._order]
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns the row that each id held, -1 where it held none."""
+        if not len(self._sorted):
+            return np.full(len(ids), -1, dtype=np.int64)
+        own = self._vocabulary.map_integers(ids)
+        place = np.minimum(np.searchsorted(self._sorted, own), len(self._sorted) - 1)
+        return np.where(self._sorted[place] == own, self._order[place], -1)
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        """Returns the row that each string held, -1 where it held none."""
+        return self.map_integers(self._vocabulary.map_strings(ids))
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns the id that held each row, of a string its hash; None where none did."""
+        return [int(self._ids[row]) if row < self.rows and self._ids[row] >= 0 else None for row in rows.tolist()]
+
+    def describe(self) -> str:
+        """Returns what is known, for messages."""
+        return f"the {len(self._sorted)} ids that hold one of {self.rows} rows"
 
 
 class _QuotientRemainder(_Identity):

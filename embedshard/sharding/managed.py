@@ -30,7 +30,7 @@ from embedshard.data.vocabulary import UNKNOWN_ID
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.sharding.initialise import scattered_rows
 from embedshard.sharding.shards import Shard
-from embedshard.sharding.slots import Slots, bucket_bounds
+from embedshard.sharding.slots import FREE, Slots, bucket_bounds
 from embedshard.world import World
 
 IntArray = npt.NDArray[np.int64]
@@ -152,7 +152,7 @@ class ManagedRows(ManagedCollisionModule):
             ValueError: if an id holds two rows, or lies in a bucket that is not its own.
         """
         slots = self.slots
-        used = np.flatnonzero(slots.ids != -1)
+        used = np.flatnonzero(slots.ids != FREE)
         if len(np.unique(slots.ids[used])) < len(used):
             raise ValueError("an id holds two rows")
         own = bucket_bounds(self._rows, self._num_buckets)
@@ -289,6 +289,13 @@ class ManagedTables:
         for rows in self.by_table.values():
             rows.validate_state()
             rows.step = max(step - 1, 0)
+
+    def count_steps_anew(self) -> None:
+        """Has the next step be number 0, for a run that goes on where another one ended."""
+        for rows in self.by_table.values():
+            slots = rows.slots
+            slots.last_steps[slots.ids != FREE] -= rows.step + 1
+            rows.step = 0
 
     # ------------------------------------------------------------------------------------------------------- the ranks
     def _rows_of(self, table: str, rows: ManagedRows, ids: IntArray, step: int | None) -> IntArray:

@@ -22,6 +22,7 @@ from embedshard.storage import locate
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpointer, Piece, open_step
 from embedshard.train.snapshot import pieces, restore
+from embedshard.train.warm_start import warm_start
 from embedshard.world import World
 
 Array = npt.NDArray[Any]
@@ -98,11 +99,13 @@ def rehearse(wanted: Rehearsal, world: World, dataset: Dataset | None = None) ->
     Raises:
         EmbedshardError: what a user can act on.
     """
-    parts = assemble(wanted.config, world, dataset=dataset)
+    parts = assemble(wanted.config, world, dataset=dataset, initialises=wanted.resume_from is None)
     first = 0
     if wanted.resume_from is not None:
         folder, first = wanted.resume_from
         restore(open_step(locate(folder), first), parts.model, parts.optimizers, parts.objective, parts.managed)
+    else:
+        warm_start(wanted.config, parts.dataset.vocabularies, parts.model, world)
     noted = Noted(before=list(_blocks(parts, wanted)))
     last = min(wanted.last, parts.num_steps)
     touched: dict[str, list[Array]] = {}
