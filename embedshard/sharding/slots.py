@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = ["FREE", "Eviction", "Met", "Slots", "bucket_bounds", "sketch_width"]
 
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -157,17 +157,18 @@ class Slots:
             buckets = self._local_bucket(hashes[unknown])
             order = np.lexsort((ids[unknown], hashes[unknown], -totals, buckets))
             unknown, totals, buckets = unknown[order], totals[order], buckets[order]
-            borders = np.searchsorted(buckets, np.arange(self.last - self.first + 1))
+            met, needed = np.unique(buckets, return_counts=True)
+            is_full = needed > np.array([len(self._free[bucket]) for bucket in met.tolist()])
+            if is_full.any():
+                evicted.append(self._make_room(met[is_full], needed[is_full], step))
             given = np.full(len(unknown), _EMPTY, dtype=np.int64)
-            for bucket in np.unique(buckets).tolist():
-                begin, end = int(borders[bucket]), int(borders[bucket + 1])
-                needed = end - begin
-                if needed > len(self._free[bucket]):
-                    evicted.append(self._make_room(bucket, needed, step))
-                taken = min(needed, len(self._free[bucket]))
+            for bucket, begin, count in zip(
+                met.tolist(), (np.cumsum(needed) - needed).tolist(), needed.tolist(), strict=True
+            ):
                 free = self._free[bucket]
-                given[begin : begin + taken] = free[len(free) - taken :][::-1]
-                self._free[bucket] = free[: len(free) - taken]
+                left = max(len(free) - count, 0)
+                given[begin : begin + len(free) - left] = free[left:][::-1]
+                self._free[bucket] = free[:left]
             has_row = given >= 0
             at, new = unknown[has_row], given[has_row]
             self.ids[new], self.counts[new], self.last_steps[new] = ids[at], totals[has_row], step
@@ -189,21 +190,33 @@ class Slots:
         assert self._ttl_steps is not None, "asked where ids expire"
         return (slots >= 0) & (step - self.last_steps[slots] > self._ttl_steps)
 
-    def _make_room(self, bucket: int, needed: int, step: int) -> IntArray:
-        """Takes the rows of a bucket's least useful ids, those of the step left alone, and returns them."""
-        begin, end = int(self._bounds[bucket]), int(self._bounds[bucket + 1])
-        held = np.flatnonzero((self.ids[begin:end] != FREE) & (self.last_steps[begin:end] < step)) + begin
-        missing = max(needed - len(self._free[bucket]), (end - begin) // _EVICTED_AT_ONCE)
-        counts, last_steps = self.counts[held], self.last_steps[held]
-        if self._eviction == "lru":
-            order = np.lexsort((held, counts, last_steps))
-        elif self._eviction == "lfu":
-            order = np.lexsort((held, last_steps, counts))
-        else:
-            order = np.lexsort((held, last_steps, counts / (step - last_steps)))
-        if self._ttl_steps is not None:
-            order = order[np.argsort(~self._is_expired(held[order], step), kind="stable")]
-        return self._evict(np.sort(held[order[:missing]]))
+    def _make_room(self, buckets: IntArray, needed: IntArray, step: int) -> IntArray:
+        """Takes the rows of each bucket's least useful ids, those of the step left alone, and returns them.
+
+        Args:
+            buckets: here, ascending.
+            needed: rows that each must have free, (n,). It frees a share of a bucket at least.
+            step: that is trained.
+        """
+        begins, sizes = self._bounds[buckets], self._bounds[buckets + 1] - self._bounds[buckets]
+        of = np.repeat(np.arange(len(buckets)), sizes)
+        slots = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + begins[of]
+        may = (self.ids[slots] != FREE) & (self.last_steps[slots] < step)
+        slots, of = slots[may], of[may]
+        counts, last_steps = self.counts[slots], self.last_steps[slots]
+        worth: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
+            "lru": (last_steps, counts),
+            "lfu": (counts, last_steps),
+            "distance_lfu": (counts / (step - last_steps), last_steps),
+        }
+        first, second = worth[self._eviction]
+        lives = np.ones(len(slots), dtype=np.bool_) if self._ttl_steps is None else ~self._is_expired(slots, step)
+        order = np.lexsort((slots, second, first, lives, of))
+        sizes = np.bincount(of, minlength=len(buckets))
+        place = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        free = np.array([len(self._free[bucket]) for bucket in buckets.tolist()], dtype=np.int64)
+        missing = np.maximum(needed - free, (self._bounds[buckets + 1] - begins) // _EVICTED_AT_ONCE)
+        return self._evict(np.sort(slots[order][place < missing[of]]))
 
     def _evict(self, slots: IntArray) -> IntArray:
         """Takes rows from their ids; slots ascend."""
