@@ -158,7 +158,10 @@ def load_id_file(table: str, location: Location, path: str, column: str | None) 
 
 
 def _unreadable(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order.")
+    return DataError(
+        f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order, as "
+        f"'embedshard vocabulary build' writes one."
+    )
 
 
 def _column(where: str, parquet: pq.ParquetFile, column: str | None) -> str:

@@ -55,17 +55,20 @@ def memory(fields=("Rss", "Pss")):
     return [int(lines[field].split()[0]) / 1024 for field in fields]
 
 
+def peak_memory():
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+
 def worker(way, path, folder, total, ready, go, out):
     tempfile.tempdir = folder
     ids = strings(np.random.default_rng(1).integers(0, total, 4 * BATCH))
     before = memory()
     vocabulary = opened(way, path)
-    peak = memory()
     for first in range(0, len(ids), BATCH):
         vocabulary.map_strings(ids.slice(first, BATCH))
-        peak = max(peak, memory())
     ready.wait()  # all hold it
-    out.put((before, memory(), peak))
+    out.put((before, memory(), [peak_memory()]))
     go.wait()
 
 
