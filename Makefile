@@ -1,5 +1,6 @@
 # make train   a generated data set, a trained two-tower model, its recall beside the best reachable one
 # make test    the test suite (at most 15 minutes on two cores)
+# make bench-scale   200 million rows on this machine: memory against the plan, speed (20 GB of memory, 20 GB of disk)
 # make setup   the environment alone; make check, what CI checks; make test-all, also the slow tests and the pipelines
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +11,7 @@ DATA := $(or $(EMBEDSHARD_DATA),data)/synthetic
 
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: setup train check test test-all clean
+.PHONY: setup train check test test-all bench-scale clean
 .DEFAULT_GOAL := train
 
 setup: $(READY)
@@ -41,6 +42,9 @@ test: setup
 
 test-all: setup
 	$(BIN)/python -m pytest
+
+bench-scale: setup
+	$(BIN)/python tests/benchmarks/scale.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

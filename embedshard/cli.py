@@ -45,6 +45,8 @@ config_app = typer.Typer(help="About config files.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 data_app = typer.Typer(help="About the data that a config names.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+checkpoint_app = typer.Typer(help="About the checkpoints of a run.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 vocabulary_app = typer.Typer(help="About the ids that have rows.", no_args_is_help=True)
 app.add_typer(vocabulary_app, name="vocabulary")
@@ -107,6 +109,14 @@ def train(
     auto_resume: Annotated[
         bool, typer.Option("--auto-resume", help="Continue the run in --run-dir if it has begun, else begin it.")
     ] = False,
+    continues: Annotated[
+        str | None,
+        typer.Option(
+            "--continue", metavar="RUN_DIR", help="Begin with a finished run's weights, on what is new.", show_default=False
+        ),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Train new partitions as they come, until told to stop.")] = False,
+    poll: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: between two looks.")] = 10.0,
     workers: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +146,9 @@ def train(
     device: Device = "auto",
 ) -> None:
     """Train a config, evaluate it, and leave a run's folder behind."""
-    request = TrainRequest(config, tuple(overrides or []), run_dir, resume, auto_resume, device, plan).resolved()
+    request = TrainRequest(
+        config, tuple(overrides or []), run_dir, resume, auto_resume, device, plan, continues, poll if watch else None
+    ).resolved()
     least, most = parse_workers(workers or "1")
     console = Console(soft_wrap=True, highlight=False)
     if use_ray or launcher is Launcher.ray:
@@ -439,6 +451,97 @@ def vocabulary_build(
         typer.echo(json.dumps([asdict(one) for one in built], indent=2))
     else:
         show(built, Console(highlight=False))
+
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]
+Step = Annotated[
+    int | None,
+    typer.Option("--checkpoint", metavar="STEP", help="Default: the one that the run selected.", show_default=False),
+]
+
+
+@checkpoint_app.command("ls")
+def checkpoint_ls(
+    run_dir: RunPath,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every file and check it. Exit code 1 if any differs.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List a run's checkpoints."""
+    from embedshard.launch.checkpoints import list_here, show_list
+
+    found = list_here(run_dir, verify)
+    if as_json:
+        typer.echo(json.dumps([vars(one) for one in found], indent=2))
+    else:
+        show_list(found, Console(highlight=False))
+    if any(one.damage is not None for one in found):
+        raise typer.Exit(1)
+
+
+@checkpoint_app.command("show")
+def checkpoint_show(run_dir: RunPath, step: Step = None, as_json: AsJson = False) -> None:
+    """Show what a checkpoint holds: every tensor, how the tables lay, and the state beside them."""
+    from embedshard.launch.checkpoints import show_here, show_tensors
+
+    found = show_here(run_dir, step)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        show_tensors(found, Console())
+
+
+@checkpoint_app.command("diff")
+def checkpoint_diff(
+    run_dir: RunPath,
+    before: Annotated[int, typer.Argument(metavar="STEP", help="Of the first checkpoint.", show_default=False)],
+    after: Annotated[int, typer.Argument(metavar="STEP", help="Of the second.", show_default=False)],
+    other: Annotated[
+        str | None, typer.Option(metavar="RUN_DIR", help="The run that the second is of.", show_default=False)
+    ] = None,
+    count: Annotated[int, typer.Option("-k", min=1, help="How many of the rows that moved most are named.")] = 10,
+    as_json: AsJson = False,
+) -> None:
+    """Show what moved between two checkpoints: rows of tables, and the dense part."""
+    from embedshard.launch.checkpoint_diff import diff_here, show_diff
+
+    found = diff_here(run_dir, before, after, os.environ, other=other, count=count)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        show_diff(found, Console(highlight=False))
+
+
+@checkpoint_app.command("extract")
+def checkpoint_extract(
+    run_dir: RunPath,
+    out: Annotated[str, typer.Option(metavar="FILE", help="The Parquet file that is written.", show_default=False)],
+    table: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Default: the table of the model's items or of its list.", show_default=False),
+    ] = None,
+    ids: Annotated[
+        str | None, typer.Option(metavar="ID,ID,...", help="Of these ids alone. Default: of all.", show_default=False)
+    ] = None,
+    ids_file: Annotated[
+        str | None, typer.Option(metavar="PARQUET", help="Of the ids in this file.", show_default=False)
+    ] = None,
+    column: Annotated[str | None, typer.Option(metavar="NAME", help="Of the ids in --ids-file.", show_default=False)] = None,
+    skip_unknown: Annotated[bool, typer.Option(help="Leave unknown ids out, and say how many.")] = False,
+    step: Step = None,
+) -> None:
+    """Write vectors to Parquet: id, row, vector."""
+    from embedshard.launch.extract import extract_here
+
+    typed = None if ids is None else [text.strip() for text in ids.split(",") if text.strip()]
+    found = extract_here(
+        run_dir, out, os.environ, table=table, ids=typed, ids_file=ids_file, column=column,
+        skip_unknown=skip_unknown, checkpoint_step=step,
+    )  # fmt: skip
+    if found.num_unknown:
+        typer.echo(f"Left out, as unknown: {found.num_unknown:,} ids ({', '.join(found.unknown)})")
+    typer.echo(f"{found.written:,} vectors of table '{found.table}', step {found.step}: {found.out}")
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ and is flushed to the device; on an object store it appears by one PUT. This mod
 
 from __future__ import annotations
 
-__all__ = ["Expansion", "Location", "PathOrUri", "expand", "locate", "reaching"]
+__all__ = ["Expansion", "Location", "PathOrUri", "expand", "expand_each", "locate", "reaching"]
 
 import errno
 import os
@@ -89,6 +89,13 @@ class Location:
         if info.type != fs.FileType.File:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.uri)
         return int(info.size)
+
+    def version(self) -> tuple[int, int]:
+        """Returns a file's bytes and when it was written, in nanoseconds; raises FileNotFoundError where there is none."""
+        info = self.filesystem.get_file_info(self.path)
+        if info.type != fs.FileType.File:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.uri)
+        return int(info.size), int(info.mtime_ns or 0)
 
     def open_input(self) -> pa.NativeFile:
         """Opens a file for random access; a context manager."""
@@ -309,6 +316,39 @@ def expand(patterns: Sequence[str], filesystem: fs.FileSystem | None = None) -> 
         frozenset(spelled_out),
         [skipped[key] for key in sorted(skipped) if key not in found],
     )
+
+
+def expand_each(pattern: str) -> list[tuple[str, Location]]:
+    """Returns the folders and files that a glob itself names, each with its path below the glob's fixed part.
+
+    They are in the order of these paths, numbers in them by value: `day=9` is before `day=10`. Names that begin with `_` or
+    `.` are left out unless the pattern spells that character. A pattern without a glob names the one thing, if it is there.
+
+    Raises:
+        ConfigError: if the URI has no filesystem.
+        DataError: if a folder cannot be read.
+    """
+    parts = pattern.rstrip("/").split("/")
+    num_fixed = next((i for i, part in enumerate(parts) if _GLOB.search(part)), len(parts))
+    base, wanted = locate("/".join(parts[:num_fixed]) or _start(pattern, None)), parts[num_fixed:]
+    try:
+        if not wanted:
+            return [(base.name, base)] if base.exists() else []
+        below = _below(base, recursive=len(wanted) > 1 or wanted[0] == "**") if base.exists() else ()
+        found = [names for _, names in below if _fits(names, wanted)]
+    except OSError as error:
+        raise DataError(
+            f"{pattern}: {base.uri} cannot be looked through ({error}). See that it may be read and can be reached."
+        ) from error
+    return [("/".join(names), base.join(*names)) for names in sorted(found, key=_by_value)]
+
+
+def _by_value(names: Sequence[str]) -> list[list[tuple[int, int, str]]]:
+    """Returns what sorts a path with the numbers in it by value, and equal values by how they are written."""
+    return [
+        [(0, int(part), part) if part.isdecimal() else (1, 0, part) for part in re.split(r"(\d+)", name) if part]
+        for name in names
+    ]
 
 
 def _start(pattern: str, filesystem: fs.FileSystem | None) -> str:

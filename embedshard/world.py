@@ -134,6 +134,27 @@ class World:
 
         return torch.cat(parts)
 
+    def exchange(self, tensor: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """Sends each rank its part of a tensor, and returns what all sent here, in rank order. Collective.
+
+        Args:
+            tensor: on the CPU; the parts for ranks 0, 1, ... one after another along the first axis.
+            sizes: of the parts.
+
+        Returns:
+            The parts for this rank, one after another, and their sizes.
+        """
+        if self.world_size == 1:
+            return tensor, sizes
+        import torch
+        import torch.distributed as dist
+
+        theirs = torch.empty(self.world_size, dtype=torch.int64)
+        dist.all_to_all_single(theirs, torch.tensor(sizes, dtype=torch.int64), group=self.group)
+        received = tensor.new_empty((int(theirs.sum()), *tensor.shape[1:]))
+        dist.all_to_all_single(received, tensor.contiguous(), theirs.tolist(), sizes, group=self.group)
+        return received, theirs.tolist()
+
     def broadcast_object(self, value: Any) -> Any:
         """Returns rank 0's value on every rank. Collective. Between processes of one run only: it pickles."""
         import torch.distributed as dist

@@ -42,6 +42,7 @@ from embedshard.config.parts import (
     HierarchicalSoftmaxConfig,
     InitConfig,
     ItemEmbeddingConfig,
+    ManagedVocabulary,
     NCEConfig,
     SequenceFeature,
     SoftmaxConfig,
@@ -98,7 +99,9 @@ class TableSpec:
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
         is_sequence: whether a vector a place is asked of it, by one feature at least.
+        managed_by: the config's table whose managed vocabulary says which id holds which row; None where rows are fixed.
         composition: how an id becomes two rows; None where it becomes one.
+        stochastic_rounding: whether updates of its fp16 weights are rounded at random.
     """
 
     name: str
@@ -112,7 +115,9 @@ class TableSpec:
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
     is_sequence: bool = False
+    managed_by: str | None = None
     composition: Composition | None = None
+    stochastic_rounding: bool = False
 
     @property
     def num_embeddings(self) -> int:
@@ -214,7 +219,9 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 is_sequence=config.is_sequence_table(name),
                 lookups=tuple(lookups),
                 sharding=table.sharding,
+                managed_by=name if isinstance(table.vocabulary, ManagedVocabulary) else None,
                 composition=table.composition,
+                stochastic_rounding=table.stochastic_rounding,
             )
         )
     if isinstance(config.model, ItemEmbeddingConfig):
@@ -249,6 +256,7 @@ def _pair_specs(config: Config, feature: str, words: TableSpec) -> list[TableSpe
         dtype="fp32",
         lookups=_with_slot(config, key, feature),
         sharding=sharding_of_bias(words.sharding),
+        stochastic_rounding=False,
     )
     return [contexts, biases]
 
@@ -287,6 +295,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),
                 ),
                 sharding=sharding_of_bias(specs[feature.table].sharding),
+                managed_by=specs[feature.table].managed_by,
                 composition=specs[feature.table].composition,
             )
         )

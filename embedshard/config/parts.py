@@ -15,6 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 from embedshard.config.composition import Composition
 
 __all__ = [
+    "AdmissionConfig",
     "AutoVocabulary",
     "BPRConfig",
     "BagFeature",
@@ -29,6 +30,7 @@ __all__ = [
     "DenseOptimizerConfig",
     "DoubleHashVocabulary",
     "DrawsNegatives",
+    "EachPartition",
     "EarlyStoppingConfig",
     "EaseBaseline",
     "EvaluateConfig",
@@ -41,8 +43,10 @@ __all__ = [
     "IdentityVocabulary",
     "InBatchSoftmaxConfig",
     "InitConfig",
+    "InitFromConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
+    "ManagedVocabulary",
     "MasksHits",
     "MeanBaseline",
     "ModelConfig",
@@ -104,13 +108,23 @@ Paths = Annotated[list[str], BeforeValidator(_as_list), Field(min_length=1)]
 
 
 # ---------------------------------------------------------------------------------------------------------------- data
+class EachPartition(Strict):
+    """Partitions by one pattern, as days that come one after the other."""
+
+    each: str
+    """A glob: each folder or file that it names is a partition, in the order of their paths, numbers in them by value."""
+    marker: str | None = Field(None, pattern=r"^[^/]+$")
+    """A file, such as `_SUCCESS`, without which a folder is not complete: it is passed over until it is there."""
+
+
 class DataConfig(Strict):
     """Where the rows are and in which order they are trained."""
 
     train: Paths | None = None
     """Path, URI or glob of the Parquet files to train on, or a list of them."""
-    partitions: list[str] | None = Field(None, min_length=1)
-    """Ordered globs (days, say), trained one after the other. Instead of `train`."""
+    partitions: Annotated[list[str], Field(min_length=1)] | EachPartition | None = None
+    """Ordered globs (days, say), trained one after the other; or `{each: days/day=*}`, where what the one glob names are
+    the partitions. Instead of `train`."""
     validation: Paths | None = None
     """Rows that early stopping and the choice of the best checkpoint look at."""
     validation_fraction: float | None = Field(None, gt=0, lt=1)
@@ -164,11 +178,6 @@ class DataConfig(Strict):
     def label_columns(self) -> dict[str, str]:
         """Label name to column, in config order; a single label is named by its column."""
         return {self.label: self.label} if self.label is not None else dict(self.labels)
-
-    @property
-    def train_partitions(self) -> list[list[str]]:
-        """The globs of each training partition, in order."""
-        return [[glob] for glob in self.partitions] if self.partitions is not None else [list(self.train or [])]
 
 
 # ------------------------------------------------------------------------------------------------------------ features
@@ -356,6 +365,38 @@ class DoubleHashVocabulary(Strict):
     """Of the first hash; the second has the next seed."""
 
 
+class AdmissionConfig(Strict):
+    """When an id is given a row of its own."""
+
+    min_count: int = Field(1, ge=1, le=32767)
+    """Sightings in training at which it is; before, it looks up the row for unknown ids."""
+
+
+class ManagedVocabulary(Strict):
+    """Ids that come and go: each has a row to itself for as long as it is of use.
+
+    Any integer of at least 0 is an id, and any string, by a 63-bit hash. An id of which training has seen enough is given a
+    free row; where there is none, the least useful ids lose theirs, which begin anew, weights and optimizer state. Counts
+    and evictions are those of virtual buckets of ids, so that the result is the same in every world.
+    """
+
+    kind: Literal["managed"]
+    """Which kind it is."""
+    rows: int | None = Field(None, ge=1)
+    """The table's rows, where `rows` of the table is not given."""
+    admission: AdmissionConfig = AdmissionConfig()
+    """When an id is given a row."""
+    eviction: Literal["lfu", "lru", "distance_lfu"] = "lfu"
+    """Which ids of a full bucket are the least useful: those with the fewest sightings (`lfu`), those that were not seen for
+    the longest time (`lru`), or those with the fewest sightings for each step since they were last seen (`distance_lfu`)."""
+    ttl_steps: int | None = Field(None, ge=1)
+    """Steps without a sighting after which an id loses its row; absent: it keeps it until there is need of it."""
+    buckets: int | None = Field(None, ge=1)
+    """Virtual buckets; `data.lanes` where absent. A rank has whole ones, so there are at least as many as workers."""
+    seed: int = Field(0, ge=0)
+    """Of the hash."""
+
+
 class TokenizerVocabulary(Strict):
     """What tokenizers have in common: made from the training texts when a run begins, or read from a file."""
 
@@ -426,6 +467,7 @@ Vocabulary = Annotated[
         IdentityVocabulary
         | HashVocabulary
         | FileVocabulary
+        | ManagedVocabulary
         | AutoVocabulary
         | QuotientRemainderVocabulary
         | DoubleHashVocabulary
@@ -445,6 +487,17 @@ class InitConfig(Strict):
     """Which kind it is."""
     scale: float | None = Field(None, gt=0)
     """Standard deviation, or half the width of the uniform range. Default: 1 / sqrt(dim)."""
+
+
+class InitFromConfig(Strict):
+    """Vectors that rows begin with, as `embedshard checkpoint extract` writes them."""
+
+    parquet: Paths
+    """Path, URI or glob of Parquet files, or a list of them."""
+    id: Name = "id"
+    """The column of the ids, integers or strings, each once."""
+    vector: Name = "vector"
+    """The column of the vectors, lists of `dim` numbers."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -521,8 +574,13 @@ class TableConfig(Strict):
     """How ids become rows."""
     dtype: Literal["fp32", "fp16"] = "fp32"
     """Of the weights; optimizer state is always fp32."""
+    stochastic_rounding: bool = False
+    """Of fp16 weights on CUDA: whether an update is rounded up or down at random, in proportion, so that small ones are not
+    always lost. The result is no function of config, data and seed then."""
     init: InitConfig = InitConfig()
     """How its rows begin."""
+    init_from: InitFromConfig | None = None
+    """Vectors that its rows begin with, where a file has one for their id."""
     optimizer: TableOptimizerOverride = TableOptimizerOverride()
     """What differs from `optimizer.tables`."""
     l2_lookup: float = Field(0.0, ge=0)
@@ -542,9 +600,10 @@ class TableConfig(Strict):
     @model_validator(mode="after")
     def _rows_are_known(self) -> TableConfig:
         vocabulary = self.vocabulary
-        if isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary | DoubleHashVocabulary):
+        if isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary | DoubleHashVocabulary):
             if self.rows is None and vocabulary.rows is None:
-                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows to hash to")
+                what = "that ids can hold" if isinstance(vocabulary, ManagedVocabulary) else "to hash to"
+                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows {what}")
             if self.rows is not None and vocabulary.rows is not None and self.rows != vocabulary.rows:
                 raise ValueError(f"rows={self.rows} and vocabulary.rows={vocabulary.rows} differ. Give one of them")
         elif isinstance(vocabulary, IdentityVocabulary) and self.rows is None:
@@ -568,6 +627,27 @@ class TableConfig(Strict):
             raise ValueError("a double_hash vocabulary needs 2 rows at least, one for each hash")
         return self
 
+    @model_validator(mode="after")
+    def _rounds_what_is_rounded(self) -> TableConfig:
+        if self.stochastic_rounding and self.dtype != "fp16":
+            raise ValueError(
+                f"'stochastic_rounding' is of weights that are rounded at each step, and dtype '{self.dtype}' is not. Leave "
+                "it out, or give 'dtype: fp16'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _ids_have_rows_of_their_own(self) -> TableConfig:
+        if self.init_from is not None and isinstance(
+            self.vocabulary,
+            HashVocabulary | WordNgramsVocabulary | BpeVocabulary | QuotientRemainderVocabulary | DoubleHashVocabulary,
+        ):
+            raise ValueError(
+                f"'init_from' gives the row of an id its vector, and under a {self.vocabulary.kind} vocabulary a row is not "
+                f"one id's. Use the vocabulary 'identity', 'file', 'auto' or 'words'"
+            )
+        return self
+
     @property
     def known_rows(self) -> int | None:
         """The rows that the config itself tells, at most so many for words; None where a file or the data do."""
@@ -578,7 +658,9 @@ class TableConfig(Strict):
             return vocabulary.max_size
         if isinstance(vocabulary, QuotientRemainderVocabulary):
             return sum(vocabulary.parts)
-        if self.rows is None and isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary | DoubleHashVocabulary):
+        if self.rows is None and isinstance(
+            vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary | DoubleHashVocabulary
+        ):
             return vocabulary.rows
         return self.rows
 
@@ -1006,6 +1088,9 @@ class EvaluateConfig(Strict):
     always evaluated whole."""
     batch_size: int = Field(8192, ge=1)
     """Rows encoded at once."""
+    progressive: bool = False
+    """Whether each partition of the training data is evaluated before it is trained for the first time, by those of
+    `metrics` that compare predictions with labels."""
     baselines: list[Baseline] | Literal["auto"] = "auto"
     """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
     the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""

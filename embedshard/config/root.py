@@ -27,6 +27,7 @@ from embedshard.config.parts import (
     HierarchicalSoftmaxConfig,
     IdFeature,
     ItemEmbeddingConfig,
+    ManagedVocabulary,
     MeanBaseline,
     ModelConfig,
     Name,
@@ -117,6 +118,7 @@ class Config(Strict):
         for name in getattr(self.model, "item_features", []):
             if name not in self.features:
                 raise ValueError(f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}")
+        self._check_managed()
         self._check_objective()
         self._check_metrics()
         self._check_hashed_item()
@@ -385,6 +387,11 @@ class Config(Strict):
                 f"evaluate.metrics: '{LOSS}' is the loss of pairs of lists, and only an item_embedding has them. Choose "
                 f"metrics of ranks such as 'recall@20', or of labels such as 'log_loss'"
             )
+        if self.evaluate.progressive and not pointwise:
+            raise ValueError(
+                f"evaluate.progressive compares each partition's labels with what is predicted before they are trained, and "
+                f"evaluate.metrics has nothing that does. Add one of {', '.join(POINTWISE_METRICS)}"
+            )
         if pointwise and len(self.data.label_columns) != 1:
             raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
         allowed = (
@@ -444,11 +451,58 @@ class Config(Strict):
                     f"{name} {does}, and no metric of evaluate.metrics looks at that. Leave it out, or add a metric "
                     f"such as {'rmse' if predicts else 'recall@20'}"
                 )
+            if isinstance(baseline, BiasBaseline) and self._is_managed():
+                raise ValueError(f"{name} learns a number for each row, and rows of a managed vocabulary change hands")
             if isinstance(baseline, BiasBaseline) and not self._knows_user_and_item():
                 raise ValueError(f"{name} needs to know the user and the item: give model.user_id and model.item_id")
 
+    def _is_managed(self) -> bool:
+        tables = [self._table_of(self.identity(role)) for role in ("user_id", "item_id")]
+        return any(isinstance(self.tables[table].vocabulary, ManagedVocabulary) for table in tables if table)
+
     def _knows_user_and_item(self) -> bool:
         return self.identity("user_id") is not None and self.identity("item_id") is not None
+
+    def _check_managed(self) -> None:
+        managed = {name for name, table in self.tables.items() if isinstance(table.vocabulary, ManagedVocabulary)}
+        for name in sorted(managed):
+            table, where = self.tables[name], f"tables.{name}.vocabulary: a managed one"
+            assert isinstance(table.vocabulary, ManagedVocabulary), "chosen by it"
+            buckets = table.vocabulary.buckets or self.data.lanes
+            if (table.known_rows or 0) < buckets:
+                raise ValueError(
+                    f"{where} shares its rows out among {buckets} buckets, and there are {table.known_rows}. Give it more "
+                    f"rows, or set vocabulary.buckets lower"
+                )
+            if table.init_from is not None:
+                raise ValueError(
+                    f"{where} begins without ids, so there are no rows for the vectors of init_from. Leave it out"
+                )
+            if "data_parallel" in table.sharding.asked:
+                raise ValueError(f"{where} gives rows to new ids, which data_parallel does not follow. Choose another type")
+            if any(isinstance(feature, TextFeature) and feature.table == name for feature in self.features.values()):
+                raise ValueError(f"{where} is for ids, and a text is looked up there. Choose 'words' or 'bpe'")
+        if not managed:
+            return
+        if isinstance(self.model, ItemEmbeddingConfig):
+            raise ValueError("model 'item_embedding' counts ids before it trains, and a managed vocabulary meets them as it "
+                             "does. Choose another vocabulary, such as 'hash'")  # fmt: skip
+        of = {role: self._table_of(self.identity(role)) for role in ("user_id", "item_id")}
+        if isinstance(self.objective, DrawsNegatives) and of["item_id"] in managed:
+            raise ValueError(
+                f"objective '{self.objective.kind}' draws items by their rows, and those of table '{of['item_id']}' change "
+                f"hands. Choose 'in_batch_softmax', whose negatives are the other rows' items, or another vocabulary"
+            )
+        ranks = next((name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)), None)
+        both = managed & set(of.values())
+        if ranks is not None and both:
+            raise ValueError(
+                f"evaluate.metrics: '{ranks}' ranks all items for users by their rows, and those of table "
+                f"'{min(both)}' change hands. Choose metrics of labels, such as 'auc', or another vocabulary"
+            )
+
+    def _table_of(self, feature: str | None) -> str:
+        return "" if feature is None else getattr(self.features[feature], "table", "")
 
     def _check_catalogue(self, who: str) -> None:
         described_by = self.item_features()
@@ -509,7 +563,7 @@ class Config(Strict):
         found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
         if any(pointwise) and not isinstance(self.objective, CrossEntropyConfig):
             found.append(MeanBaseline(kind="mean"))
-            if self._knows_user_and_item():
+            if self._knows_user_and_item() and not self._is_managed():
                 found.append(BiasBaseline(kind="bias"))
         return found
 

@@ -29,6 +29,7 @@ from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_spec
 from embedshard.data.distinct import DistinctIds
 from embedshard.data.findings import Action, Finding, Problem, text_of
 from embedshard.data.parse import Parsed
+from embedshard.data.partitions import find_partitions
 from embedshard.data.source import Inventory, InventoryFile, Source, data_files, open_file
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
@@ -80,7 +81,7 @@ def check_data(config: Config, progress: Progress | None = None) -> Report:
 
 def _sets(config: Config) -> Iterable[tuple[str, Role, list[list[str]]]]:
     """Yields the name, role and files of each set: those of several patterns one after the other."""
-    partitions = config.data.train_partitions
+    partitions = [list(partition.patterns) for partition in find_partitions(config.data)]
     for number, patterns in enumerate(partitions):
         yield f"train[{number}]" if len(partitions) > 1 else "train", "train", [patterns]
     if config.data.validation_fraction is not None:

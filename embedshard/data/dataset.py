@@ -11,7 +11,7 @@ __all__ = ["Dataset", "SetAside", "open_dataset"]
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,13 @@ from embedshard.data.huffman import HuffmanTree
 from embedshard.data.negatives import AllRows, CandidateSampler, RowSampler, Sampler
 from embedshard.data.order import Order
 from embedshard.data.pairs import PairMaker
+from embedshard.data.partitions import Former, Partition, find_partitions
 from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
-from embedshard.data.source import Inventory, Source, check_unchanged, fingerprint_of, open_source
+from embedshard.data.source import Inventory, Source, changes, fingerprint_of, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
-from embedshard.data.training_set import open_held_out_of_training, open_training
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
+from embedshard.data.training_set import open_training_set
+from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows, unknown_number
 from embedshard.data.vocabulary_building import build_vocabularies, counted_tables, kept_vocabularies
 from embedshard.data.vocabulary_file import IdFile
 from embedshard.errors import DataError
@@ -87,6 +88,10 @@ class Dataset:
         tokenizers: the JSON of each table's tokenizer, where it has one.
         pair_maker: makes pairs of lists, where the model learns from them.
         tree: over the ids of these lists, where the objective goes down one.
+        former: what the runs trained that this one continues.
+        former_train: a source for each of their partitions.
+        names: of the run's partitions.
+        newer: names of partitions that came after the run had begun.
     """
 
     config: Config
@@ -105,16 +110,30 @@ class Dataset:
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     pair_maker: PairMaker | None = None
     tree: HuffmanTree | None = None
+    former: Former = field(default_factory=Former)
+    former_train: list[Source] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    newer: list[str] = field(default_factory=list)
+    _counted: dict[str, tuple[int, IntArray]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> list[Source]:
+        """All training data up to now, those of former runs in front."""
+        return [*self.former_train, *self.train]
 
     @property
     def bytes_read(self) -> int:
         """Bytes of Parquet, as compressed, that this process has read so far; footers are not counted."""
-        return sum(source.byte_count.total for source in (*self.train, *self.held_out.values())) + self.catalogue_bytes
+        return sum(source.byte_count.total for source in (*self.known, *self.held_out.values())) + self.catalogue_bytes
 
     @property
     def fingerprint(self) -> str:
         """Of all training files."""
         return fingerprint_of([source.inventory for source in self.train])
+
+    def unknown_number(self, table: str) -> int:
+        """Returns the greatest number that stands for an id of a table: the row for unknown ids, or what becomes it."""
+        return unknown_number(self.vocabularies[table])
 
     def vocabulary_fingerprints(self) -> dict[str, str]:
         """Of each table's vocabulary."""
@@ -132,6 +151,8 @@ class Dataset:
             "vocabularies": self.vocabulary_fingerprints(),
             "tokenizers": dict(self.tokenizers),
             "partitions": [source.inventory.to_json() for source in self.train],
+            "names": list(self.names),
+            **({"former": self.former.to_json()} if self.former.inventories else {}),
         }
 
     def known_counts(self, feature: str) -> IntArray | None:
@@ -148,6 +169,52 @@ class Dataset:
             return None
         assert isinstance(vocabulary, IdFile), "it was counted"
         return vocabulary.counts()
+
+    def grow(self, partition: Partition, inventory: Inventory, world: World) -> None:
+        """Adds a partition after the last one. Collective.
+
+        What depends on how often ids are met in training (popularity, sub-sampling, the items of a hashed table) is found
+        anew, with the partition's rows; whoever holds it takes it again.
+
+        Args:
+            partition: where it is.
+            inventory: what its files are.
+            world: the processes that train together.
+
+        Raises:
+            DataError: if it cannot be read, or its files are others by now.
+        """
+        source = open_source(partition.patterns, self.train[0].decoder)
+        changed = changes(inventory, source.inventory)
+        if changed:
+            raise DataError(
+                f"partition {partition.name} was complete and has changed while it was opened: {changed}. Write a partition "
+                f"under another name and rename it when it is whole, or name a marker: data.partitions.marker."
+            )
+        fits = source.decoded_bytes() <= self.config.data.cache_bytes
+        self.train.append(source)
+        self.names.append(partition.name)
+        self.cached.append(fits)
+        self.order = replace(
+            self.order,
+            window_steps=(*self.order.window_steps, _window_steps(self.config, fits)),
+            row_groups=(*self.order.row_groups, tuple(group.num_rows for group in source.inventory.row_groups)),
+        )
+        _open_what_is_drawn(self, world)
+
+    def count_ids(self, feature: str, num_rows: int, world: World) -> IntArray:
+        """Returns how often each row of a feature's table is met in training up to now, (num_rows + 1,). Collective."""
+        if not self.former.inventories:
+            known = world.from_rank_zero(lambda: self.known_counts(feature))
+            if known is not None:
+                return known
+        num_counted, counts = self._counted.get(feature, (0, np.zeros(num_rows + 1, dtype=np.int64)))
+        sources = self.known[num_counted:]
+        if sources:
+            added = world.from_rank_zero(lambda: sum(count_ids(source, feature, num_rows) for source in sources))
+            counts = counts + np.asarray(added)
+            self._counted[feature] = len(self.known), counts
+        return counts
 
     def describe_row(self, partition: int, row: int) -> str:
         """Returns the file, row group and row of a partition's row number."""
@@ -187,7 +254,7 @@ class Dataset:
         """
         names = [name for role in ("user_id", "item_id") if (name := self.config.identity(role)) is not None]
         assert len(names) == 2, "asked for where the config knows users and items"
-        sources = [source.narrowed(names) for source in self.train]
+        sources = [source.narrowed(names) for source in self.known]
         if including_validation and self.has("validation"):
             sources.append(self.held_out["validation"].narrowed(names))
         for source in sources:
@@ -204,16 +271,19 @@ def open_dataset(
     resolved: Mapping[str, Any] | None,
     progress: PreparationProgress | None = None,
     folder: Location | None = None,
+    partitions: Sequence[Partition] | None = None,
 ) -> Dataset:
     """Opens the data of a config. Collective: rank 0 finds out what has to be counted, for all.
 
     Args:
         config: the config.
         world: the processes that train together.
-        resolved: what the run has kept of its data; None for a new run.
+        resolved: what the run has kept of its data; None for a new run. Without `partitions` in it, it is what a new run
+            takes over from the run that it continues.
         progress: hears on rank 0 how far it is with what takes long.
         folder: where vocabularies that are counted are kept with the run; None keeps them for as long as they are loaded,
             for processes of one machine.
+        partitions: those that there are; None looks for them.
 
     Raises:
         DataError: if a file cannot be read, is not what the config says, or has changed since the run began.
@@ -224,14 +294,20 @@ def open_dataset(
     rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
-    train = open_training(config, Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row))
-    if resolved is not None:
-        _check_resumable(resolved, train, vocabularies)
+    if partitions is None:
+        partitions = world.from_rank_zero(lambda: find_partitions(config.data))
+    former, own = Former.from_json((resolved or {}).get("former")), None
+    if resolved is not None and "partitions" in resolved:
+        own = [Inventory.from_json(partition) for partition in resolved["partitions"]]
+    decoder = Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row)
+    training = open_training_set(config, decoder, partitions, former, own)
+    train, former_train = training.own, training.former
+    _check_vocabularies(resolved or {}, vocabularies)
     if statistics is None:
         statistics = world.from_rank_zero(lambda: compute_statistics(train))
-    train = [source.with_statistics(statistics) for source in train]
+    train, former_train = ([source.with_statistics(statistics) for source in part] for part in (train, former_train))
     fits = [source.decoded_bytes() <= config.data.cache_bytes for source in train]
-    windows = resolved["window_steps"] if resolved is not None else [_window_steps(config, fit) for fit in fits]
+    windows = resolved["window_steps"] if resolved is not None and own else [_window_steps(config, fit) for fit in fits]
     order = Order(
         seed=config.seed,
         lanes=config.data.lanes,
@@ -241,15 +317,22 @@ def open_dataset(
         shuffle=config.data.shuffle,
     )
     order.lane_block(world.rank, world.world_size)
-    held_out = _open_held_out(config, vocabularies, statistics)
+    held_out = _open_held_out(config, vocabularies, statistics, partitions, former, own)
     skipped = [location.uri for source in (*train, *held_out.values()) for location in source.skipped]
     dataset = Dataset(config, train, held_out, fits, order, rows, vocabularies, statistics, None, None, skipped)
     dataset.tokenizers = tokenizers
-    if isinstance(config.model, ItemEmbeddingConfig):
-        _open_lists(dataset, config.model, world)
+    dataset.former, dataset.former_train = former, former_train
+    dataset.names, dataset.newer = training.names, training.newer
+    _open_what_is_drawn(dataset, world)
+    return dataset
+
+
+def _open_what_is_drawn(dataset: Dataset, world: World) -> None:
+    """Opens the catalogue, the sampler and the maker of pairs, as far as they are asked for."""
+    if isinstance(dataset.config.model, ItemEmbeddingConfig):
+        _open_lists(dataset, dataset.config.model, world)
     else:
         _open_items(dataset, world)
-    return dataset
 
 
 def _tokenizers(
@@ -288,7 +371,14 @@ def _vocabularies(
         return loaded
 
 
-def _open_held_out(config: Config, vocabularies: Mapping[str, Vocabulary], statistics: Statistics) -> dict[str, Source]:
+def _open_held_out(
+    config: Config,
+    vocabularies: Mapping[str, Vocabulary],
+    statistics: Statistics,
+    partitions: Sequence[Partition],
+    former: Former,
+    own: Sequence[Inventory] | None,
+) -> dict[str, Source]:
     """Opens the sets that are evaluated, now: a run should not find out at its end that its test set is not there."""
     if not config.evaluate.metrics:
         return {}
@@ -296,7 +386,9 @@ def _open_held_out(config: Config, vocabularies: Mapping[str, Vocabulary], stati
     patterns = {"validation": config.data.validation, "test": config.data.test}
     held_out = {split: open_source(paths, decoder) for split, paths in patterns.items() if paths is not None}
     if config.data.validation_fraction is not None:
-        held_out["validation"] = open_held_out_of_training(config, decoder)
+        of_training = open_training_set(config, decoder, partitions, former, own).held_out
+        assert of_training is not None, "the config holds rows out"
+        held_out["validation"] = of_training
     return held_out
 
 
@@ -306,11 +398,8 @@ def _window_steps(config: Config, fits_cache: bool) -> int:
     return 0 if fits_cache else max(1, _WINDOW_ROWS // config.train.global_batch_size)
 
 
-def _check_resumable(resolved: Mapping[str, Any], train: Sequence[Source], vocabularies: Mapping[str, Vocabulary]) -> None:
-    saved = [Inventory.from_json(inventory) for inventory in resolved["partitions"]]
-    for before, source in zip(saved, train, strict=True):
-        check_unchanged(before, source.inventory)
-    for table, fingerprint in resolved["vocabularies"].items():
+def _check_vocabularies(resolved: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary]) -> None:
+    for table, fingerprint in resolved.get("vocabularies", {}).items():
         if vocabularies[table].fingerprint != fingerprint:
             raise DataError(
                 f"table '{table}': its vocabulary is another than when the run began, so ids would mean other rows. "
@@ -326,7 +415,7 @@ def _open_lists(dataset: Dataset, model: ItemEmbeddingConfig, world: World) -> N
     goes_down_a_tree = isinstance(objective, HierarchicalSoftmaxConfig)
     counts = None
     if model.subsample is not None or by_popularity or goes_down_a_tree:
-        counts = _count(dataset, model.sequence, num_rows, world)
+        counts = dataset.count_ids(model.sequence, num_rows, world)
     dataset.pair_maker = PairMaker(model, config.seed, counts)
     if isinstance(objective, DrawsNegatives):
         dataset.sampler = RowSampler(objective, config.seed, num_rows + 1, counts)
@@ -341,15 +430,6 @@ def _as_counted(features: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Returns what of features decides which ids are counted."""
     decides = ("kind", "max_length", "keep", "mask_zero")
     return [{"column": one.get("column") or name} | {key: one.get(key) for key in decides} for name, one in features.items()]
-
-
-def _count(dataset: Dataset, feature: str, num_rows: int, world: World) -> IntArray:
-    """Returns how often each row of a feature's table is met in training, (num_rows + 1,). Collective."""
-    known = world.from_rank_zero(lambda: dataset.known_counts(feature))
-    if known is not None:
-        return known
-    counted = world.from_rank_zero(lambda: sum(count_ids(source, feature, num_rows) for source in dataset.train))
-    return np.asarray(counted)
 
 
 def _open_items(dataset: Dataset, world: World) -> None:
@@ -367,12 +447,12 @@ def _open_items(dataset: Dataset, world: World) -> None:
     by_popularity = objective is not None and objective.distribution == "popularity"
     counts = None
     if hashed or by_popularity:
-        counts = _count(dataset, item_id, num_rows, world)
+        counts = dataset.count_ids(item_id, num_rows, world)
     if config.data.catalogue is not None:
         described_by = column_specs(config, "catalogue")
         decoder = Decoder(described_by, dataset.vocabularies, dataset.statistics, config.data.on_bad_row)
         source = open_source(config.data.catalogue, decoder)
-        dataset.skipped_files += [location.uri for location in source.skipped]
+        dataset.skipped_files += [location.uri for location in source.skipped if location.uri not in dataset.skipped_files]
         columns = dataset.read_whole("catalogue", source)
         dataset.catalogue_bytes = source.byte_count.total
         dataset.catalogue = catalogue_from_columns(item_id, columns, num_rows + 1, ", ".join(config.data.catalogue))

@@ -47,7 +47,7 @@ from embedshard.data.parse import (
 )
 from embedshard.data.statistics import Statistics
 from embedshard.data.text import TextVocabulary
-from embedshard.data.vocabulary import Vocabulary
+from embedshard.data.vocabulary import Vocabulary, unknown_number
 from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -218,7 +218,7 @@ class Decoder:
     def unknown_rows(self) -> dict[str, int]:
         """The table's row for unknown ids of each column that sends them there."""
         return {
-            spec.name: self._vocabularies[spec.table].rows
+            spec.name: unknown_number(self._vocabularies[spec.table])
             for spec in self.specs
             if spec.table is not None and getattr(spec.feature, "unknown", None) == "oov"
         }
@@ -379,7 +379,7 @@ class Decoder:
         for finding in parsed.findings:
             if self.action(finding.problem) == "oov":
                 values = values.copy()  # it may be Arrow's memory
-                values[finding.places] = self._vocabularies[spec.table].rows
+                values[finding.places] = unknown_number(self._vocabularies[spec.table])
             elif self.action(finding.problem) == "empty":
                 nulls = finding.places
         if parsed.lengths is None:

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from embedshard.config import Config
 from embedshard.config.parts import DenseFeature
 from embedshard.data.columns import Flat, good_rows
 from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.hashing import hash_integers
 from embedshard.data.id_counts import FeatureIds, IdCounts
 from embedshard.data.spacing import evenly_spaced
 from embedshard.data.statistics import Statistics
 from embedshard.data.training_set import open_training
-from embedshard.data.vocabulary import Vocabulary, table_rows
+from embedshard.data.vocabulary import ManagedIds, Vocabulary, table_rows
+
+IntArray = npt.NDArray[np.int64]
 
 _SAMPLED_ROWS: Final = 1_000_000
 
@@ -82,9 +86,10 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
         source, group = groups[number]
         columns = good_rows(source.narrowed(list(tables)).read_row_group(group))
         for name, counter in counts.items():
-            column = columns[name]
+            column, table, composition = columns[name], tables[name], compositions[name]
             ids = column.values if isinstance(column, Flat) else column.values[column.offsets[0] : column.offsets[-1]]
-            composition = compositions[name]
+            if isinstance(vocabularies[table], ManagedIds):
+                ids = _any_rows(ids, rows[table])
             counter.add(ids if composition is None else composition.rows_of(ids[ids >= 0])[0])
     sampled_rows = sum(sizes[number] for number in sampled)
     found = {name: counter.result() for name, counter in counts.items()}
@@ -100,3 +105,8 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
             for name, table in tables.items()
         },
     )
+
+
+def _any_rows(ids: IntArray, rows: int) -> IntArray:
+    """Returns rows for ids that have none before training: which they are does not matter to how skewed the lookups are."""
+    return np.where(ids < 0, -1, (hash_integers(ids, 0) % np.uint64(rows)).astype(np.int64))

@@ -76,6 +76,7 @@ class Position:
         partition: which of the partitions.
         step_in_epoch: 0-based step within this partition's pass.
         is_epoch_end: whether it is the last step of the pass over all partitions.
+        is_partition_end: whether it is the last step of the pass over its partition.
     """
 
     step: int
@@ -83,6 +84,7 @@ class Position:
     partition: int
     step_in_epoch: int
     is_epoch_end: bool
+    is_partition_end: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ class Order:
         is_epoch_end = rest == self.epoch_steps - 1
         for partition, steps in enumerate(self.partition_steps):
             if rest < steps:
-                return Position(step, epoch, partition, rest, is_epoch_end)
+                return Position(step, epoch, partition, rest, is_epoch_end, rest == steps - 1)
             rest -= steps
         raise AssertionError("the steps of the partitions add up to those of the epoch")
 

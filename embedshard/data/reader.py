@@ -138,6 +138,7 @@ class BatchReader:
         sampler: draws candidates for a step; None if none are asked for.
         rank: this process's.
         world_size: processes that train.
+        former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
     """
 
     def __init__(
@@ -149,7 +150,9 @@ class BatchReader:
         sampler: Sampler | None,
         rank: int,
         world_size: int,
+        former_steps: int = 0,
     ) -> None:
+        self._former_steps = former_steps
         self._order, self._sources, self._cached = order, sources, cached
         self._collator, self._sampler = collator, sampler
         self._rank, self._world_size = rank, world_size
@@ -208,7 +211,8 @@ class BatchReader:
         size = self._local_batch_size
         draws = None
         if self._sampler is not None:
-            draws = self._sampler.draw(position.step, self._rank, self._world_size)
+            step = self._former_steps + position.step
+            draws = self._sampler.draw(step, self._rank, self._world_size)
         return self._collator.batch(columns, place * size, (place + 1) * size, draws, position)
 
 

@@ -11,9 +11,10 @@ __all__ = [
     "InventoryFile",
     "RowGroup",
     "Source",
-    "check_unchanged",
+    "changes",
     "data_files",
     "fingerprint_of",
+    "inventory_of",
     "joined",
     "open_file",
     "open_source",
@@ -169,25 +170,17 @@ def fingerprint_of(inventories: Sequence[Inventory]) -> str:
     return digest.hexdigest()
 
 
-def check_unchanged(saved: Inventory, now: Inventory) -> None:
-    """Checks that the data are those that a run began with.
-
-    Raises:
-        DataError: naming the files that are missing, new, or changed.
-    """
+def changes(saved: Inventory, now: Inventory) -> str:
+    """Returns how files differ from what they were, naming those that are missing, new, or changed; empty if they don't."""
     if saved.files == now.files:
-        return
+        return ""
     before, after = ({file.name: file for file in inventory.files} for inventory in (saved, now))
-    changes = [
+    found = [
         *(f"{name} is missing" for name in before if name not in after),
         *(f"{name} is new" for name in after if name not in before),
         *(f"{name} has changed" for name in before if name in after and before[name] != after[name]),
     ] or ["the files are the same but in another order"]
-    shown = "; ".join(changes[:5]) + (f"; and {len(changes) - 5} more" if len(changes) > 5 else "")
-    raise DataError(
-        f"the training data have changed since the run began: {shown}. A run resumes on the data it began with: "
-        f"put them back, or start a new run."
-    )
+    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 class Source:
@@ -231,6 +224,12 @@ class Source:
         """Returns a source of another selection of the same files' rows."""
         assert inventory.files == self.inventory.files, "a selection is of the same files"
         return Source(self._locations, inventory, self._metadata, self.decoder, self.skipped, self.byte_count)
+
+    def part(self, first: int, last: int) -> Source:
+        """Returns a source of the files [first, last) alone."""
+        assert self.inventory.selection is None, "rows are selected of the parts"
+        files, metadata = self.inventory.files[first:last], self._metadata[first:last]
+        return Source(self._locations[first:last], Inventory(files), metadata, self.decoder, self.skipped, self.byte_count)
 
     def _decoded_by(self, decoder: Decoder) -> Source:
         return Source(self._locations, self.inventory, self._metadata, decoder, self.skipped, self.byte_count)
@@ -457,6 +456,17 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
             f"correct the path, or make the data anew."
         )
     return source
+
+
+def inventory_of(patterns: Sequence[str]) -> Inventory:
+    """Returns what the footers of a data set's files say, whatever their columns are.
+
+    Raises:
+        DataError: if nothing matches, or a file is not whole Parquet.
+    """
+    locations, _ = data_files(patterns)
+    with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
+        return Inventory(tuple(file for file, _ in pool.map(_read_footer, locations)))
 
 
 def open_file(location: Location, decoder: Decoder) -> tuple[Source, dict[str, str]]:

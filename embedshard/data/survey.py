@@ -107,10 +107,10 @@ def take_survey(dataset: Dataset, wanted: Wanted) -> Survey:
         DataError: if a row group cannot be read.
     """
     parts = _Parts(dataset, wanted)
-    group_rows = [group.num_rows for source in dataset.train for group in source.inventory.row_groups]
+    group_rows = [group.num_rows for source in dataset.known for group in source.inventory.row_groups]
     counted = evenly_spaced(group_rows, wanted.id_rows)
     number = 0
-    for source in dataset.train:
+    for source in dataset.known:
         whole, narrow = source.narrowed([*parts.id_counts, *parts.columns]), source.narrowed(parts.columns)
         for group in range(len(source.inventory.row_groups)):
             if number in counted:
@@ -137,7 +137,7 @@ class _Parts:
     def __init__(self, dataset: Dataset, wanted: Wanted) -> None:
         config = dataset.config
         tables = {name: feature.table for name, feature in config.features.items() if not isinstance(feature, DenseFeature)}
-        self.id_counts = {name: IdCounts(table, dataset.table_rows[table]) for name, table in tables.items()}
+        self.id_counts = {name: IdCounts(table, dataset.unknown_number(table)) for name, table in tables.items()}
         self.item_counts = np.zeros(0, dtype=np.int64)
         self.label_sum = self.label_weight = 0.0
         self._wanted = wanted

@@ -2,38 +2,72 @@
 
 from __future__ import annotations
 
-__all__ = ["held_out_of_training", "open_held_out_of_training", "open_training", "without_held_out"]
+__all__ = ["TrainingSet", "held_out_of_training", "open_training", "open_training_set", "without_held_out"]
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from embedshard.config import Config
 from embedshard.config.parts import DataConfig
 from embedshard.data.decode import Decoder
+from embedshard.data.partitions import Former, Partition, divide, find_partitions
 from embedshard.data.source import Inventory, Source, joined, open_source
 from embedshard.data.split import Selection, Split
 from embedshard.errors import DataError
 
 
+@dataclass(frozen=True)
+class TrainingSet:
+    """The training files, opened.
+
+    Attributes:
+        former: what former runs trained, a source for each partition, all rows of it.
+        own: the run's partitions, without the rows that are held out for validation.
+        names: of the run's partitions.
+        newer: names of the partitions that came after the run had begun.
+        held_out: the rows that are held out of the run's partitions; None where the config holds none out.
+    """
+
+    former: list[Source]
+    own: list[Source]
+    names: list[str]
+    newer: list[str]
+    held_out: Source | None
+
+
 def open_training(config: Config, decoder: Decoder) -> list[Source]:
-    """Opens each partition of the training set, without the rows that are held out for validation.
+    """Opens all partitions of the training set that there are, without the rows that are held out for validation.
 
     Raises:
         DataError: as `open_source` does, or if `data.validation_fraction` of the rows is none.
     """
-    sources = [open_source(patterns, decoder) for patterns in config.data.train_partitions]
-    inventories = without_held_out(config.data, [source.inventory for source in sources])
-    return [source.of(inventory) for source, inventory in zip(sources, inventories, strict=True)]
+    return open_training_set(config, decoder, find_partitions(config.data), Former(), None).own
 
 
-def open_held_out_of_training(config: Config, decoder: Decoder) -> Source:
-    """Opens the rows that `data.validation_fraction` holds out, of all partitions one after the other.
+def open_training_set(
+    config: Config, decoder: Decoder, partitions: Sequence[Partition], former: Former, own: Sequence[Inventory] | None
+) -> TrainingSet:
+    """Opens the training set of a run.
+
+    Args:
+        config: the config.
+        decoder: turns columns into arrays.
+        partitions: those that there are.
+        former: what former runs trained.
+        own: what the run has kept of its files; None for a new run.
 
     Raises:
-        DataError: as `open_training` does.
+        DataError: as `open_training` does, or if the files are not those that were recorded.
     """
-    source = joined([open_source(patterns, decoder) for patterns in config.data.train_partitions])
-    return source.of(held_out_of_training(config.data, source.inventory))
+    sources = [open_source(partition.patterns, decoder) for partition in partitions]
+    before, mine, names, newer = divide(config.data, partitions, sources, former, own)
+    inventories = without_held_out(config.data, [source.inventory for source in mine])
+    held_out = None
+    if config.data.validation_fraction is not None:
+        together = joined(mine)
+        held_out = together.of(held_out_of_training(config.data, together.inventory))
+    mine = [source.of(inventory) for source, inventory in zip(mine, inventories, strict=True)]
+    return TrainingSet(before, mine, names, newer, held_out)
 
 
 def without_held_out(data: DataConfig, inventories: Sequence[Inventory]) -> list[Inventory]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Vocabulary", "load_vocabularies", "table_rows"]
+__all__ = ["UNKNOWN_ID", "HeldIds", "ManagedIds", "Vocabulary", "load_vocabularies", "table_rows", "unknown_number"]
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,7 @@ from embedshard.config.parts import (
     DoubleHashVocabulary,
     FileVocabulary,
     HashVocabulary,
+    ManagedVocabulary,
     TokenizerVocabulary,
     WordNgramsVocabulary,
 )
@@ -29,6 +30,9 @@ from embedshard.errors import ConfigError, DataError
 from embedshard.storage import Location, locate
 
 IntArray = npt.NDArray[np.int64]
+
+UNKNOWN_ID: Final = 2**63 - 1
+"""Under a managed vocabulary, whose ids become rows later: what stands for an unknown one until then."""
 
 
 class Vocabulary(Protocol):
@@ -98,6 +102,73 @@ class _Hash:
 
     def describe(self) -> str:
         return "any id"
+
+
+class ManagedIds:
+    """Ids as they travel to the rank that knows their rows: integers of at least 0, strings by their hash."""
+
+    def __init__(self, rows: int, vocabulary: ManagedVocabulary) -> None:
+        self.rows, self._seed = rows, vocabulary.seed
+        self.fingerprint = f"managed, seed {vocabulary.seed}"
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns the ids themselves, -1 for those below 0."""
+        own = ids.astype(np.int64, copy=False)
+        known = (own >= 0) & (own < UNKNOWN_ID)
+        return own if known.all() else np.where(known, own, -1)
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        """Returns 63 bits of each string's hash."""
+        return (hash_strings(ids, self._seed) >> np.uint64(1)).astype(np.int64)
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns what travels, which are ids and not rows; of strings their hashes."""
+        return list(rows.tolist())
+
+    def describe(self) -> str:
+        """Returns what is known, for messages."""
+        return "integers of at least 0, or strings"
+
+    def held(self, ids: IntArray) -> HeldIds:
+        """Returns the vocabulary as it was when rows held these ids, below 0 where none."""
+        return HeldIds(self, ids)
+
+
+class HeldIds:
+    """A managed vocabulary at one moment.
+
+    Attributes:
+        is_held: which rows hold an id, (rows,).
+    """
+
+    def __init__(self, vocabulary: ManagedIds, ids: IntArray) -> None:
+        self.rows = vocabulary.rows
+        self.fingerprint = vocabulary.fingerprint
+        self._vocabulary, self._ids = vocabulary, ids
+        self.is_held: npt.NDArray[np.bool_] = ids >= 0
+        self._order = np.flatnonzero(self.is_held)
+        self._order = self._order[np.argsort(ids[self._order])]
+        self._sorted = ids[self._order]
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns the row that each id held, -1 where it held none."""
+        if not len(self._sorted):
+            return np.full(len(ids), -1, dtype=np.int64)
+        own = self._vocabulary.map_integers(ids)
+        place = np.minimum(np.searchsorted(self._sorted, own), len(self._sorted) - 1)
+        return np.where(self._sorted[place] == own, self._order[place], -1)
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        """Returns the row that each string held, -1 where it held none."""
+        return self.map_integers(self._vocabulary.map_strings(ids))
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns the id that held each row, of a string its hash; None where none did."""
+        return [int(self._ids[row]) if row < self.rows and self._ids[row] >= 0 else None for row in rows.tolist()]
+
+    def describe(self) -> str:
+        """Returns what is known, for messages."""
+        return f"the {len(self._sorted)} ids that hold one of {self.rows} rows"
 
 
 class _QuotientRemainder(_Identity):
@@ -196,6 +267,9 @@ def load_vocabularies(
             continue  # when the words are there
         rows = table.known_rows
         assert rows is not None, "the config checks that rows are known without a file"
+        if isinstance(vocabulary, ManagedVocabulary):
+            loaded[name] = ManagedIds(rows, vocabulary)
+            continue
         composition = table.composition
         if composition is not None:
             if isinstance(vocabulary, DoubleHashVocabulary):
@@ -211,6 +285,11 @@ def load_vocabularies(
             assert rows is not None, "the config checks that rows are known without a file"
             loaded[name] = NgramVocabulary(words, table.vocabulary.n, rows, table.vocabulary.seed)
     return {name: loaded[name] for name in config.tables}
+
+
+def unknown_number(vocabulary: Vocabulary) -> int:
+    """Returns the number by which an unknown id travels: the row after the last, or what becomes that row later."""
+    return UNKNOWN_ID if isinstance(vocabulary, ManagedIds) else vocabulary.rows
 
 
 def table_rows(vocabularies: Mapping[str, Vocabulary]) -> dict[str, int]:

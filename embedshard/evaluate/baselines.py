@@ -99,7 +99,7 @@ class Baselines:
     # -------------------------------------------------------------------------------------------------------- memory
     def _memory(self, baseline: Baseline) -> tuple[int, str]:
         """Returns about how many bytes a baseline takes beside the counts of items, and what they depend on."""
-        rows = sum(source.inventory.num_rows for source in self._dataset.train)
+        rows = sum(source.inventory.num_rows for source in self._dataset.known)
         if isinstance(baseline, BiasBaseline):
             users, items = self._table_rows(self._sets.user_id), self._table_rows(self._sets.item_id)
             return bias_bytes(users, items, rows), f"{users:,} users, {items:,} items and {rows:,} training rows"

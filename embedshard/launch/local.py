@@ -31,11 +31,13 @@ from embedshard.sharding.recorded import RecordedPlan, read_plan
 from embedshard.storage import PathOrUri, reaching
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact, open_step
+from embedshard.train.continuation import keep_continuation, take_over
 from embedshard.train.loop import TrainResult, train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
 from embedshard.train.stop import Notices
 from embedshard.train.tracking import ConsoleReporter, JsonLinesReporter, Reporter, Reporters, TensorBoardReporter
+from embedshard.train.warm_start import warm_start
 from embedshard.world import World, open_world
 
 
@@ -80,14 +82,15 @@ def train_in(
     reporter = _reporter(config, run, teller) if world.is_rank_zero else Reporter()
     resume_from = None if step is None else open_step(run.checkpoints, step)
     try:
-        result = train(config, world, run, reporter, resume_from, notices, plan)
+        result = train(config, world, run, reporter, resume_from, notices, plan, request.poll_s)
     finally:
         reporter.finished()
     if not world.is_rank_zero:
         return result
     if result.stopped_by is not None:
-        teller.said(f"Stopped by {result.stopped_by} after step {result.step}, with a checkpoint. Continue with:")
-        teller.said(f"  embedshard train --resume {run.folder.uri}")
+        where = f"after step {result.step}, with a checkpoint" if result.step else "while it waited for its first partition"
+        teller.said(f"Stopped by {result.stopped_by} {where}. Continue with:")
+        teller.said(f"  embedshard train --resume {run.folder.uri}{' --watch' if request.poll_s is not None else ''}")
     else:
         teller.said(f"Result: {run.folder.join('result.json').uri}")
     report = run.folder.join("report.html")
@@ -105,8 +108,9 @@ def load_run_config(request: TrainRequest, environment: Mapping[str, str]) -> Lo
     """
     if request.config is not None:
         return load_config(request.config, environment, request.overrides)
-    assert request.resume is not None, "a resolved request has one or the other"
-    return RunDirectory.open(request.resume).load_config(environment, request.overrides)
+    run = request.resume if request.resume is not None else request.continues
+    assert run is not None, "a resolved request has one or the other"
+    return RunDirectory.open(run).load_config(environment, request.overrides)
 
 
 def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Reporter) -> tuple[str, int | None]:
@@ -118,9 +122,15 @@ def open_run(request: TrainRequest, environment: Mapping[str, str], teller: Repo
     """
     loaded = load_run_config(request, environment)
     if request.resume is None:
-        uri = RunDirectory.create(request.run_dir or _default_run_dir(loaded), loaded, environment).folder.uri
-        teller.said(f"Run: {uri}")
-        return uri, None
+        continues, told = None, ""
+        if request.continues is not None:
+            continues, told = take_over(RunDirectory.open(request.continues), loaded, environment)
+        new = RunDirectory.create(request.run_dir or _default_run_dir(loaded), loaded, environment)
+        teller.said(f"Run: {new.folder.uri}")
+        keep_continuation(new, continues)
+        if continues is not None:
+            teller.said(told)
+        return new.folder.uri, None
     run = RunDirectory.open(request.resume)
     run.check_same_run(loaded, environment)
     run.save_config(loaded)
@@ -172,8 +182,8 @@ def evaluate_here(
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
     with open_world(device) as world:
-        parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies)
-        restore_model(checkpoint, parts.model)
+        parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies, initialises=False)
+        restore_model(checkpoint, parts.model, parts.managed)
         found: dict[str, Any] = {"step": checkpoint.step}
         splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]
         yardsticks = parts.yardsticks(compares=with_baselines and bool(splits), counts_ids=False)
@@ -200,6 +210,7 @@ def evaluate_untrained(run_dir: PathOrUri, split: Split, device: str, environmen
     with open_world(device) as world:
         config = run.load_config(environment).config
         parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies)
+        warm_start(config, parts.dataset.vocabularies, parts.model, world)
         return parts.evaluator.evaluate(parts.model, split)
 
 

@@ -126,7 +126,7 @@ def train_on_ray(
         teller.said(_what_starts(spread, ray.cluster_resources()))
         board = _start_board(ray)
         work = {"run": run, "device": request.device, "environment": needed, "board": board, "lanes": lanes}
-        work["plan"] = None if plan is None else plan.to_json()
+        work["plan"], work["poll_s"] = None if plan is None else plan.to_json(), request.poll_s
         trainer = _trainer(spread, request.device, run, work, ray.cluster_resources())
         return _follow(ray, trainer, board, teller)
 
@@ -386,7 +386,7 @@ def _train_as_worker(work: dict[str, Any]) -> None:
         if world.is_rank_zero:
             restarts = RunDirectory(work["run"]).num_attempts
             teller = Reporters([_BoardReporter(work["board"]), RayMetricsReporter(restarts)])
-        request = TrainRequest(run_dir=work["run"], resume=work["run"], device=work["device"])
+        request = TrainRequest(run_dir=work["run"], resume=work["run"], device=work["device"], poll_s=work["poll_s"])
         plan = None if work["plan"] is None else RecordedPlan.from_json(work["plan"], "--plan")
         result = train_in(world, request, environment, teller, _RayNotices(work["board"], world.is_rank_zero), plan)
         if world.is_rank_zero:
@@ -452,6 +452,7 @@ class _RayNotices(Notices):
         from ray.train.v2._internal.execution.context import get_train_context
 
         context = get_train_context()
+        self._ended.clear()
         self._thread = threading.Thread(target=self._watch, args=(context,), name="notices", daemon=True)
         self._thread.start()
         return self

@@ -22,10 +22,12 @@ class TrainRequest:
         config: a YAML config; None: that of the run which is continued.
         overrides: `a.b=value`, as of `--set`.
         run_dir: the run's folder, a path or a URI; None: a new one below `runs/`.
-        resume: the folder of the run to continue.
+        resume: the folder of the run to go on with.
         auto_resume: whether the run in `run_dir` is continued if it has begun.
         device: `cpu`, `cuda` or `auto`.
         plan: a plan.json to replay; None makes a plan.
+        continues: the folder of the run whose weights a new run takes over; None begins anew.
+        poll_s: seconds between looks for new partitions; None does not wait for any.
     """
 
     config: Path | None = None
@@ -35,10 +37,18 @@ class TrainRequest:
     auto_resume: bool = False
     device: str = "auto"
     plan: Path | None = None
+    continues: PathOrUri | None = None
+    poll_s: float | None = None
 
     def arguments(self) -> list[str]:
         """Returns the command line that asks for the same in one process."""
-        options = [("--run-dir", self.run_dir), ("--resume", self.resume), ("--device", self.device), ("--plan", self.plan)]
+        options: list[tuple[str, object]] = [
+            ("--run-dir", self.run_dir),
+            ("--resume", self.resume),
+            ("--device", self.device),
+            ("--plan", self.plan),
+        ]
+        options += [("--continue", self.continues), ("--poll", self.poll_s)]
         given = [text for name, value in options if value is not None for text in (name, str(value))]
         overrides = [text for override in self.overrides for text in ("--set", override)]
         return [
@@ -47,6 +57,7 @@ class TrainRequest:
             *given,
             *overrides,
             *(["--auto-resume"] if self.auto_resume else []),
+            *(["--watch"] if self.poll_s is not None else []),
         ]
 
     def resolved(self) -> TrainRequest:
@@ -63,15 +74,27 @@ class TrainRequest:
             raise ConfigError(
                 f"--run-dir {self.run_dir} and --resume {self.resume} name two folders. A run continues in its own."
             )
+        if resume is not None and self.continues is not None:
+            raise ConfigError(
+                f"--resume {self.resume} goes on with a run, and --continue {self.continues} begins one with another's "
+                "weights: give one of them."
+            )
+        if self.continues is not None and run_dir is not None:
+            former = RunDirectory(self.continues)
+            if former.folder.address == run_dir.folder.address:
+                raise ConfigError(f"--continue {self.continues} begins a run of its own: give another --run-dir, or none.")
         continued = self.resume
         if self.auto_resume and resume is None:
             if run_dir is None:
                 raise ConfigError("--auto-resume needs --run-dir: the folder of the run that is begun or continued.")
             if run_dir.has_begun:
                 continued = self.run_dir
-        if continued is None and self.config is None:
-            raise ConfigError("Give a config: embedshard train CONFIG; or a run to continue: --resume RUN_DIR.")
-        return TrainRequest(self.config, self.overrides, self.run_dir, continued, False, self.device, self.plan)
+        continues = self.continues if continued is None else None
+        if continued is None and continues is None and self.config is None:
+            raise ConfigError("Give a config: embedshard train CONFIG; or a run to go on with: --resume RUN_DIR.")
+        return TrainRequest(
+            self.config, self.overrides, self.run_dir, continued, False, self.device, self.plan, continues, self.poll_s
+        )
 
 
 def parse_workers(text: str) -> tuple[int, int]:

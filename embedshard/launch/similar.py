@@ -18,19 +18,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from embedshard.config import Config, bias_key, context_key
-from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig, WordNgramsVocabulary
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies
-from embedshard.data.vocabulary_building import kept_vocabularies
-from embedshard.errors import CheckpointError, ConfigError, DataError, nearest
-from embedshard.storage import PathOrUri, locate, reaching
-from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
+from embedshard.config import Config
+from embedshard.data.vocabulary import HeldIds, Vocabulary
+from embedshard.errors import DataError, nearest
+from embedshard.launch.run_tables import Id, check_holds, ids_in, open_checkpoint_of, table_of
+from embedshard.storage import PathOrUri, locate
+from embedshard.train.checkpoint_reader import Checkpoint
 from embedshard.train.run_directory import RunDirectory
 
 _OFFERED_IDS: Final = 100_000
 """Of the first so many ids of a vocabulary the one most like an unknown one is offered."""
-
-Id = int | str | None
 
 
 @dataclass(frozen=True)
@@ -104,11 +101,14 @@ def similar_here(
     """
     run = RunDirectory.open(run_dir)
     config = run.load_config(environment).config
-    table, owner, vocabulary = _table_of(run, config, table)
+    table, owner, vocabulary = table_of(run, config, table)
+    checkpoint = open_checkpoint_of(run, checkpoint_step)
+    vocabulary = ids_in(checkpoint, owner, vocabulary)
     row = _row_of(id_, owner, vocabulary)
-    checkpoint = _open(run, checkpoint_step)
     cosines = _cosines(checkpoint, f"tables/{table}/weight", row, id_)
     cosines[[row, vocabulary.rows]] = -np.inf
+    if isinstance(vocabulary, HeldIds):
+        cosines[: vocabulary.rows][~vocabulary.is_held] = -np.inf
     best = np.argpartition(-cosines, min(count, len(cosines) - 1))[:count]
     best = best[np.lexsort((best, -cosines[best]))]
     best = best[np.isfinite(cosines[best])].astype(np.int64, copy=False)
@@ -141,9 +141,10 @@ def vectors_here(
         EmbedshardError: what a user can act on.
     """
     run = RunDirectory.open(run_dir)
-    table, _, vocabulary = _table_of(run, run.load_config(environment).config, table)
-    checkpoint, name = _open(run, checkpoint_step), f"tables/{table}/weight"
-    _check_holds(checkpoint, name)
+    table, owner, vocabulary = table_of(run, run.load_config(environment).config, table)
+    checkpoint, name = open_checkpoint_of(run, checkpoint_step), f"tables/{table}/weight"
+    check_holds(checkpoint, name)
+    vocabulary = ids_in(checkpoint, owner, vocabulary)
     vectors = np.empty((vocabulary.rows, checkpoint.tensors[name].shape[1]), dtype=np.float32)
     for (first, column), block in checkpoint.blocks(name):
         values = block[: max(vocabulary.rows - first, 0)].float().numpy()  # the row for unknown ids is nobody's
@@ -176,50 +177,6 @@ def _named(near: Neighbour) -> str:
     return f"row {near.row}" if near.id is None else str(near.id)
 
 
-def _table_of(run: RunDirectory, config: Config, table: str | None) -> tuple[str, str, Vocabulary]:
-    """Returns the table that is meant, the config's table whose ids its rows are, and their vocabulary."""
-    table = _default_table(config) if table is None else table
-    owner = _vocabulary_table(config, table)
-    own = config.tables[owner].vocabulary
-    if config.tables[owner].composition is not None:
-        raise ConfigError(
-            f"table '{owner}' has the vocabulary '{own.kind}': an id's vector there is the sum of two rows, and no row is "
-            f"an id's. Name another table with --table. {_tables(config)}"
-        )
-    needed = [owner, own.of] if isinstance(own, WordNgramsVocabulary) else [owner]
-    alone = config.model_copy(update={"tables": {name: config.tables[name] for name in needed}})
-    kept = (run.read_json("inventory.json") or {}).get("tokenizers", {})
-    return table, owner, load_vocabularies(alone, kept, kept_vocabularies(alone, run.vocabularies))[owner]
-
-
-def _default_table(config: Config) -> str:
-    feature = config.drawn_feature()
-    if feature is None:
-        tables = list(config.tables)
-        if len(tables) == 1:
-            return tables[0]
-        raise ConfigError(f"the model has no item whose table could be meant: name one with --table. {_tables(config)}")
-    return config.features[feature].table  # type: ignore[union-attr]  # what is drawn is looked up
-
-
-def _vocabulary_table(config: Config, table: str) -> str:
-    """Returns the config's table whose ids a table's rows are."""
-    if table in config.tables:
-        return table
-    if isinstance(config.model, ItemEmbeddingConfig):
-        feature = config.model.sequence
-        if table in (context_key(feature), bias_key(context_key(feature))):
-            return config.features[feature].table  # type: ignore[union-attr]  # checked: a list
-    for name, feature_config in config.features.items():
-        if table == bias_key(name) and not isinstance(feature_config, DenseFeature):
-            return feature_config.table
-    raise ConfigError(f"--table: there is no table '{table}' whose rows are ids. {nearest(table, config.tables)}")
-
-
-def _tables(config: Config) -> str:
-    return f"There are {', '.join(config.tables)}." if config.tables else "There are none."
-
-
 def _row_of(id_: str, table: str, vocabulary: Vocabulary) -> int:
     """Returns the row of an id as it was typed.
 
@@ -245,27 +202,9 @@ def _row_of(id_: str, table: str, vocabulary: Vocabulary) -> int:
     return row
 
 
-def _open(run: RunDirectory, step: int | None) -> Checkpoint:
-    root = run.checkpoints
-    if step is None:
-        step = (run.read_json("result.json") or {}).get("selected_step")
-    with reaching(root):
-        found = newest_intact(root, verify=False) if step is None else open_step(root, step)
-    if found is None:
-        raise CheckpointError(
-            f"{run.folder.uri} has no checkpoint yet. Train on: embedshard train --resume {run.folder.uri}."
-        )
-    return found
-
-
-def _check_holds(checkpoint: Checkpoint, name: str) -> None:
-    if name not in checkpoint.tensors:
-        raise CheckpointError(f"{checkpoint.folder.uri} does not hold '{name}'. {nearest(name, checkpoint.tensors)}")
-
-
 def _cosines(checkpoint: Checkpoint, name: str, row: int, id_: str) -> npt.NDArray[np.float32]:
     """Returns the cosine of every row with one, -inf for a row of zeros. One file of the checkpoint is held at a time."""
-    _check_holds(checkpoint, name)
+    check_holds(checkpoint, name)
     spec = checkpoint.tensors[name]
     query = torch.empty(1, spec.shape[1], dtype=spec.dtype)
     checkpoint.read_into([(name, (row, 0), query)])

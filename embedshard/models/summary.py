@@ -175,6 +175,8 @@ def sharding_exceptions(config: Config, specs: Sequence[TableSpec]) -> list[str]
         for kind in spec.sharding.asked:
             if why := changed_optimizer(kind, spec.optimizer.kind):
                 found.append(f"tables.{spec.name}.sharding allows another optimizer: {why}.")
+        if spec.stochastic_rounding:
+            found.append(f"tables.{spec.name}.stochastic_rounding rounds its updates at random.")
     if config.sharding.communication != "fp32":
         found.append(
             f"sharding.communication is '{config.sharding.communication}': embeddings and gradients are rounded on their "

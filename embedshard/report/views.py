@@ -17,11 +17,13 @@ __all__ = [
     "hottest_rows",
     "labels",
     "metric_table",
+    "progressive_table",
     "slice_table",
     "validation",
 ]
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -170,6 +172,22 @@ def slice_table(run: Run) -> tuple[list[str], list[Row], dict[str, int | None]]:
     metrics = list(dict.fromkeys(m for values in slices.values() for m in values if m != "queries"))
     rows = [Row(name, [Cell(numbers(values).get(m)) for m in metrics]) for name, values in slices.items()]
     return metrics, rows, {name: integer(values.get("queries")) for name, values in slices.items()}
+
+
+def progressive_table(run: Run) -> tuple[list[str], list[tuple[str, int, dict[str, float]]]]:
+    """Returns the metrics of progressive validation, and of each partition its name, the steps done by then and the values.
+
+    They are taken from the curves, since a run that waits for partitions has no result yet.
+    """
+    prefix = "progressive/"
+    metrics = [name.removeprefix(prefix) for name in run.curves if name.startswith(prefix)]
+    names = run.inventory.get("names", [])
+    rows = []
+    for step, value in run.curves.get(f"{prefix}partition", ()):
+        number = int(value)
+        name = str(names[number - 1]) if number <= len(names) and names[number - 1] else str(number)
+        rows.append((name, step, {metric: dict(run.curves[prefix + metric]).get(step, math.nan) for metric in metrics}))
+    return [metric for metric in metrics if metric != "partition"], rows
 
 
 def hottest_rows(feature: Mapping[str, Any]) -> list[HotRow]:

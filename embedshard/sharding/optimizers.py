@@ -39,14 +39,22 @@ _DENSE_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
-def learning_rate_factor(schedule: ScheduleConfig, step: int, num_steps: int) -> float:
-    """Returns the factor on all learning rates at a 0-based step of a run of `num_steps`."""
-    if step < schedule.warmup_steps:
-        return (step + 1) / schedule.warmup_steps
+def learning_rate_factor(schedule: ScheduleConfig, step: int, num_steps: int, former_steps: int = 0) -> float:
+    """Returns the factor on all learning rates at a 0-based step of a run of `num_steps`.
+
+    In a run that continues others, warm-up and `decay_steps` go on counting from their first step; a decay over the rest of
+    the run is over the rest of this one, and begins at 1 again.
+    """
+    all_steps = former_steps + step
+    if all_steps < schedule.warmup_steps:
+        return (all_steps + 1) / schedule.warmup_steps
     if schedule.decay == "none":
         return 1.0
-    span = schedule.decay_steps or max(num_steps - schedule.warmup_steps, 1)
-    done = min((step - schedule.warmup_steps) / span, 1.0)
+    if schedule.decay_steps is not None:
+        done = min((all_steps - schedule.warmup_steps) / schedule.decay_steps, 1.0)
+    else:
+        warmup_left = max(schedule.warmup_steps - former_steps, 0)
+        done = min((step - warmup_left) / max(num_steps - warmup_left, 1), 1.0)
     left = 1.0 - done if schedule.decay == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
     return schedule.final + (1.0 - schedule.final) * left
 
@@ -102,12 +110,14 @@ class Optimizers:
         self._base_rates = [(group, float(group["lr"])) for group in groups]
         self._factor: float | None = None
 
-    def set_learning_rates(self, step: int, num_steps: int) -> float:
+    def set_learning_rates(self, step: int, num_steps: int, former_steps: int = 0) -> float:
         """Sets the learning rates of a 0-based step; returns the schedule's factor.
+
+        `former_steps` are those of the runs that this one continues.
 
         FBGEMM's kernels read theirs when the fused optimizer's `zero_grad` is called.
         """
-        factor = learning_rate_factor(self._schedule, step, num_steps)
+        factor = learning_rate_factor(self._schedule, step, num_steps, former_steps)
         if factor != self._factor:
             for group, base in self._base_rates:
                 group["lr"] = base * factor

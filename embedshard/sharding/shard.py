@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["make_sharders", "shard_model"]
+__all__ = ["make_sharders", "round_at_random", "shard_model"]
 
 from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv
+from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, ShardingPlan
 
 from embedshard.config import Config, TableSpec
 from embedshard.errors import ConfigError
@@ -25,7 +26,13 @@ from embedshard.world import World
 
 
 def shard_model(
-    model: nn.Module, config: Config, specs: Sequence[TableSpec], world: World, recorded: RecordedPlan | None = None
+    model: nn.Module,
+    config: Config,
+    specs: Sequence[TableSpec],
+    world: World,
+    recorded: RecordedPlan | None = None,
+    *,
+    initialises: bool = True,
 ) -> DistributedModelParallel:
     """Shards the tables by the plan, replicates the rest, and gives every row its first value. Collective.
 
@@ -35,6 +42,7 @@ def shard_model(
         specs: its tables.
         world: whose ranks share them.
         recorded: a plan to replay; None makes one.
+        initialises: whether rows get their first values; not where a checkpoint's replace them all.
 
     Raises:
         PlanError: if there is no plan within what the config allows, or the recorded one is another config's.
@@ -44,6 +52,7 @@ def shard_model(
     sharders = make_sharders(config, world.device)
     batch_size = config.train.global_batch_size // world.world_size
     plan = make_plan(model, specs, sharders, config.sharding.planner, world, batch_size, recorded)
+    round_at_random(plan, specs)
     if world.device.type == "cpu":
         pose_as_sgd(model)
     sharded = DistributedModelParallel(
@@ -57,19 +66,45 @@ def shard_model(
         # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
     )
+    replica = sharded._dmp_wrapped_module
+    if world.world_size == 1 and isinstance(replica, DistributedDataParallel):
+        # The sum over one rank: as it is, without a detour through gloo's thread.
+        replica.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
     take_over(sharded)
     take_over_sequences(sharded)
-    initialise_tables(config.seed, specs, weight_shards(sharded))
+    if initialises:
+        initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
+
+
+def _done(gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
+    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
+    done.set_result(gradients)
+    return done
+
+
+def round_at_random(plan: ShardingPlan, specs: Sequence[TableSpec]) -> None:
+    """Tells TorchRec, in its plan, which tables' updates are rounded at random."""
+    at_random = {spec.name for spec in specs if spec.stochastic_rounding}
+    for module_plan in plan.plan.values():
+        for table, placed in module_plan.items():
+            if table in at_random:
+                placed.stochastic_rounding = True
 
 
 def make_sharders(config: Config, device: torch.device) -> Sharders:
     """Returns what shards the tables on a device, which need not be there.
 
     Raises:
-        ConfigError: if the communication's precision is not to be had on the device.
+        ConfigError: if the communication's precision, or a table's rounding, is not to be had on the device.
     """
-    # Rounding at random would make the result depend on more than (config, data, seed).
+    for name, table in config.tables.items():
+        if table.stochastic_rounding and device.type == "cpu":
+            raise ConfigError(
+                f"tables.{name}.stochastic_rounding: FBGEMM rounds at random on CUDA alone, and on a CPU to the nearest. "
+                "Leave it out, or train on CUDA."
+            )
+    # Rounding at random makes the result depend on more than (config, data, seed): only a table that asks for it does.
     fused, codecs = {"stochastic_rounding": False}, _codecs(config, device)
     return (
         AnyTypeSharder(fused_params=fused, qcomm_codecs_registry=codecs),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["Assembly", "assemble"]
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +12,24 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.config import Config, TableSpec, table_specs
+from embedshard.config.parts import ManagedVocabulary
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import Dataset, open_dataset
+from embedshard.data.partitions import Partition
 from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
+from embedshard.data.source import Inventory
 from embedshard.data.tokenizer_training import PreparationProgress
 from embedshard.evaluate.evaluator import Evaluator
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
+from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
 from embedshard.storage import Location
+from embedshard.train.snapshot import table_shards
 from embedshard.train.step import Stepper
 from embedshard.world import World
 
@@ -43,6 +49,7 @@ class Assembly:
     evaluator: Evaluator
     collator: Collator
     tally: Tally
+    managed: ManagedTables | None = None
 
     @property
     def num_steps(self) -> int:
@@ -65,7 +72,19 @@ class Assembly:
             sampler=self.dataset.sampler,
             rank=self.world.rank,
             world_size=self.world.world_size,
+            former_steps=self.dataset.former.steps,
         )
+
+    def grow(self, partition: Partition, inventory: Inventory) -> None:
+        """Adds a partition to the training data, after the last one. Collective.
+
+        Raises:
+            DataError: if it cannot be read, or its files are others by now.
+        """
+        dataset = self.dataset
+        dataset.grow(partition, inventory, self.world)
+        self.collator = Collator(self.config, self.specs, self.tally, dataset.pair_maker, dataset.tree)
+        self.evaluator = Evaluator(self.config, dataset, self.collator, self.world, self.objective)
 
     def yardsticks(self, *, compares: bool, counts_ids: bool) -> Yardsticks:
         """Looks at the training set for all that the model's metrics are seen beside. Collective."""
@@ -82,6 +101,9 @@ def assemble(
     plan: RecordedPlan | None = None,
     progress: PreparationProgress | None = None,
     vocabularies: Location | None = None,
+    partitions: Sequence[Partition] | None = None,
+    *,
+    initialises: bool = True,
 ) -> Assembly:
     """Opens the data and builds everything else. Collective.
 
@@ -94,6 +116,8 @@ def assemble(
         plan: to be replayed; None makes one.
         progress: hears on rank 0 how far it is with what takes long.
         vocabularies: the folder of those that the run counts and keeps; None keeps none.
+        partitions: of the training data; None looks for them.
+        initialises: whether tables' rows get their first values; not where a checkpoint is restored next.
 
     Raises:
         ConfigError, DataError, PlanError: as the parts do.
@@ -101,11 +125,12 @@ def assemble(
     if config.train.deterministic and world.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
     if dataset is None:
-        dataset = open_dataset(config, world, resolved, progress, vocabularies)
+        dataset = open_dataset(config, world, resolved, progress, vocabularies, partitions)
     specs = table_specs(config, dataset.table_rows)
-    model = shard_model(build_model(config, specs), config, specs, world, plan)
+    model = shard_model(build_model(config, specs), config, specs, world, plan, initialises=initialises)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
+    managed = _manage(config, world, specs, model, optimizers)
     tally = Tally(dataset.train[0].decoder)
     collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
     return Assembly(
@@ -120,4 +145,22 @@ def assemble(
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
+        managed=managed,
     )
+
+
+def _manage(
+    config: Config,
+    world: World,
+    specs: tuple[TableSpec, ...],
+    model: DistributedModelParallel,
+    optimizers: Optimizers,
+) -> ManagedTables | None:
+    vocabularies = {
+        name: table.vocabulary for name, table in config.tables.items() if isinstance(table.vocabulary, ManagedVocabulary)
+    }
+    if not vocabularies:
+        return None
+    managed = ManagedTables(specs, vocabularies, config.data.lanes, world, config.seed)
+    managed.attach(model, lambda: table_shards(model, optimizers))
+    return managed

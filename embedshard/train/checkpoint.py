@@ -1,6 +1,6 @@
 """Checkpoints that belong to no world size: how the ranks of a run write them together.
 
-`step-00001000/` holds safetensors files of at most 256 MB and `manifest.json`. Each rank writes its own files, named
+`step-00001000/` holds safetensors files of at most 64 MB and `manifest.json`. Each rank writes its own files, named
 `<attempt>-r<rank>-<number>.safetensors`, then the list of them, `<attempt>-r<rank>.json`. Rank 0 waits for all lists and
 writes the manifest: its appearance commits the checkpoint. Then it deletes the lists, by which the other ranks know. So the
 ranks meet in the folder alone: no collective, in any thread, on disks and object stores.
@@ -90,7 +90,7 @@ class Checkpointer:
         attempt: str,
         mode: Literal["auto", "background", "blocking"] = "auto",
         memory_bytes: int = 2 * 1024**3,
-        max_file_bytes: int = 256 * 1000**2,
+        max_file_bytes: int = 64 * 1000**2,
         timeout_s: float = 600.0,
         is_aborted: Callable[[], bool] = lambda: False,
     ) -> None:

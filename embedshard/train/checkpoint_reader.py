@@ -22,6 +22,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -66,6 +67,7 @@ class Checkpoint:
         state: the JSON that the caller gave to keep.
         tensors: what it holds, by name.
         size_bytes: of its files.
+        num_files: how many they are.
     """
 
     def __init__(self, folder: Location, manifest: Manifest) -> None:
@@ -78,6 +80,7 @@ class Checkpoint:
             {name: TensorSpec(DTYPES[entry.dtype], entry.shape) for name, entry in manifest.tensors.items()}
         )
         self.size_bytes = sum(file.size for file in manifest.files)
+        self.num_files = len(manifest.files)
         self._dtypes = {name: entry.dtype for name, entry in manifest.tensors.items()}
         self._files: dict[str, FileEntry] = {file.name: file for file in manifest.files}
         self._by_name: dict[str, list[PieceEntry]] = defaultdict(list)
@@ -132,6 +135,30 @@ class Checkpoint:
                         yield piece.offset, content[piece.key]
         except DamageError as error:
             raise CheckpointError(f"{error}. {offer(self.folder)}") from error
+
+    def row_blocks(
+        self, name: str, wanted: Callable[[int, int], bool] = lambda first, last: True
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yields a tensor's rows in order, all columns of them, as many at once as a piece has. Not collective.
+
+        Beside one block no more than one file is in memory.
+
+        Args:
+            name: of a tensor with at least one axis.
+            wanted: asked whether rows [first, last) are to be read; files that none is wanted of are not looked at.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or a file is damaged.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder.uri} does not hold '{name}'. {nearest(name, self.tensors)}")
+        spec = self.tensors[name]
+        cuts = sorted({0, spec.shape[0], *(piece.offset[0] for piece in self._by_name[name])})
+        for first, last in pairwise(cuts):
+            if wanted(first, last):
+                block = torch.empty(last - first, *spec.shape[1:], dtype=spec.dtype)
+                self.read_into([(name, (first, *(0 for _ in spec.shape[1:])), block)])
+                yield first, block
 
     def verify(self) -> None:
         """Reads every file and checks its size, its SHA-256 and what it holds. Not collective.

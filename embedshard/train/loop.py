@@ -18,14 +18,18 @@ from typing import Any
 from embedshard import __version__
 from embedshard.config import Config
 from embedshard.data.order import Position
+from embedshard.data.partitions import Former
 from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
+from embedshard.evaluate.progressive import Progressive
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
 from embedshard.models.summary import sharding_exceptions
 from embedshard.report import write_report
+from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.recorded import RecordedPlan
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
+from embedshard.train.continuation import check_can_grow, continuation_of
 from embedshard.train.ledger import Ledger
 from embedshard.train.run_directory import Origin, RunDirectory
 from embedshard.train.snapshot import pieces, restore, restore_model
@@ -34,6 +38,8 @@ from embedshard.train.step import StepResult
 from embedshard.train.stop import Notices, StopSignal
 from embedshard.train.stopwatch import Stopwatch
 from embedshard.train.tracking import Reporter
+from embedshard.train.warm_start import warm_start
+from embedshard.train.watch import Watch
 from embedshard.world import World
 
 
@@ -60,8 +66,11 @@ def train(
     resume_from: Checkpoint | None = None,
     notices: Notices | None = None,
     plan: RecordedPlan | None = None,
+    poll_s: float | None = None,
 ) -> TrainResult:
     """Trains a config to its end, or until it is asked to stop. Collective.
+
+    A run that continues another (`continuation.py`) begins with its weights and trains the partitions that are new.
 
     Args:
         config: what is trained.
@@ -71,22 +80,49 @@ def train(
         resume_from: where the run goes on; None begins it.
         notices: what this rank is asked from outside; None listens for SIGTERM and SIGINT.
         plan: which table lies where; None keeps the run's own plan where it still fits, else makes one.
+        poll_s: seconds between looks for new partitions, which the run then waits for until it is asked to stop; None ends
+            it with those that there are.
 
     Raises:
         ConfigError, DataError, PlanError, CheckpointError, TrainingError: what a user can act on.
     """
     begin = time.monotonic()
+    notices = notices or StopSignal()
     kept, own_plan = run.read_json("inventory.json"), plan or _own_plan(world, run)
-    parts = assemble(config, world, kept, plan=own_plan, progress=reporter.prepared, vocabularies=run.vocabularies)
+    continues = continuation_of(run)
+    if continues is not None or poll_s is not None:
+        check_can_grow(config, poll_s is not None)
+    watch = None if poll_s is None else Watch(config.data, poll_s, reporter.said)
+    partitions = None
+    if kept is None and continues is not None:
+        kept = continues.inherited
+    if watch is not None and (kept is None or "partitions" not in kept):
+        reporter.said(f"Waits for partitions, and looks every {poll_s:g} s.")
+        partitions = watch.first(world, Former.from_json((kept or {}).get("former")), notices)
+        if not partitions:
+            return TrainResult(notices.stop or "another rank", 0, {})
+    is_new = resume_from is None and continues is None
+    parts = assemble(
+        config, world, kept, None, own_plan, reporter.prepared, run.vocabularies, partitions, initialises=is_new
+    )
     state = TrainState()
+    if resume_from is None and continues is not None:
+        restore(continues.checkpoint(), parts.model, parts.optimizers, parts.objective, parts.managed)
+        if parts.managed is not None:
+            parts.managed.count_steps_anew()
+    if is_new:
+        _start_warm(parts, run, reporter)
     if resume_from is not None:
-        restore(resume_from, parts.model, parts.optimizers, parts.objective)
+        restore(resume_from, parts.model, parts.optimizers, parts.objective, parts.managed)
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
         run.write_tokenizers(parts.dataset.tokenizers)
         run.write_json("plan.json", parts.plan.to_json())
     _say_skipped(parts.dataset.skipped_files, reporter)
+    if parts.dataset.newer and watch is None:
+        shown = ", ".join(parts.dataset.newer[:5]) + (", ..." if len(parts.dataset.newer) > 5 else "")
+        reporter.said(f"Partitions that came after this run had begun are left to one that continues it: {shown}.")
     for exception in sharding_exceptions(config, parts.specs):
         reporter.said(exception)
     origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
@@ -104,9 +140,9 @@ def train(
         ledger = Ledger(run.ledger, attempt.attempt, world.rank)
         quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
         check = partial(run.check_not_replaced, attempt)
-        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine, check)
+        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine, check, run, watch)
         try:
-            stopped_by = training.run(notices or StopSignal())
+            stopped_by = training.run(notices)
         finally:
             if not run.is_replaced(attempt):
                 ledger.close()
@@ -121,6 +157,15 @@ def train(
         reporter.saving()
         _leave_report(run, reporter)
     return result
+
+
+def _start_warm(parts: Assembly, run: RunDirectory, reporter: Reporter) -> None:
+    """Gives rows the vectors that the config names, if it names any, and keeps what came of it. Collective."""
+    found = warm_start(parts.config, parts.dataset.vocabularies, parts.model, parts.world, reporter.prepared)
+    if found and parts.world.is_rank_zero:
+        run.write_json("warm_start.json", {table: start.to_json() for table, start in found.items()})
+    for start in found.values():
+        reporter.said(start.sentence)
 
 
 def _own_plan(world: World, run: RunDirectory) -> RecordedPlan | None:
@@ -145,24 +190,60 @@ class _Training:
         ledger: Ledger,
         quarantine: Quarantine,
         check_not_replaced: Callable[[], None],
+        run: RunDirectory,
+        watch: Watch | None,
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
         self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
         self.check_not_replaced = check_not_replaced
+        self.directory, self.watch = run, watch
         self.num_steps = parts.num_steps
         self.stopwatch = Stopwatch()
         self.samples = self.steps = 0  # of this attempt
 
     def run(self, notices: Notices) -> str | None:
         """Takes the steps that are left; returns the signal that ended it early, if one did."""
+        with notices:
+            stopped_by = self._train(notices)
+            while self.watch is not None and stopped_by is None and not self._has_ended:
+                if not self._grow(self.watch, notices):
+                    return notices.stop or "another rank"
+                stopped_by = self._train(notices)
+        return stopped_by
+
+    @property
+    def _has_ended(self) -> bool:
+        """Whether the run ends here even if there are more partitions to come."""
+        train = self.parts.config.train
+        return self.state.has_stopped_early(train.early_stopping) or train.max_steps == self.state.step
+
+    def _grow(self, watch: Watch, notices: Notices) -> bool:
+        """Waits for the next partition and takes it; returns whether there is one, and not a stop."""
+        dataset = self.parts.dataset
+        self.checkpointer.wait()  # who waits may be killed
+        self.reporter.said(f"Waits for the partition after {dataset.names[-1]}.")
+        arrived = watch.wait(self.parts.world, [*dataset.former.names, *dataset.names], notices)
+        if not arrived:
+            return False
+        self.check_not_replaced()
+        self.parts.grow(arrived[0].partition, arrived[0].inventory)
+        if self.parts.world.is_rank_zero:
+            self.directory.write_json("inventory.json", dataset.resolved())
+        self.num_steps = self.parts.num_steps
+        self.reporter.said(f"Trains partition {dataset.names[-1]}: {dataset.order.num_rows[-1]:,} rows.")
+        return True
+
+    def _train(self, notices: Notices) -> str | None:
+        """Trains the partitions that there are; returns the signal that ended it early, if one did."""
         config, state, steps = self.parts.config, self.state, self.num_steps
         self.reporter.started(state.step, steps)
-        with self.parts.reader().batches(state.step, steps) as batches, notices:
+        with self.parts.reader().batches(state.step, steps) as batches:
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
+                self._validate_next_partition()
                 self.stopwatch.restart()
                 batch = next(batches)
                 self.stopwatch.lap("data")
-                self.parts.optimizers.set_learning_rates(state.step, steps)
+                self.parts.optimizers.set_learning_rates(state.step, steps, self.parts.dataset.former.steps)
                 result = self.parts.stepper.take(
                     batch, notices.stop is not None, notices.save, self.parts.dataset.bytes_read
                 )
@@ -171,22 +252,46 @@ class _Training:
                 state.step += 1
                 state.samples_seen += result.rows
                 self.samples, self.steps = self.samples + result.rows, self.steps + 1
-                self._count_bad_rows(batch.training_position, result)
+                position = batch.training_position
+                self._count_bad_rows(position, result)
                 self.stopwatch.lap("step")
-                self._tell(batch.training_position, result)
+                self._tell(position, result)
                 is_end = state.step == steps
                 self.stopwatch.restart()
-                is_best = self._evaluate(batch.training_position, is_end)
+                is_best = self._evaluate(position, is_end)
                 self.stopwatch.lap("evaluate")
                 ends = is_end or result.stop_asked or state.has_stopped_early(config.train.early_stopping)
-                is_due = due(state.step, config.checkpoint.every_steps, batch.training_position.is_epoch_end)
-                if ends or is_best or is_due or result.save_asked:
+                is_due = due(state.step, config.checkpoint.every_steps, position.is_epoch_end)
+                if ends or is_best or is_due or result.save_asked or (position.is_partition_end and self._is_by_days):
                     self._save()
                     notices.save = False
                     self.reporter.measured(state.step, {"checkpoint/seconds": self.stopwatch.lap("checkpoint")})
                 if result.stop_asked and not is_end:
                     return notices.stop or "another rank"
         return None
+
+    @property
+    def _is_by_days(self) -> bool:
+        """Whether the end of a partition is a place to go back to."""
+        return self.parts.config.data.partitions is not None or bool(self.parts.dataset.former.inventories)
+
+    def _validate_next_partition(self) -> None:
+        """Evaluates a partition that is about to be trained for the first time, if the config says so."""
+        state, dataset = self.state, self.parts.dataset
+        if not self.parts.config.evaluate.progressive:
+            return
+        position = dataset.order.position(state.step)
+        if position.epoch or position.step_in_epoch or len(state.progressive) > position.partition:
+            return
+        self.stopwatch.restart()
+        progressive = Progressive(self.parts.config, self.parts.collator, self.parts.world)
+        values = progressive.evaluate(self.parts.model, dataset.train[position.partition])
+        self.stopwatch.lap("evaluate")
+        number = position.partition + 1
+        about = {"partition": number, "name": dataset.names[position.partition], "step": state.step}
+        state.progressive.append(about | values)
+        told = {f"progressive/{name}": value for name, value in values.items()}
+        self.reporter.measured(state.step, {"progressive/partition": number, **told})
 
     @property
     def samples_per_second(self) -> float:
@@ -227,6 +332,7 @@ class _Training:
                     "train/bytes_read": result.bytes_read,
                     **({"train/quarantined": bad_rows.quarantined} if bad_rows.quarantined else {}),
                     **{f"train/oov/{name}": count / bad_rows.ids[name] for name, count in bad_rows.oov.items() if count},
+                    **_vocabulary_metrics(self.parts.managed),
                 },
             )
 
@@ -251,11 +357,12 @@ class _Training:
         self.reporter.saving()
         self.checkpointer.save(
             self.state.step,
-            lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world),
+            lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world, parts.managed),
             {
                 "train": self.state.to_json(),
                 "vocabularies": parts.dataset.vocabulary_fingerprints(),
                 "data": parts.dataset.fingerprint,
+                "partitions": len(parts.dataset.train),
                 "embedshard": __version__,
             },
             keep=parts.config.checkpoint.keep,
@@ -263,6 +370,21 @@ class _Training:
         )
         if self.checkpointer.decision != decided:
             self.reporter.said(f"Checkpoints are written {self.checkpointer.decision}.")
+
+
+def _vocabulary_metrics(managed: ManagedTables | None) -> dict[str, float]:
+    """Returns what became of the ids of managed vocabularies since the last time. Collective."""
+    counted = {} if managed is None else managed.take_counts()
+    return {
+        f"train/vocabulary/{table}/{name}": value
+        for table, counts in counted.items()
+        for name, value in {
+            "admitted": counts.admitted,
+            "evicted": counts.evicted,
+            "used_rows": counts.used,
+            "unknown_share": counts.unknown / max(counts.lookups, 1),
+        }.items()
+    }
 
 
 def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:
@@ -293,7 +415,7 @@ def _conclude(
     """Evaluates the selected checkpoint on the test set, once, and writes result.json."""
     selected_step = state.step if state.best_step is None else state.best_step
     if selected_step != state.step:
-        restore_model(open_step(run.checkpoints, selected_step), parts.model)
+        restore_model(open_step(run.checkpoints, selected_step), parts.model, parts.managed)
     metrics: dict[str, float] = {}
     comparison = Comparison()
     has_test = parts.evaluator.has("test")
@@ -325,6 +447,9 @@ def _conclude(
         "workers": parts.world.world_size,
         "idle_workers": parts.world.idle,
         "evaluated": parts.evaluator.counts,
+        "progressive": state.progressive,
+        "former_steps": parts.dataset.former.steps,
+        "warm_start": run.read_json("warm_start.json") or {},
         "bad_rows": _bad_rows(parts, state),
         "skipped_files": parts.dataset.skipped_files,
     }

@@ -6,7 +6,7 @@ of the attempt whose run it is now, and a former one that still lives must not w
 
 from __future__ import annotations
 
-__all__ = ["Attempt", "Origin", "RunDirectory"]
+__all__ = ["Attempt", "Origin", "RunDirectory", "is_below"]
 
 import hashlib
 import json
@@ -28,7 +28,9 @@ _FREE_TO_CHANGE = (
 )  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
 
-_CHECKED_BY_CONTENT = ("data.train", "data.validation", "data.test", "data.partitions", "tables.*.vocabulary.path")
+_CHECKED_BY_CONTENT = (
+    "data.train", "data.validation", "data.test", "data.partitions", "tables.*.vocabulary.path", "tables.*.init_from.parquet"
+)  # fmt: skip
 """Where files lie may differ too: inventory and vocabularies tell whether they are the same."""
 
 
@@ -137,7 +139,7 @@ class RunDirectory:
         changed = [
             f"  {path}: {theirs!r} in the run, {mine!r} now"
             for path, mine, theirs in differences(ours, theirs_now)
-            if not _is_below(path, _FREE_TO_CHANGE)
+            if not is_below(path, _FREE_TO_CHANGE)
         ]
         values = variable_values(saved, environment)
         now = _digests(values)
@@ -296,11 +298,12 @@ def _digests(values: Mapping[str, str]) -> dict[str, str]:
     return {
         path: hashlib.sha256(f"{path}={text}".encode()).hexdigest()
         for path, text in values.items()
-        if not _is_below(path, _FREE_TO_CHANGE + _CHECKED_BY_CONTENT)
+        if not is_below(path, _FREE_TO_CHANGE + _CHECKED_BY_CONTENT)
     }
 
 
-def _is_below(path: str, places: Sequence[str]) -> bool:
+def is_below(path: str, places: Sequence[str]) -> bool:
+    """Returns whether a dotted path of a config is one of some places, whose parts may be globs, or below one."""
     parts = path.split(".")
     return any(
         len(place) <= len(parts) and all(fnmatch(part, wanted) for part, wanted in zip(parts, place, strict=False))

@@ -28,6 +28,8 @@ class TrainState:
         best_value: best value of the selected metric so far.
         best_step: the step at which it was reached.
         evaluations_since_best: evaluations since then.
+        progressive: of each partition that was evaluated before it was trained: its number from 1, its name, the steps done
+            by then, its rows and its metrics.
     """
 
     step: int = 0
@@ -37,6 +39,7 @@ class TrainState:
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0
+    progressive: list[dict[str, Any]] = field(default_factory=list)
 
     def judge(self, value: float, higher_is_better: bool, min_delta: float) -> bool:
         """Takes a value of the selected metric into account; returns whether it is the best so far. NaN never is."""
@@ -59,5 +62,5 @@ class TrainState:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TrainState:
         """Returns the state that a checkpoint kept."""
-        kept = {known.name: values[known.name] for known in fields(cls)}
+        kept = {known.name: values[known.name] for known in fields(cls) if known.name in values}
         return cls(**kept | {"bad_rows": BadRowCounts(**values["bad_rows"])})

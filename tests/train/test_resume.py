@@ -114,6 +114,15 @@ def test_a_run_that_is_not_checkpointed_yet_resumes_from_its_beginning(
     assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / "killed"))
 
 
+def test_a_resumed_run_does_not_draw_the_first_values_that_the_checkpoint_replaces(make_config, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("embedshard.sharding.shard.initialise_tables", lambda *about: drawn.append(about))
+    run_stopped(make_config(), tmp_path / "run", 2)
+    assert len(drawn) == 1
+    run_to_end(make_config(), tmp_path / "run", newest_intact(RunDirectory(tmp_path / "run").checkpoints))
+    assert len(drawn) == 1
+
+
 def test_a_finished_run_that_is_started_again_ends_cleanly_with_the_same_result(make_config, tmp_path):
     loaded = make_config()
     _, result = run_to_end(loaded, tmp_path / "run")
