@@ -15,7 +15,7 @@ from embedshard.data.hashing import hash_integers, hash_strings
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import ConfigError, DataError
 from embedshard.launch.local import summarise_config
-from embedshard.launch.similar import _table_of
+from embedshard.launch.run_tables import table_of
 from embedshard.sharding.demand import key_lengths
 
 QR = {"kind": "quotient_remainder", "ids": 10}
@@ -132,7 +132,7 @@ def test_what_does_not_go_with_two_rows_is_refused():
         build_config(tree({"kind": "double_hash"}), {}, "test")
     config = build_config(tree(QR), {}, "test")
     with pytest.raises(ConfigError, match=r"table 't' has the vocabulary 'quotient_remainder'.*sum of two rows"):
-        _table_of(None, config, "t")
+        table_of(None, config, "t")
 
 
 def test_the_share_of_ids_that_collide_is_the_expected_one(tmp_path):
