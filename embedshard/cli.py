@@ -434,6 +434,7 @@ def vocabulary_build(
 
     from embedshard.launch.vocabulary import build_here, parse_size, show
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # as an exception, so that what was spilled is removed
     built = build_here(
         config,
         overrides or [],

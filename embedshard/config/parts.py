@@ -644,7 +644,7 @@ class TableConfig(Strict):
         ):
             raise ValueError(
                 f"'init_from' gives the row of an id its vector, and under a {self.vocabulary.kind} vocabulary a row is not "
-                f"one id's. Use the vocabulary 'identity', 'file' or 'words'"
+                f"one id's. Use the vocabulary 'identity', 'file', 'auto' or 'words'"
             )
         return self
 

@@ -10,8 +10,9 @@ __all__ = ["DEFAULT_MEMORY_BYTES", "build_vocabularies", "counted_tables", "kept
 import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from embedshard.config import Config
 from embedshard.config.parts import AutoVocabulary, DenseFeature
@@ -21,10 +22,12 @@ from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_training
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
-from embedshard.data.vocabulary_counts import Share, count_share, merge_shares
 from embedshard.errors import DataError
 from embedshard.storage import Location, locate, reaching
 from embedshard.world import World
+
+if TYPE_CHECKING:
+    from embedshard.data.vocabulary_counts import Share
 
 DEFAULT_MEMORY_BYTES: Final = 2 * 1024**3
 """That a process may take while it counts."""
@@ -128,6 +131,9 @@ def _build(
     progress: PreparationProgress | None,
     memory_bytes: int,
 ) -> None:
+    # Here, since DuckDB takes a moment and 17 MiB, and most runs count nothing.
+    from embedshard.data.vocabulary_counts import count_share, merge_shares
+
     features = {name: feature.model_dump(mode="json") for name, feature in _features(config, table)}
     rank, world_size = (0, 1) if world is None else (world.rank, world.world_size)
 
@@ -154,7 +160,7 @@ def _build(
                 with reaching(part_of(number)):
                     part_of(number).get_file(scratch / share.path.name)
                     part_of(number).delete_file()
-            own = [Share(scratch / share.path.name, share.lookups) for share in shares]
+            own = [replace(share, path=scratch / share.path.name) for share in shares]
             path = merge_shares(own, vocabulary, sources, table, features, memory_bytes, scratch)
             with reaching(kept):
                 kept.put_file(path)

@@ -98,9 +98,14 @@ class IdFile:
         """Returns what is known, for messages."""
         return f"the {self.rows} ids of {self._where}"
 
-    def counts(self) -> IntArray:
-        """Returns how often each row's id was met, and last how often all ids without a row were, (rows + 1,)."""
-        assert self.counted is not None, "asked for where they were counted"
+    def counts(self) -> IntArray | None:
+        """Returns how often each row's id was met, and last how often all ids without a row were, (rows + 1,).
+
+        None where they were not counted, or where the file is gone since: it was made for this process alone, say.
+        """
+        with reaching(self._location):
+            if self.counted is None or not self._location.exists():
+                return None
         with self._location.open_input() as file:
             of_rows = pq.read_table(file, columns=["count"])["count"].to_numpy()
         return np.append(of_rows, self.counted.lookups - self.counted.known).astype(np.int64)
@@ -158,7 +163,10 @@ def load_id_file(table: str, location: Location, path: str, column: str | None) 
 
 
 def _unreadable(where: str, error: Exception) -> DataError:
-    return DataError(f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order.")
+    return DataError(
+        f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order, as "
+        f"'embedshard vocabulary build' writes one."
+    )
 
 
 def _column(where: str, parquet: pq.ParquetFile, column: str | None) -> str:

@@ -21,6 +21,7 @@ PROGRAM = """
     import json, os, sys
     import torch, torch.distributed as dist
     from embedshard.config import load_config
+    from embedshard.data.dataset import open_dataset
     from embedshard.sharding.shards import weight_shards
     from embedshard.storage import locate
     from embedshard.train.assembly import assemble
@@ -41,6 +42,8 @@ PROGRAM = """
             for batch in batches:
                 parts.optimizers.set_learning_rates(batch.position.step, 14)
                 losses.append(parts.stepper.take(batch, stop_asked=False).loss)
+        alone = open_dataset(config, world, None).vocabulary_fingerprints()  # in a folder of its own, as verify counts
+        assert alone == parts.dataset.vocabulary_fingerprints(), alone
         found = {"losses": losses, "shards": [(s.table, s.offset, s.tensor.tolist()) for s in weight_shards(parts.model)]}
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"

@@ -175,6 +175,13 @@ def test_popularity_and_slices_come_from_the_counts_and_are_what_a_pass_would_co
     assert (counts[-1] > 0) == ("max_size" in item)
 
 
+def test_counts_that_are_kept_nowhere_are_counted_again(rows):
+    with open_world("cpu") as world:
+        dataset = open_dataset(loaded(rows).config, world, None)
+    assert dataset.known_counts("item") is None, "its file was there for as long as it was loaded"
+    assert np.isfinite(dataset.sampler._log_q_of_row[:-1]).all()
+
+
 def test_counts_that_mean_something_else_are_not_taken(rows, tmp_path):
     def known(made_from, folder):
         with open_world("cpu") as world:

@@ -182,3 +182,24 @@ def test_a_write_that_fails_leaves_the_former_file_and_no_partial_one(tmp_path, 
         file.write_text_atomically("new")
     assert file.read_bytes() == b"former"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_copy_of_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
+    (tmp_path / "source").write_bytes(b"new" * 1000)
+    target = locate(tmp_path / "folder" / "copy")
+    target.parent.make_dirs()
+    target.write_bytes_atomically(b"former")
+
+    def broken(source, partial):
+        partial.write_bytes(b"new")
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.copyfile", broken)
+        with pytest.raises(OSError, match="the disk is full"):
+            target.put_file(tmp_path / "source")
+    assert target.read_bytes() == b"former"
+    assert target.parent.list_names() == ["copy"], "no part is left"
+    target.put_file(tmp_path / "source")
+    target.get_file(tmp_path / "back")
+    assert target.read_bytes() == (tmp_path / "back").read_bytes() == b"new" * 1000
