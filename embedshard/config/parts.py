@@ -106,7 +106,7 @@ class EachPartition(Strict):
     each: str
     """A glob: each folder or file that it names is a partition, in the order of their paths, numbers in them by value."""
     marker: str | None = Field(None, pattern=r"^[^/]+$")
-    """A file, such as `_SUCCESS`, without which a folder is not complete: it is passed over until it is there."""
+    """A file, such as `_SUCCESS`, without which a folder is not complete: the partitions end before it."""
 
 
 class DataConfig(Strict):

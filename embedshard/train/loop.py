@@ -198,6 +198,7 @@ class _Training:
 
     def run(self, notices: Notices) -> str | None:
         """Takes the steps that are left; returns the signal that ended it early, if one did."""
+        self.reporter.started(self.state.step, self.num_steps)
         with notices:
             stopped_by = self._train(notices)
             while self.watch is not None and stopped_by is None and not self._has_ended:
@@ -216,6 +217,9 @@ class _Training:
         """Waits for the next partition and takes it; returns whether there is one, and not a stop."""
         dataset = self.parts.dataset
         self.checkpointer.wait()  # who waits may be killed
+        if self.parts.world.is_rank_zero:
+            self.reporter.saving()
+            _leave_report(self.directory, self.reporter, is_over=False)
         self.reporter.said(f"Waits for the partition after {dataset.names[-1]}.")
         arrived = watch.wait(self.parts.world, [*dataset.former.names, *dataset.names], notices)
         if not arrived:
@@ -225,13 +229,13 @@ class _Training:
         if self.parts.world.is_rank_zero:
             self.directory.write_json("inventory.json", dataset.resolved())
         self.num_steps = self.parts.num_steps
+        self.reporter.grown(self.num_steps)
         self.reporter.said(f"Trains partition {dataset.names[-1]}: {dataset.order.num_rows[-1]:,} rows.")
         return True
 
     def _train(self, notices: Notices) -> str | None:
         """Trains the partitions that there are; returns the signal that ended it early, if one did."""
         config, state, steps = self.parts.config, self.state, self.num_steps
-        self.reporter.started(state.step, steps)
         with self.parts.reader().batches(state.step, steps) as batches:
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
                 self._validate_next_partition()
@@ -440,10 +444,10 @@ def _conclude(
     return TrainResult(None, state.step, metrics)
 
 
-def _leave_report(run: RunDirectory, reporter: Reporter) -> None:
+def _leave_report(run: RunDirectory, reporter: Reporter, is_over: bool = True) -> None:
     """Writes report.html. The run is done by now: a failure to tell of it is said and fails nothing."""
     try:
-        write_report([run.folder], is_over=True)
+        write_report([run.folder], is_over=is_over)
     except Exception as error:
         reporter.said(
             f"The report could not be made ({type(error).__name__}: {error}). The run itself is whole. Try again with: "

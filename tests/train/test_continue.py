@@ -1,5 +1,6 @@
 """Day after day: a run goes on where another one ended, waits for days, and evaluates each before it is trained."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from embedshard.config import Loaded, build_config
 from embedshard.data.partitions import find_partitions
@@ -21,7 +23,7 @@ from embedshard.sharding.optimizers import learning_rate_factor
 from embedshard.train.audit import audit_run
 from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
-from embedshard.train.tracking import Reporter
+from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
 from embedshard.world import open_world
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -100,11 +102,16 @@ def test_what_one_glob_names_are_the_partitions_in_the_order_of_their_numbers(da
     data = Loaded(build_config(yaml.safe_load(day_config().read_text()), {}, ""), {}, "").config.data
     assert [partition.name for partition in find_partitions(data)] == ["day=1", "day=2", "day=9", "day=10"]
     marked = data.model_copy(update={"partitions": data.partitions.model_copy(update={"marker": "_SUCCESS"})})
-    (tmp_path / "days" / "day=2" / "_SUCCESS").touch()
-    assert [partition.name for partition in find_partitions(marked)] == ["day=2"]
-    (tmp_path / "days" / "day=2" / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="none of the 4 that it names has a _SUCCESS yet"):
         find_partitions(marked)
+    assert find_partitions(marked, waits=True) == []
+    for number in (1, 2):
+        (tmp_path / "days" / f"day={number}" / "_SUCCESS").touch()
+    assert [partition.name for partition in find_partitions(marked)] == ["day=1", "day=2"]
+    (tmp_path / "days" / "day=10" / "_SUCCESS").touch()
+    with pytest.raises(DataError, match="'day=9' has no _SUCCESS yet, and 'day=10' after it has"):
+        find_partitions(marked)
+    assert [partition.name for partition in find_partitions(marked, waits=True)] == ["day=1", "day=2"]
 
 
 def test_a_run_that_continues_another_ends_like_one_that_had_all_days(
@@ -161,7 +168,8 @@ def test_a_continuing_run_that_is_broken_off_resumes_bit_for_bit(
     for limit in (1, 3):
         folder = tmp_path / f"cut-{limit}"
         train(config, folder, continues=tmp_path / "first", overrides=(f"train.max_steps={limit}",))
-        days_now = days(5 + limit)  # a day that comes meanwhile is not this run's
+        days_now = days(5 + limit)  # a day that comes meanwhile is not this run's, and is not even whole yet
+        (days_now / "part.parquet").write_bytes(b"PAR1 and so on")
         told = Told()
         train(config, folder, told, resume=folder)
         assert any("left to one that continues it" in sentence for sentence in told.sentences)
@@ -401,3 +409,40 @@ def test_what_cannot_wait_is_refused(days, day_config, tmp_path, changes, says):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=says):
         train(path, tmp_path / "run", poll_s=0.1)
+
+
+def test_a_marker_says_that_a_day_is_complete(days, day_config, tmp_path):
+    each = {"each": str(tmp_path / "days" / "day=*"), "marker": "_DONE"}
+    config = day_config(data={"train": None, "partitions": each, "label": "clicked"})
+    heard = []
+
+    def follow(sentence):
+        heard.append(sentence)
+        if sentence.startswith("Waits for partitions"):
+            (tmp_path / "days" / "day=1" / "_DONE").touch()
+        if sentence.startswith("Waits for the partition after day=1"):
+            (tmp_path / "days" / "day=2" / "_DONE").touch()
+        if sentence.startswith("Waits for the partition after day=2"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    told = Told(follow)
+    assert train(config, tmp_path / "run", told, poll_s=0.1).stopped_by == "SIGTERM"
+    assert json.loads((tmp_path / "run" / "inventory.json").read_text())["names"] == ["day=1", "day=2"]
+    assert len(told.losses) == 4
+
+
+def test_a_bar_on_a_terminal_grows_with_the_run(days, day_config, tmp_path):
+    """A second live bar would be an error."""
+    days(3).rename(tmp_path / "day=3")
+    shown = io.StringIO()
+    reporter = ConsoleReporter(Console(file=shown, force_terminal=True, width=100), 1)
+
+    def follow(sentence):
+        if sentence.startswith("Waits for the partition after day=2"):
+            (tmp_path / "day=3").rename(tmp_path / "days" / "day=3")
+        if sentence.startswith("Waits for the partition after day=3"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(day_config(), tmp_path / "run", Reporters([reporter, Told(follow)]), poll_s=0.1).step == 6
+    reporter.finished()
+    assert "step 6/6" in shown.getvalue()
