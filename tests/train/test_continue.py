@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -15,9 +16,10 @@ import yaml
 from rich.console import Console
 
 from embedshard.config import Loaded, build_config
+from embedshard.data.dataset import open_dataset
 from embedshard.data.partitions import find_partitions
 from embedshard.errors import CheckpointError, ConfigError, DataError
-from embedshard.launch.local import train_in
+from embedshard.launch.local import evaluate_here, train_in
 from embedshard.launch.request import TrainRequest
 from embedshard.sharding.optimizers import learning_rate_factor
 from embedshard.train.audit import audit_run
@@ -446,3 +448,78 @@ def test_a_bar_on_a_terminal_grows_with_the_run(days, day_config, tmp_path):
     assert train(day_config(), tmp_path / "run", Reporters([reporter, Told(follow)]), poll_s=0.1).step == 6
     reporter.finished()
     assert "step 6/6" in shown.getvalue()
+
+
+def test_rows_are_held_out_of_the_days_that_are_new_and_the_run_is_evaluated_by_itself(days, day_config, tmp_path):
+    data = {
+        "train": None, "partitions": {"each": str(tmp_path / "days" / "day=*")}, "label": "clicked",
+        "validation": None, "validation_fraction": 0.2, "test": None,
+    }  # fmt: skip
+    config = day_config(data=data, evaluate={"metrics": ["auc", "recall@5"]})
+    train(config, tmp_path / "first")
+    days(3)
+    days(4)
+    told = Told()
+    train(config, tmp_path / "second", told, continues=tmp_path / "first")
+    assert sum(json.loads((tmp_path / "second" / "inventory.json").read_text())["partition_rows"]) == 96
+    assert result_of(tmp_path / "second")["evaluated"]["validation"]["rows"] == 24
+    assert audit_run(RunDirectory(tmp_path / "second"), {}).is_proved
+    days(5)  # a run is evaluated on its own data, whatever has come since
+    found = evaluate_here(tmp_path / "second", None, "cpu", {})
+    last = [values for _, values in told.values if "validation/auc" in values][-1]
+    assert found["validation"] == {"auc": last["validation/auc"], "recall@5": last["validation/recall@5"]}
+
+
+def test_what_former_runs_trained_is_known(days, day_config, tmp_path):
+    """The items of a hashed table, and how often each is met, are those of all days."""
+    changes = {
+        "tables": {"item": {"rows": None, "vocabulary": {"kind": "hash", "rows": 1000}}},
+        "objective": {"kind": "sampled_softmax", "num_negatives": 16, "distribution": "popularity"},
+        "evaluate": {"metrics": ["recall@5"]},
+    }
+    config = day_config(**changes)
+    train(config, tmp_path / "first")
+    days(3, rows=8)
+    train(config, tmp_path / "second", continues=tmp_path / "first")
+    with open_world("cpu") as world:
+        loaded = RunDirectory(tmp_path / "second").load_config({}).config
+        kept = json.loads((tmp_path / "second" / "inventory.json").read_text())
+        dataset = open_dataset(loaded, world, kept)
+        counts = dataset.count_ids("item_id", 1000, world)
+        assert counts.sum() == 60 + 60 + 8
+        assert len(dataset.catalogue) == (counts > 0).sum() > 8
+        assert sum(len(users) for users, _ in dataset.interactions(including_validation=False)) == 128
+
+
+def test_rows_that_are_set_aside_are_not_validated(days, day_config, tmp_path):
+    part = tmp_path / "days" / "day=2" / "part.parquet"
+    table = pq.read_table(part)
+    labels = [None if place < 4 else value for place, value in enumerate(table["clicked"].to_pylist())]
+    place = table.schema.get_field_index("clicked")
+    pq.write_table(table.set_column(place, "clicked", pa.array(labels, pa.int8())), part)
+    data = {
+        "train": None, "partitions": {"each": str(tmp_path / "days" / "day=*")}, "label": "clicked",
+        "validation": None, "test": None, "on_bad_row": "quarantine", "max_bad_fraction": 0.1,
+    }  # fmt: skip
+    config = day_config(data=data, evaluate={"metrics": ["auc", "log_loss"], "progressive": True})
+    train(config, tmp_path / "run")
+    assert [one["rows"] for one in result_of(tmp_path / "run")["progressive"]] == [60, 56]
+
+
+def test_several_classes_are_validated_by_day(days, day_config, tmp_path):
+    data = {
+        "train": None, "partitions": {"each": str(tmp_path / "days" / "day=*")}, "label": "clicked",
+        "validation": None, "test": None,
+    }  # fmt: skip
+    tree = yaml.safe_load(day_config(data=data).read_text())
+    tree["model"] = {"kind": "text_classifier", "features": ["user_id", "item_id", "history"]}
+    tree["features"]["user_id"] = {"kind": "bag", "table": "user", "column": "history"}
+    tree["features"]["item_id"] = {"kind": "bag", "table": "item", "column": "history"}
+    tree["objective"] = {"kind": "cross_entropy", "classes": 3}
+    tree["evaluate"] = {"metrics": ["accuracy", "f1", "log_loss"], "progressive": True}
+    path = tmp_path / "classes.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    train(path, tmp_path / "run")
+    found = result_of(tmp_path / "run")["progressive"]
+    assert [one["rows"] for one in found] == [60, 60]
+    assert {"accuracy", "f1", "log_loss", "f1:0", "f1:1"} <= set(found[0])
