@@ -48,6 +48,9 @@ app.add_typer(data_app, name="data")
 checkpoint_app = typer.Typer(help="About the checkpoints of a run.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
+vocabulary_app = typer.Typer(help="About the ids that have rows.", no_args_is_help=True)
+app.add_typer(vocabulary_app, name="vocabulary")
+
 ConfigPath = Annotated[Path, typer.Argument(help="A YAML config.", show_default=False)]
 RunPath = Annotated[str, typer.Argument(metavar="RUN_DIR", help="A run's folder: a path or a URI.", show_default=False)]
 # Never a Path: it makes s3:/bucket of s3://bucket.
@@ -200,11 +203,18 @@ def evaluate(
 
 
 @app.command()
-def summary(config: ConfigPath, overrides: Overrides = None) -> None:
+def summary(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ids: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TABLE=N", help="Different ids that a hashed table is to hold: how many collide is told."),
+    ] = None,
+) -> None:
     """Show every table and layer of a config: shape, parameters, bytes."""
     from embedshard.launch.local import summarise_config
 
-    found = summarise_config(config, overrides or [], os.environ)
+    found = summarise_config(config, overrides or [], os.environ, ids or [])
     console = Console()
     table = Table(title="Tables (one row each is for unknown ids) and layers", title_justify="left")
     for heading, justify in (
@@ -389,6 +399,57 @@ def data_check(
         show(report, Console())
     if report.refused:
         raise typer.Exit(1)
+
+
+@vocabulary_app.command("build")
+def vocabulary_build(
+    config: ConfigPath,
+    tables: Annotated[
+        list[str] | None,
+        typer.Option("--table", metavar="NAME", help="Can be repeated. Default: all whose vocabulary is auto or file."),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder for DIR/TABLE.parquet: a path or a URI. Default: the path of a file vocabulary, else vocabularies.",
+            show_default=False,
+        ),
+    ] = None,
+    memory: Annotated[str, typer.Option(metavar="SIZE", help="What it may take; beyond it spills to TMPDIR.")] = "2GB",
+    min_count: Annotated[
+        int | None,
+        typer.Option(min=1, help="How often an id is met at least. Default: the config's.", show_default=False),
+    ] = None,
+    max_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Ids that have a row at most. Default: the config's.", show_default=False),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace files that are there already.")] = False,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Count the ids of the training set and write vocabularies: Parquet of (id, count, row), the most frequent first."""
+    from dataclasses import asdict
+
+    from embedshard.launch.vocabulary import build_here, parse_size, show
+
+    built = build_here(
+        config,
+        overrides or [],
+        os.environ,
+        Console(stderr=True),
+        tables=tables or (),
+        out=out,
+        memory_bytes=parse_size(memory),
+        min_count=min_count,
+        max_size=max_size,
+        replace=replace,
+    )
+    if as_json:
+        typer.echo(json.dumps([asdict(one) for one in built], indent=2))
+    else:
+        show(built, Console(highlight=False))
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON alone.")]

@@ -11,6 +11,7 @@ __all__ = ["Expansion", "Location", "PathOrUri", "expand", "expand_each", "locat
 import errno
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -139,6 +140,32 @@ class Location:
     def write_text_atomically(self, text: str) -> None:
         """Writes a UTF-8 file as `write_bytes_atomically` does."""
         self.write_bytes_atomically(text.encode("utf-8"))
+
+    def put_file(self, source: Path) -> None:
+        """Writes a copy of a local file as `write_bytes_atomically` does, a part at a time. The folder must exist."""
+        local = fs.LocalFileSystem()
+        if not self.is_local:
+            is_put = self.filesystem.type_name in _OBJECT_STORES
+            written = self if is_put else self.parent.join(f".{self.name}.{uuid.uuid4().hex}.part")
+            fs.copy_files(str(source), written.path, source_filesystem=local, destination_filesystem=self.filesystem)
+            if not is_put:
+                self.filesystem.move(written.path, self.path)
+            return
+        target = Path(self.path)
+        partial = target.with_name(f".{self.name}.{uuid.uuid4().hex}.part")
+        try:
+            shutil.copyfile(source, partial)
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        _sync_folder(target.parent)
+
+    def get_file(self, target: Path) -> None:
+        """Copies a file to a local one, a part at a time."""
+        local = fs.LocalFileSystem()
+        fs.copy_files(self.path, str(target), source_filesystem=self.filesystem, destination_filesystem=local)
 
     def make_dirs(self) -> None:
         """Makes the folder and those above it; does nothing where it exists."""

@@ -25,7 +25,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -134,6 +134,27 @@ class World:
 
         return torch.cat(parts)
 
+    def exchange(self, tensor: torch.Tensor, sizes: list[int]) -> tuple[torch.Tensor, list[int]]:
+        """Sends each rank its part of a tensor, and returns what all sent here, in rank order. Collective.
+
+        Args:
+            tensor: on the CPU; the parts for ranks 0, 1, ... one after another along the first axis.
+            sizes: of the parts.
+
+        Returns:
+            The parts for this rank, one after another, and their sizes.
+        """
+        if self.world_size == 1:
+            return tensor, sizes
+        import torch
+        import torch.distributed as dist
+
+        theirs = torch.empty(self.world_size, dtype=torch.int64)
+        dist.all_to_all_single(theirs, torch.tensor(sizes, dtype=torch.int64), group=self.group)
+        received = tensor.new_empty((int(theirs.sum()), *tensor.shape[1:]))
+        dist.all_to_all_single(received, tensor.contiguous(), theirs.tolist(), sizes, group=self.group)
+        return received, theirs.tolist()
+
     def broadcast_object(self, value: Any) -> Any:
         """Returns rank 0's value on every rank. Collective. Between processes of one run only: it pickles."""
         import torch.distributed as dist
@@ -153,16 +174,11 @@ class World:
         Raises:
             PeerError: on the other ranks, if the work failed; rank 0 raises what it raised.
         """
-        import torch
-
         if self.world_size == 1:
             return work()
         with ThreadPoolExecutor(1) as pool:
             future = pool.submit(work) if self.is_rank_zero else None
-            goes_on = True
-            while goes_on:
-                is_mine_open = future is not None and bool(wait([future], timeout=_SIGN_OF_LIFE_S).not_done)
-                goes_on = bool(self.sum(torch.tensor(int(is_mine_open))).item())
+            self._wait_for_all(future)
         failure = None if future is None else future.exception()
         told = self.broadcast_object(None if failure is None else str(failure))
         if failure is not None:
@@ -171,6 +187,37 @@ class World:
             raise PeerError(f"rank 0 failed in what it did for all: {told}")
         result: T = self.broadcast_object(None if future is None else future.result())
         return result
+
+    def on_all_ranks(self, work: Callable[[], T]) -> list[T]:
+        """Returns what work on each rank returns, in rank order, on every rank. Collective; it pickles.
+
+        The work may take longer than a collective may wait, as in `from_rank_zero`.
+
+        Raises:
+            PeerError: on the ranks whose own work did not fail, if another's did; that one raises what it raised.
+        """
+        if self.world_size == 1:
+            return [work()]
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            self._wait_for_all(future)
+        failure = future.exception()
+        told = self.gather_objects(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        failed = [(rank, text) for rank, text in enumerate(told) if text is not None]
+        if failed:
+            raise PeerError(f"rank {failed[0][0]} failed in its share of what all did: {failed[0][1]}")
+        return self.gather_objects(future.result())
+
+    def _wait_for_all(self, future: Future[Any] | None) -> None:
+        """Waits until no rank's work goes on; all hear every few seconds that some does. Collective."""
+        import torch
+
+        goes_on = True
+        while goes_on:
+            is_mine_open = future is not None and bool(wait([future], timeout=_SIGN_OF_LIFE_S).not_done)
+            goes_on = bool(self.sum(torch.tensor(int(is_mine_open))).item())
 
     def gather_objects(self, value: Any) -> list[Any]:
         """Returns every rank's value, in rank order, on every rank. Collective; it pickles."""

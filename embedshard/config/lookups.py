@@ -11,6 +11,9 @@ up place by place, and the others are pooled afterwards. A table with a bag that
 length for a mean, 1 / its root for `sqrtn`, 1 for the rest. TorchRec's own mean is wrong under GRID_SHARD (each piece
 divides by the ids that it holds) and where a row-wise table with a mean has a table that is not row-wise beside it (whose
 sums are divided too).
+
+An id of a `quotient_remainder` or `double_hash` vocabulary travels as one number until a batch is made of it, and under a
+key as two rows, whose vectors the sum adds up: the model sees nothing of it.
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from embedshard.config.composition import Composition
 from embedshard.config.parts import (
     BagFeature,
     DenseFeature,
@@ -38,6 +42,7 @@ from embedshard.config.parts import (
     HierarchicalSoftmaxConfig,
     InitConfig,
     ItemEmbeddingConfig,
+    ManagedVocabulary,
     NCEConfig,
     SequenceFeature,
     SoftmaxConfig,
@@ -94,6 +99,8 @@ class TableSpec:
         lookups: the keys over it, in the order of the config's features.
         sharding: how it may be cut, or is.
         is_sequence: whether a vector a place is asked of it, by one feature at least.
+        managed_by: the config's table whose managed vocabulary says which id holds which row; None where rows are fixed.
+        composition: how an id becomes two rows; None where it becomes one.
         stochastic_rounding: whether updates of its fp16 weights are rounded at random.
     """
 
@@ -108,12 +115,19 @@ class TableSpec:
     lookups: tuple[Lookup, ...]
     sharding: TableShardingConfig
     is_sequence: bool = False
+    managed_by: str | None = None
+    composition: Composition | None = None
     stochastic_rounding: bool = False
 
     @property
     def num_embeddings(self) -> int:
         """Rows as allocated: one more than ids."""
         return self.rows + 1
+
+    @property
+    def num_ids(self) -> int:
+        """Ids that are told apart, and one for unknown ids."""
+        return (self.rows if self.composition is None else self.composition.num_ids) + 1
 
     @property
     def parameters(self) -> int:
@@ -174,7 +188,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
 
     Args:
         config: the config.
-        rows: ids of each of the config's tables, as its vocabulary tells.
+        rows: ids of each of the config's tables, as its vocabulary tells; those whose ids become two rows need none.
 
     Raises:
         ConfigError: if a softmax over all ids has too many.
@@ -195,7 +209,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
         specs.append(
             TableSpec(
                 name=name,
-                rows=rows[name],
+                rows=rows[name] if table.composition is None else table.composition.rows,
                 dim=table.dim,
                 dtype=table.dtype,
                 init=table.init,
@@ -205,6 +219,8 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 is_sequence=config.is_sequence_table(name),
                 lookups=tuple(lookups),
                 sharding=table.sharding,
+                managed_by=name if isinstance(table.vocabulary, ManagedVocabulary) else None,
+                composition=table.composition,
                 stochastic_rounding=table.stochastic_rounding,
             )
         )
@@ -279,6 +295,8 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),
                 ),
                 sharding=sharding_of_bias(specs[feature.table].sharding),
+                managed_by=specs[feature.table].managed_by,
+                composition=specs[feature.table].composition,
             )
         )
     return biases

@@ -7,11 +7,16 @@ what is trained, never how it is launched. Every field has its meaning in its de
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from embedshard.config.composition import Composition
+
 __all__ = [
+    "AdmissionConfig",
+    "AutoVocabulary",
     "BPRConfig",
     "BagFeature",
     "BpeVocabulary",
@@ -23,6 +28,7 @@ __all__ = [
     "DataConfig",
     "DenseFeature",
     "DenseOptimizerConfig",
+    "DoubleHashVocabulary",
     "DrawsNegatives",
     "EachPartition",
     "EarlyStoppingConfig",
@@ -40,6 +46,7 @@ __all__ = [
     "InitFromConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
+    "ManagedVocabulary",
     "MasksHits",
     "MeanBaseline",
     "ModelConfig",
@@ -51,6 +58,7 @@ __all__ = [
     "PointwiseConfig",
     "PooledEncoder",
     "PopularityBaseline",
+    "QuotientRemainderVocabulary",
     "RecurrentEncoder",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
@@ -309,7 +317,84 @@ class FileVocabulary(Strict):
     path: str
     """The Parquet file."""
     column: str | None = None
-    """The column of the ids; the file's only column where absent."""
+    """The column of the ids; where absent, the file's only column, or `id` of a file that `vocabulary build` wrote."""
+
+
+class AutoVocabulary(Strict):
+    """The ids of the training set, integers or strings, counted when a run begins: the most frequent first."""
+
+    kind: Literal["auto"]
+    """Which kind it is."""
+    min_count: int = Field(1, ge=1)
+    """How often an id is met at least to have a row."""
+    max_size: int | None = Field(None, ge=1)
+    """Ids that have a row at most, the most frequent ones; all where absent."""
+
+
+class QuotientRemainderVocabulary(Strict):
+    """An integer looks up two rows, its quotient's and its remainder's, whose vectors are summed (Shi et al. 2020).
+
+    No two ids share both, in about twice the root of `ids` rows.
+    """
+
+    kind: Literal["quotient_remainder"]
+    """Which kind it is."""
+    ids: int = Field(ge=1)
+    """How many ids there are: one more than the greatest."""
+    remainders: int | None = Field(None, ge=1)
+    """Divisor; as many rows are for remainders, and the rest for quotients. The root of `ids`, rounded up, where absent."""
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """Rows for quotients, and for remainders."""
+        remainders = self.remainders or math.isqrt(self.ids - 1) + 1
+        return -(-self.ids // remainders), remainders
+
+
+class DoubleHashVocabulary(Strict):
+    """An id of any kind is hashed to a row of each half of the table, and the two vectors are summed (Zhang et al. 2020).
+
+    That is a hash embedding (Svenstrup et al. 2017) of two hashes without weights.
+    """
+
+    kind: Literal["double_hash"]
+    """Which kind it is."""
+    rows: int | None = Field(None, ge=2)
+    """The table's rows, both halves together, where `rows` of the table is not given."""
+    seed: int = Field(0, ge=0)
+    """Of the first hash; the second has the next seed."""
+
+
+class AdmissionConfig(Strict):
+    """When an id is given a row of its own."""
+
+    min_count: int = Field(1, ge=1, le=32767)
+    """Sightings in training at which it is; before, it looks up the row for unknown ids."""
+
+
+class ManagedVocabulary(Strict):
+    """Ids that come and go: each has a row to itself for as long as it is of use.
+
+    Any integer of at least 0 is an id, and any string, by a 63-bit hash. An id of which training has seen enough is given a
+    free row; where there is none, the least useful ids lose theirs, which begin anew, weights and optimizer state. Counts
+    and evictions are those of virtual buckets of ids, so that the result is the same in every world.
+    """
+
+    kind: Literal["managed"]
+    """Which kind it is."""
+    rows: int | None = Field(None, ge=1)
+    """The table's rows, where `rows` of the table is not given."""
+    admission: AdmissionConfig = AdmissionConfig()
+    """When an id is given a row."""
+    eviction: Literal["lfu", "lru", "distance_lfu"] = "lfu"
+    """Which ids of a full bucket are the least useful: those with the fewest sightings (`lfu`), those that were not seen for
+    the longest time (`lru`), or those with the fewest sightings for each step since they were last seen (`distance_lfu`)."""
+    ttl_steps: int | None = Field(None, ge=1)
+    """Steps without a sighting after which an id loses its row; absent: it keeps it until there is need of it."""
+    buckets: int | None = Field(None, ge=1)
+    """Virtual buckets; `data.lanes` where absent. A rank has whole ones, so there are at least as many as workers."""
+    seed: int = Field(0, ge=0)
+    """Of the hash."""
 
 
 class TokenizerVocabulary(Strict):
@@ -379,7 +464,16 @@ class WordNgramsVocabulary(Strict):
 
 Vocabulary = Annotated[
     Annotated[
-        IdentityVocabulary | HashVocabulary | FileVocabulary | WordsVocabulary | BpeVocabulary | WordNgramsVocabulary,
+        IdentityVocabulary
+        | HashVocabulary
+        | FileVocabulary
+        | ManagedVocabulary
+        | AutoVocabulary
+        | QuotientRemainderVocabulary
+        | DoubleHashVocabulary
+        | WordsVocabulary
+        | BpeVocabulary
+        | WordNgramsVocabulary,
         Field(discriminator="kind"),
     ],
     BeforeValidator(_as_kind),
@@ -506,9 +600,10 @@ class TableConfig(Strict):
     @model_validator(mode="after")
     def _rows_are_known(self) -> TableConfig:
         vocabulary = self.vocabulary
-        if isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary):
+        if isinstance(vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary | DoubleHashVocabulary):
             if self.rows is None and vocabulary.rows is None:
-                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows to hash to")
+                what = "that ids can hold" if isinstance(vocabulary, ManagedVocabulary) else "to hash to"
+                raise ValueError(f"a {vocabulary.kind} vocabulary needs 'rows', the number of rows {what}")
             if self.rows is not None and vocabulary.rows is not None and self.rows != vocabulary.rows:
                 raise ValueError(f"rows={self.rows} and vocabulary.rows={vocabulary.rows} differ. Give one of them")
         elif isinstance(vocabulary, IdentityVocabulary) and self.rows is None:
@@ -518,6 +613,18 @@ class TableConfig(Strict):
                 f"'rows' comes from the tokenizer of a {vocabulary.kind} vocabulary: leave it out. "
                 f"vocabulary.num_words says how many there are at most"
             )
+        elif isinstance(vocabulary, AutoVocabulary) and self.rows is not None:
+            raise ValueError(
+                "'rows' comes from the ids that an auto vocabulary counts: leave it out. vocabulary.max_size says how many "
+                "there are at most"
+            )
+        elif isinstance(vocabulary, QuotientRemainderVocabulary) and self.rows not in (None, sum(vocabulary.parts)):
+            raise ValueError(
+                f"rows={self.rows}, but {vocabulary.ids} ids have {vocabulary.parts[0]} quotients and "
+                f"{vocabulary.parts[1]} remainders: {sum(vocabulary.parts)} rows. Leave 'rows' out"
+            )
+        if isinstance(vocabulary, DoubleHashVocabulary) and (self.known_rows or 0) < 2:
+            raise ValueError("a double_hash vocabulary needs 2 rows at least, one for each hash")
         return self
 
     @model_validator(mode="after")
@@ -531,10 +638,18 @@ class TableConfig(Strict):
 
     @model_validator(mode="after")
     def _ids_have_rows_of_their_own(self) -> TableConfig:
-        if self.init_from is not None and isinstance(self.vocabulary, HashVocabulary | WordNgramsVocabulary | BpeVocabulary):
+        if self.init_from is not None and isinstance(
+            self.vocabulary,
+            HashVocabulary
+            | ManagedVocabulary
+            | WordNgramsVocabulary
+            | BpeVocabulary
+            | QuotientRemainderVocabulary
+            | DoubleHashVocabulary,
+        ):
             raise ValueError(
                 f"'init_from' gives the row of an id its vector, and under a {self.vocabulary.kind} vocabulary a row is not "
-                f"one id's. Use the vocabulary 'identity', 'file' or 'words'"
+                f"one id's. Use the vocabulary 'identity', 'file', 'auto' or 'words'"
             )
         return self
 
@@ -544,9 +659,27 @@ class TableConfig(Strict):
         vocabulary = self.vocabulary
         if isinstance(vocabulary, WordsVocabulary | BpeVocabulary):
             return vocabulary.num_words if vocabulary.path is None else None
-        if self.rows is None and isinstance(vocabulary, HashVocabulary | WordNgramsVocabulary):
+        if isinstance(vocabulary, AutoVocabulary):
+            return vocabulary.max_size
+        if isinstance(vocabulary, QuotientRemainderVocabulary):
+            return sum(vocabulary.parts)
+        if self.rows is None and isinstance(
+            vocabulary, HashVocabulary | ManagedVocabulary | WordNgramsVocabulary | DoubleHashVocabulary
+        ):
             return vocabulary.rows
         return self.rows
+
+    @property
+    def composition(self) -> Composition | None:
+        """How an id becomes two rows; None where it becomes one."""
+        vocabulary = self.vocabulary
+        if isinstance(vocabulary, QuotientRemainderVocabulary):
+            return Composition(vocabulary.ids, *vocabulary.parts)
+        if isinstance(vocabulary, DoubleHashVocabulary):
+            rows = self.known_rows
+            assert rows is not None, "checked above"
+            return Composition(rows // 2 * (rows - rows // 2), rows // 2, rows - rows // 2)
+        return None
 
 
 # --------------------------------------------------------------------------------------------------------------- model

@@ -19,6 +19,7 @@ from embedshard.config.parts import (
     CrossEntropyConfig,
     DataConfig,
     DenseFeature,
+    DoubleHashVocabulary,
     DrawsNegatives,
     EvaluateConfig,
     Feature,
@@ -26,6 +27,7 @@ from embedshard.config.parts import (
     HierarchicalSoftmaxConfig,
     IdFeature,
     ItemEmbeddingConfig,
+    ManagedVocabulary,
     MeanBaseline,
     ModelConfig,
     Name,
@@ -101,6 +103,7 @@ class Config(Strict):
         self._check_batch()
         self._check_tables()
         self._check_text()
+        self._check_compositions()
         self._check_sharding()
         if isinstance(self.model, TwoTowerConfig):
             self._check_tower("user", self.model.user, self.model.biases)
@@ -115,8 +118,10 @@ class Config(Strict):
         for name in getattr(self.model, "item_features", []):
             if name not in self.features:
                 raise ValueError(f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}")
+        self._check_managed()
         self._check_objective()
         self._check_metrics()
+        self._check_hashed_item()
         self._check_baselines()
         return self
 
@@ -185,6 +190,33 @@ class Config(Strict):
                     f"tables.{name}.vocabulary: a tokenizer is made from texts, and no feature of kind 'text' looks this "
                     f"table up. Give one, or a ready tokenizer (vocabulary.path)"
                 )
+
+    def _check_compositions(self) -> None:
+        """Checks that ids which become two rows are pooled: the sum of both is what there is of them."""
+        for name, feature in self.features.items():
+            if isinstance(feature, DenseFeature) or self.tables[feature.table].composition is None:
+                continue
+            if self.is_sequence(name):
+                raise ValueError(
+                    f"features.{name} is a sequence, a vector a place, but table '{feature.table}' has the vocabulary "
+                    f"'{self.tables[feature.table].vocabulary.kind}', whose ids are sums of two vectors. Make it a 'bag', "
+                    f"or give the table the vocabulary 'hash', 'file' or 'auto'"
+                )
+
+    def _check_hashed_item(self) -> None:
+        """Checks that items which are drawn or ranked can be listed: pairs of hashes are too many."""
+        item_id = self.identity("item_id")
+        table = None if item_id is None else getattr(self.features[item_id], "table", None)
+        if table is None or not isinstance(self.tables[table].vocabulary, DoubleHashVocabulary):
+            return
+        ranked = [name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
+        if isinstance(self.objective, DrawsNegatives) or ranked:
+            who = f"metric '{ranked[0]}' ranks" if ranked else f"objective '{self.objective.kind}' draws"
+            raise ValueError(
+                f"tables.{table}.vocabulary is 'double_hash', and {who} items of feature '{item_id}': pairs of hashes "
+                f"cannot be listed. Give the table the vocabulary 'quotient_remainder', 'hash', 'file' or 'auto', or choose "
+                f"{'metrics of labels' if ranked else 'in_batch_softmax'}"
+            )
 
     def _check_sharding(self) -> None:
         for name, table in self.tables.items():
@@ -419,11 +451,58 @@ class Config(Strict):
                     f"{name} {does}, and no metric of evaluate.metrics looks at that. Leave it out, or add a metric "
                     f"such as {'rmse' if predicts else 'recall@20'}"
                 )
+            if isinstance(baseline, BiasBaseline) and self._is_managed():
+                raise ValueError(f"{name} learns a number for each row, and rows of a managed vocabulary change hands")
             if isinstance(baseline, BiasBaseline) and not self._knows_user_and_item():
                 raise ValueError(f"{name} needs to know the user and the item: give model.user_id and model.item_id")
 
+    def _is_managed(self) -> bool:
+        tables = [self._table_of(self.identity(role)) for role in ("user_id", "item_id")]
+        return any(isinstance(self.tables[table].vocabulary, ManagedVocabulary) for table in tables if table)
+
     def _knows_user_and_item(self) -> bool:
         return self.identity("user_id") is not None and self.identity("item_id") is not None
+
+    def _check_managed(self) -> None:
+        managed = {name for name, table in self.tables.items() if isinstance(table.vocabulary, ManagedVocabulary)}
+        for name in sorted(managed):
+            table, where = self.tables[name], f"tables.{name}.vocabulary: a managed one"
+            assert isinstance(table.vocabulary, ManagedVocabulary), "chosen by it"
+            buckets = table.vocabulary.buckets or self.data.lanes
+            if (table.known_rows or 0) < buckets:
+                raise ValueError(
+                    f"{where} shares its rows out among {buckets} buckets, and there are {table.known_rows}. Give it more "
+                    f"rows, or set vocabulary.buckets lower"
+                )
+            if table.init_from is not None:
+                raise ValueError(
+                    f"{where} begins without ids, so there are no rows for the vectors of init_from. Leave it out"
+                )
+            if "data_parallel" in table.sharding.asked:
+                raise ValueError(f"{where} gives rows to new ids, which data_parallel does not follow. Choose another type")
+            if any(isinstance(feature, TextFeature) and feature.table == name for feature in self.features.values()):
+                raise ValueError(f"{where} is for ids, and a text is looked up there. Choose 'words' or 'bpe'")
+        if not managed:
+            return
+        if isinstance(self.model, ItemEmbeddingConfig):
+            raise ValueError("model 'item_embedding' counts ids before it trains, and a managed vocabulary meets them as it "
+                             "does. Choose another vocabulary, such as 'hash'")  # fmt: skip
+        of = {role: self._table_of(self.identity(role)) for role in ("user_id", "item_id")}
+        if isinstance(self.objective, DrawsNegatives) and of["item_id"] in managed:
+            raise ValueError(
+                f"objective '{self.objective.kind}' draws items by their rows, and those of table '{of['item_id']}' change "
+                f"hands. Choose 'in_batch_softmax', whose negatives are the other rows' items, or another vocabulary"
+            )
+        ranks = next((name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)), None)
+        both = managed & set(of.values())
+        if ranks is not None and both:
+            raise ValueError(
+                f"evaluate.metrics: '{ranks}' ranks all items for users by their rows, and those of table "
+                f"'{min(both)}' change hands. Choose metrics of labels, such as 'auc', or another vocabulary"
+            )
+
+    def _table_of(self, feature: str | None) -> str:
+        return "" if feature is None else getattr(self.features[feature], "table", "")
 
     def _check_catalogue(self, who: str) -> None:
         described_by = self.item_features()
@@ -484,7 +563,7 @@ class Config(Strict):
         found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
         if any(pointwise) and not isinstance(self.objective, CrossEntropyConfig):
             found.append(MeanBaseline(kind="mean"))
-            if self._knows_user_and_item():
+            if self._knows_user_and_item() and not self._is_managed():
                 found.append(BiasBaseline(kind="bias"))
         return found
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Progress", "check_data"]
 
+import tempfile
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.config import Config
-from embedshard.config.parts import DenseFeature, TokenizerVocabulary, WordNgramsVocabulary
+from embedshard.config.parts import AutoVocabulary, DenseFeature, TokenizerVocabulary, WordNgramsVocabulary
 from embedshard.data.check_report import ColumnReport, Known, ProblemReport, Refusal, Report, RowGroups, SetReport
 from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_specs
 from embedshard.data.distinct import DistinctIds
@@ -35,8 +36,9 @@ from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.data.training_set import held_out_of_training, without_held_out
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
+from embedshard.data.vocabulary_building import build_vocabularies, counted_tables
 from embedshard.errors import DataError
-from embedshard.storage import Location
+from embedshard.storage import Location, locate
 
 _BATCH_ROWS = 65_536
 _READERS = 4
@@ -118,20 +120,34 @@ def _load_vocabularies(config: Config, progress: Progress | None) -> tuple[dict[
     loaded: dict[str, Vocabulary] = {}
     refused = []
     tokenizers: dict[str, str] = {}
+
+    def told(_: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total)
+
     try:
-        tokenizers = train_tokenizers(config, lambda _, done, total: None if progress is None else progress(done, total))
+        tokenizers = train_tokenizers(config, told)
     except DataError as error:
         refused.append(str(error))
-    for name, table in config.tables.items():
-        vocabulary = table.vocabulary
-        words = vocabulary.of if isinstance(vocabulary, WordNgramsVocabulary) else name
-        if isinstance(config.tables[words].vocabulary, TokenizerVocabulary) and words not in tokenizers:
-            continue
-        tables = {each: config.tables[each] for each in (words, name)}
-        try:
-            loaded |= load_vocabularies(config.model_copy(update={"tables": tables}), tokenizers)
-        except DataError as error:
-            refused.append(str(error))
+    with tempfile.TemporaryDirectory(prefix="embedshard-vocabularies-") as folder:
+        counted: dict[str, Location] = {}
+        for name in counted_tables(config):
+            try:
+                counted |= build_vocabularies(config, locate(folder), progress=told, tables=[name])
+            except DataError as error:
+                refused.append(str(error))
+        for name, table in config.tables.items():
+            vocabulary = table.vocabulary
+            words = vocabulary.of if isinstance(vocabulary, WordNgramsVocabulary) else name
+            if isinstance(config.tables[words].vocabulary, TokenizerVocabulary) and words not in tokenizers:
+                continue
+            if isinstance(vocabulary, AutoVocabulary) and name not in counted:
+                continue
+            tables = {each: config.tables[each] for each in (words, name)}
+            try:
+                loaded |= load_vocabularies(config.model_copy(update={"tables": tables}), tokenizers, counted)
+            except DataError as error:
+                refused.append(str(error))
     return loaded, list(dict.fromkeys(refused))
 
 

@@ -53,6 +53,9 @@ class Collator:
         self._plain = [lookup for spec in pooled if not spec.weighted for lookup in spec.lookups]
         self._weighted = [lookup for spec in pooled if spec.weighted for lookup in spec.lookups]
         self._sequences = [lookup for spec in sequences for lookup in spec.lookups]
+        self._compositions = {
+            lookup.key: spec.composition for spec in specs if spec.composition is not None for lookup in spec.lookups
+        }
         self._pools_by_weights = any(spec.weighted for spec in sequences)
         self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
         self._labels = [f"label:{name}" for name in config.data.label_columns]
@@ -155,7 +158,9 @@ class Collator:
     ) -> KeyedJaggedTensor | None:
         if not lookups:
             return None
-        parts = [self._part(lookup, columns, first, last, draws, with_weights) for lookup in lookups]
+        parts = [
+            self._composed(lookup.key, self._part(lookup, columns, first, last, draws, with_weights)) for lookup in lookups
+        ]
         weights = [part[2] for part in parts if part[2] is not None]
         return KeyedJaggedTensor(
             keys=[lookup.key for lookup in lookups],
@@ -187,6 +192,16 @@ class Collator:
         end = min(begin + size, draws.count)
         values, lengths, weights = self._jagged_column(lookup.feature, draws.columns, begin, end, with_weights)
         return values, np.concatenate([lengths, np.zeros(size - len(lengths), dtype=np.int64)]), weights
+
+    def _composed(self, key: str, ids: Jagged) -> Jagged:
+        """Returns the two rows of each id in its place, with its weight each, where the table's ids become two rows."""
+        composition = self._compositions.get(key)
+        if composition is None:
+            return ids
+        values, lengths, weights = ids
+        rows, counts = composition.rows_of(values)
+        ends = np.cumsum(np.append(0, counts))[np.cumsum(np.append(0, lengths))]
+        return rows, np.diff(ends), None if weights is None else np.repeat(weights, counts)
 
     def _jagged_column(self, feature: str, columns: Columns, first: int, last: int, with_weights: bool) -> Jagged:
         column = columns.get(feature)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 __all__ = ["Dataset", "SetAside", "open_dataset"]
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,8 +40,11 @@ from embedshard.data.source import Inventory, Source, changes, fingerprint_of, o
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_training_set
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
+from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows, unknown_number
+from embedshard.data.vocabulary_building import build_vocabularies, counted_tables, kept_vocabularies
+from embedshard.data.vocabulary_file import IdFile
 from embedshard.errors import DataError
+from embedshard.storage import Location, locate
 from embedshard.world import World
 
 IntArray = npt.NDArray[np.int64]
@@ -126,6 +131,10 @@ class Dataset:
         """Of all training files."""
         return fingerprint_of([source.inventory for source in self.train])
 
+    def unknown_number(self, table: str) -> int:
+        """Returns the greatest number that stands for an id of a table: the row for unknown ids, or what becomes it."""
+        return unknown_number(self.vocabularies[table])
+
     def vocabulary_fingerprints(self) -> dict[str, str]:
         """Of each table's vocabulary."""
         return {table: vocabulary.fingerprint for table, vocabulary in self.vocabularies.items()}
@@ -145,6 +154,21 @@ class Dataset:
             "names": list(self.names),
             **({"former": self.former.to_json()} if self.former.inventories else {}),
         }
+
+    def known_counts(self, feature: str) -> IntArray | None:
+        """Returns how often each row of a feature's table is met in training, (rows + 1,), as its vocabulary's file tells.
+
+        None where the file was not counted, or counted something else: other features or files, or rows that are set aside.
+        """
+        config = self.config.features[feature]
+        vocabulary = self.vocabularies[getattr(config, "table", "")]
+        counted = vocabulary.counted if isinstance(vocabulary, IdFile) else None
+        if counted is None or not counted.is_exact or self.train[0].decoder.quarantines or counted.data != self.fingerprint:
+            return None
+        if _as_counted({feature: config.model_dump(mode="json")}) != _as_counted(counted.features):
+            return None
+        assert isinstance(vocabulary, IdFile), "it was counted"
+        return vocabulary.counts()
 
     def grow(self, partition: Partition, inventory: Inventory, world: World) -> None:
         """Adds a partition after the last one. Collective.
@@ -180,6 +204,10 @@ class Dataset:
 
     def count_ids(self, feature: str, num_rows: int, world: World) -> IntArray:
         """Returns how often each row of a feature's table is met in training up to now, (num_rows + 1,). Collective."""
+        if not self.former.inventories:
+            known = world.from_rank_zero(lambda: self.known_counts(feature))
+            if known is not None:
+                return known
         num_counted, counts = self._counted.get(feature, (0, np.zeros(num_rows + 1, dtype=np.int64)))
         sources = self.known[num_counted:]
         if sources:
@@ -242,6 +270,7 @@ def open_dataset(
     world: World,
     resolved: Mapping[str, Any] | None,
     progress: PreparationProgress | None = None,
+    folder: Location | None = None,
     partitions: Sequence[Partition] | None = None,
 ) -> Dataset:
     """Opens the data of a config. Collective: rank 0 finds out what has to be counted, for all.
@@ -252,6 +281,8 @@ def open_dataset(
         resolved: what the run has kept of its data; None for a new run. Without `partitions` in it, it is what a new run
             takes over from the run that it continues.
         progress: hears on rank 0 how far it is with what takes long.
+        folder: where vocabularies that are counted are kept with the run; None keeps them for as long as they are loaded,
+            for processes of one machine.
         partitions: those that there are; None looks for them.
 
     Raises:
@@ -259,7 +290,7 @@ def open_dataset(
         ConfigError: if vocabularies and tables disagree.
     """
     tokenizers = _tokenizers(config, world, resolved, progress)
-    vocabularies = load_vocabularies(config, tokenizers)
+    vocabularies = _vocabularies(config, world, resolved, tokenizers, progress, folder)
     rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
@@ -315,6 +346,31 @@ def _tokenizers(
     return world.from_rank_zero(lambda: train_tokenizers(config, progress))
 
 
+def _vocabularies(
+    config: Config,
+    world: World,
+    resolved: Mapping[str, Any] | None,
+    tokenizers: Mapping[str, str],
+    progress: PreparationProgress | None,
+    folder: Location | None,
+) -> dict[str, Vocabulary]:
+    """Returns all vocabularies: of counted ones those that the run has kept, or new ones where it has none. Collective."""
+    tables = counted_tables(config)
+    if not tables:
+        return load_vocabularies(config, tokenizers)
+    if resolved is not None:
+        assert folder is not None, "what a run has resolved it has kept in a folder"
+        return load_vocabularies(config, tokenizers, kept_vocabularies(config, folder))
+    with ExitStack() as stack:
+        if folder is None:
+            prefix = "embedshard-vocabularies-"
+            own = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)) if world.is_rank_zero else None
+            folder = locate(world.broadcast_object(own))
+        loaded = load_vocabularies(config, tokenizers, build_vocabularies(config, folder, world, progress))
+        world.barrier()  # all have loaded them
+        return loaded
+
+
 def _open_held_out(
     config: Config,
     vocabularies: Mapping[str, Vocabulary],
@@ -368,6 +424,12 @@ def _open_lists(dataset: Dataset, model: ItemEmbeddingConfig, world: World) -> N
     elif goes_down_a_tree:
         assert counts is not None
         dataset.tree = HuffmanTree(counts)
+
+
+def _as_counted(features: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Returns what of features decides which ids are counted."""
+    decides = ("kind", "max_length", "keep", "mask_zero")
+    return [{"column": one.get("column") or name} | {key: one.get(key) for key in decides} for name, one in features.items()]
 
 
 def _open_items(dataset: Dataset, world: World) -> None:

@@ -47,7 +47,7 @@ from embedshard.data.parse import (
 )
 from embedshard.data.statistics import Statistics
 from embedshard.data.text import TextVocabulary
-from embedshard.data.vocabulary import Vocabulary
+from embedshard.data.vocabulary import Vocabulary, unknown_number
 from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -218,7 +218,7 @@ class Decoder:
     def unknown_rows(self) -> dict[str, int]:
         """The table's row for unknown ids of each column that sends them there."""
         return {
-            spec.name: self._vocabularies[spec.table].rows
+            spec.name: unknown_number(self._vocabularies[spec.table])
             for spec in self.specs
             if spec.table is not None and getattr(spec.feature, "unknown", None) == "oov"
         }
@@ -321,6 +321,27 @@ class Decoder:
         """
         return [finding for spec in self.specs for finding in self.parse(spec, table, where).findings]
 
+    def looked_up(self, spec: ColumnSpec, table: pa.Table | pa.RecordBatch, where: Where) -> pa.Array:
+        """Returns the ids of a column, as Arrow has them, that are looked up in training, each as often as it is.
+
+        Nulls and padding are none, and neither is what a list has beyond its `max_length`. Of a column of ids, not of texts.
+
+        Raises:
+            DataError: if a column is of a type that its vocabulary does not know.
+        """
+        parsed = self.parse(spec, table, where)
+        ids, lengths = parsed.among, parsed.lengths
+        if ids.null_count:
+            is_null = ids.is_null().to_numpy(zero_copy_only=False)
+            if lengths is not None:
+                lengths = lengths - np.bincount(row_of(np.flatnonzero(is_null), lengths), minlength=len(lengths))
+            ids = ids.drop_null()
+        if lengths is not None and spec.max_length is not None and len(lengths) and int(lengths.max()) > spec.max_length:
+            assert isinstance(spec.feature, ListFeature), "what has lengths and is no text is a list"
+            places, _ = _kept(lengths, spec.max_length, keeps_first=spec.feature.keep == "first")
+            ids = ids.take(pa.array(places))
+        return ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
+
     def decode(self, table: pa.Table | pa.RecordBatch, where: Where) -> Columns:
         """Returns the wanted columns decoded; `row`, the rows' numbers in the data set; `bad` where rows can be set aside.
 
@@ -358,7 +379,7 @@ class Decoder:
         for finding in parsed.findings:
             if self.action(finding.problem) == "oov":
                 values = values.copy()  # it may be Arrow's memory
-                values[finding.places] = self._vocabularies[spec.table].rows
+                values[finding.places] = unknown_number(self._vocabularies[spec.table])
             elif self.action(finding.problem) == "empty":
                 nulls = finding.places
         if parsed.lengths is None:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from embedshard.data.hashing import WordArray, hash_integers, hash_strings
-from embedshard.data.vocabulary import integers
+from embedshard.data.mapped_ids import integers
 
 IntArray = npt.NDArray[np.int64]
 

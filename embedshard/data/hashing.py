@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["WordArray", "hash_integers", "hash_ngrams", "hash_strings"]
+__all__ = ["WordArray", "finalised", "hash_integers", "hash_ngrams", "hash_strings"]
 
 from collections.abc import Collection
 
@@ -19,7 +19,7 @@ _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 def hash_integers(ids: IntArray | WordArray, seed: int) -> WordArray:
     """Returns a 64-bit hash of each id: splitmix64 (Steele et al. 2014) of id + (seed + 1) * its golden constant."""
-    return _finalised(ids.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64))
+    return finalised(ids.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64))
 
 
 def hash_strings(ids: pa.Array, seed: int) -> WordArray:
@@ -40,7 +40,7 @@ def hash_strings(ids: pa.Array, seed: int) -> WordArray:
         count = int(np.searchsorted(-sorted_lengths, -place, side="left"))  # strings longer than `place`
         hashed[:count] = (hashed[:count] ^ data[sorted_starts[:count] + place]) * np.uint64(_FNV_PRIME)
     words[by_length] = hashed
-    return _finalised(words + np.uint64((seed + 1) * _GOLDEN % 2**64))
+    return finalised(words + np.uint64((seed + 1) * _GOLDEN % 2**64))
 
 
 def hash_ngrams(ids: IntArray, lengths: IntArray, sizes: Collection[int], seed: int) -> tuple[WordArray, IntArray]:
@@ -74,7 +74,8 @@ def hash_ngrams(ids: IntArray, lengths: IntArray, sizes: Collection[int], seed: 
     return np.stack(found, axis=1)[np.stack(is_within, axis=1)], counts
 
 
-def _finalised(words: WordArray) -> WordArray:
+def finalised(words: WordArray) -> WordArray:
+    """Returns splitmix64's last steps of each word, which spread it over all 64 bits."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return words ^ (words >> np.uint64(31))

@@ -12,16 +12,20 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 
 from embedshard.config import Config
 from embedshard.config.parts import DenseFeature
 from embedshard.data.columns import Flat, good_rows
 from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.hashing import hash_integers
 from embedshard.data.id_counts import FeatureIds, IdCounts
 from embedshard.data.spacing import evenly_spaced
 from embedshard.data.statistics import Statistics
 from embedshard.data.training_set import open_training
-from embedshard.data.vocabulary import Vocabulary, table_rows
+from embedshard.data.vocabulary import ManagedIds, Vocabulary, table_rows
+
+IntArray = npt.NDArray[np.int64]
 
 _SAMPLED_ROWS: Final = 1_000_000
 
@@ -70,7 +74,11 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
     sources = open_training(config, decoder)
     tables = {name: feature.table for name, feature in config.features.items() if not isinstance(feature, DenseFeature)}
     rows = table_rows(vocabularies)
-    counts = {name: IdCounts(table, rows[table]) for name, table in tables.items()}
+    compositions = {name: config.tables[table].composition for name, table in tables.items()}
+    counts = {
+        name: IdCounts(table, rows[table] if composition is None else composition.rows)
+        for (name, table), composition in zip(tables.items(), compositions.values(), strict=True)
+    }
     groups = [(source, group) for source in sources for group in range(len(source.inventory.row_groups))]
     sizes = [source.inventory.row_groups[group].num_rows for source, group in groups]
     sampled = sorted(evenly_spaced(sizes, _SAMPLED_ROWS))
@@ -78,8 +86,11 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
         source, group = groups[number]
         columns = good_rows(source.narrowed(list(tables)).read_row_group(group))
         for name, counter in counts.items():
-            column = columns[name]
-            counter.add(column.values if isinstance(column, Flat) else column.values[column.offsets[0] : column.offsets[-1]])
+            column, table, composition = columns[name], tables[name], compositions[name]
+            ids = column.values if isinstance(column, Flat) else column.values[column.offsets[0] : column.offsets[-1]]
+            if isinstance(vocabularies[table], ManagedIds):
+                ids = _any_rows(ids, rows[table])
+            counter.add(ids if composition is None else composition.rows_of(ids[ids >= 0])[0])
     sampled_rows = sum(sizes[number] for number in sampled)
     found = {name: counter.result() for name, counter in counts.items()}
     return LookupSample(
@@ -89,6 +100,13 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
         features={name: FeatureLookups(found[name].lookups / sampled_rows, counts[name], found[name]) for name in tables},
         hottest_ids={
             name: vocabularies[table].ids_of(np.array([row for row, _ in found[name].hottest], dtype=np.int64))
+            if compositions[name] is None
+            else [None] * len(found[name].hottest)
             for name, table in tables.items()
         },
     )
+
+
+def _any_rows(ids: IntArray, rows: int) -> IntArray:
+    """Returns rows for ids that have none before training: which they are does not matter to how skewed the lookups are."""
+    return np.where(ids < 0, -1, (hash_integers(ids, 0) % np.uint64(rows)).astype(np.int64))

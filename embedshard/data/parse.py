@@ -33,8 +33,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.data.findings import Finding, Problem, Reason
+from embedshard.data.mapped_ids import integers
 from embedshard.data.text import TextVocabulary
-from embedshard.data.vocabulary import Vocabulary, integers
+from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError
 
 IntArray = npt.NDArray[np.int64]

@@ -39,6 +39,7 @@ from embedshard.data.byte_count import ByteCount
 from embedshard.data.columns import Columns
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
+from embedshard.data.parse import is_list
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
@@ -260,6 +261,17 @@ class Source:
     def uri_of(self, group: RowGroup) -> str:
         """Returns the URI of the file that holds a row group."""
         return self._locations[group.file].uri
+
+    def id_types(self, column: str) -> list[pa.DataType]:
+        """Returns the types of the ids in a column, or in its lists, as the files have them; nulls have none."""
+        found = []
+        for metadata in self._metadata:
+            kind = metadata.schema.to_arrow_schema().field(column).type
+            while is_list(kind) or pa.types.is_dictionary(kind):
+                kind = kind.value_type
+            if not pa.types.is_null(kind):
+                found.append(kind)
+        return list(dict.fromkeys(found))
 
     def decoded_bytes(self) -> int:
         """Returns, from the footers alone, about how many bytes all decoded columns take."""

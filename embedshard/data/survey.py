@@ -137,14 +137,17 @@ class _Parts:
     def __init__(self, dataset: Dataset, wanted: Wanted) -> None:
         config = dataset.config
         tables = {name: feature.table for name, feature in config.features.items() if not isinstance(feature, DenseFeature)}
-        self.id_counts = {name: IdCounts(table, dataset.table_rows[table]) for name, table in tables.items()}
+        self.id_counts = {name: IdCounts(table, dataset.unknown_number(table)) for name, table in tables.items()}
         self.item_counts = np.zeros(0, dtype=np.int64)
         self.label_sum = self.label_weight = 0.0
         self._wanted = wanted
         self._user, self._item = config.identity("user_id") or "", config.identity("item_id") or ""
         self._label = next((f"label:{name}" for name in config.data.label_columns), "")
         self._taken: list[tuple[IntArray, IntArray, FloatArray, FloatArray]] = []
-        if wanted.item_counts:
+        self._known_items = dataset.known_counts(self._item) if wanted.item_counts else None
+        if self._known_items is not None:
+            self.item_counts = self._known_items
+        elif wanted.item_counts:
             self.item_counts = np.zeros(dataset.table_rows[tables[self._item]] + 1, dtype=np.int64)
 
     @property
@@ -152,7 +155,8 @@ class _Parts:
         """What is read of every row; a data set without weights has no column of that name."""
         wanted = self._wanted
         users = [self._user] if wanted.interactions else []
-        items = [self._item] if wanted.interactions or wanted.item_counts else []
+        counts_items = wanted.item_counts and self._known_items is None
+        items = [self._item] if wanted.interactions or counts_items else []
         return users + items + ([self._label, "weight"] if wanted.labels else [])
 
     def count_ids(self, columns: Columns) -> None:
@@ -172,7 +176,7 @@ class _Parts:
                 weights = columns["weight"].values.astype(np.float32, copy=False)
             self.label_sum += float(np.dot(labels.astype(np.float64), weights))
             self.label_weight += float(weights.sum(dtype=np.float64))
-        if self._wanted.item_counts:
+        if self._wanted.item_counts and self._known_items is None:
             items = columns[self._item].values
             self.item_counts += np.bincount(items[items >= 0], minlength=len(self.item_counts))
         if self._wanted.interactions:

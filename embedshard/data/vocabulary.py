@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
-__all__ = ["Vocabulary", "integers", "load_vocabularies", "table_rows"]
+__all__ = ["UNKNOWN_ID", "HeldIds", "ManagedIds", "Vocabulary", "load_vocabularies", "table_rows", "unknown_number"]
 
-import hashlib
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from embedshard.config import Config
-from embedshard.config.parts import FileVocabulary, HashVocabulary, TokenizerVocabulary, WordNgramsVocabulary
+from embedshard.config.composition import Composition
+from embedshard.config.parts import (
+    AutoVocabulary,
+    DoubleHashVocabulary,
+    FileVocabulary,
+    HashVocabulary,
+    ManagedVocabulary,
+    TokenizerVocabulary,
+    WordNgramsVocabulary,
+)
 from embedshard.data.hashing import WordArray, hash_integers, hash_strings
 from embedshard.data.text import NgramVocabulary, TextVocabulary, UntrainedVocabulary, WordVocabulary, read_tokenizer
 from embedshard.data.tokenizer import Tokenizer
+from embedshard.data.vocabulary_file import load_id_file
 from embedshard.errors import ConfigError, DataError
-from embedshard.storage import locate
+from embedshard.storage import Location, locate
 
 IntArray = npt.NDArray[np.int64]
 
+UNKNOWN_ID: Final = 2**63 - 1
+"""Under a managed vocabulary, whose ids become rows later: what stands for an unknown one until then."""
+
 
 class Vocabulary(Protocol):
-    """Maps ids to rows of a table.
+    """Maps ids to rows of a table; where an id becomes two rows, to the number that a batch makes them of.
 
     Attributes:
-        rows: how many rows there are for known ids.
+        rows: how many rows, or such numbers, there are for known ids.
         fingerprint: of the whole mapping.
     """
 
@@ -94,58 +104,140 @@ class _Hash:
         return "any id"
 
 
-class _File:
-    def __init__(self, where: str, ids: pa.Array) -> None:
-        self.rows = len(ids)
-        self._where, self._ids = where, ids
-        is_integer = pa.types.is_integer(ids.type)
-        self._strings = None if is_integer else ids.cast(pa.large_string())
-        numbers = integers(ids) if is_integer else np.zeros(0, dtype=np.int64)
-        self._order = np.argsort(numbers, kind="stable")
-        self._sorted = numbers[self._order]
-        content = (
-            numbers.tobytes() if is_integer else b"\0".join(ids.cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
-        )
-        self.fingerprint = f"file of {self.rows}, sha256 {hashlib.sha256(content).hexdigest()}"
+class ManagedIds:
+    """Ids as they travel to the rank that knows their rows: integers of at least 0, strings by their hash."""
+
+    def __init__(self, rows: int, vocabulary: ManagedVocabulary) -> None:
+        self.rows, self._seed = rows, vocabulary.seed
+        self.fingerprint = f"managed, seed {vocabulary.seed}"
 
     def map_integers(self, ids: IntArray | WordArray) -> IntArray:
-        if self._strings is not None:
-            raise DataError(
-                f"the column holds integers, but the vocabulary {self._where} holds strings. Both must be of one kind: "
-                f"write the vocabulary as integers, or the column as strings."
-            )
-        if not self.rows:
-            return np.full(len(ids), -1, dtype=np.int64)
-        own = ids.astype(self._sorted.dtype, copy=False)
-        place = np.minimum(np.searchsorted(self._sorted, own), self.rows - 1)
-        known = self._sorted[place] == own
-        if own.dtype != ids.dtype:  # what one of int64 and uint64 cannot hold has the bits of another number
-            known &= ids.astype(np.int64) >= 0
-        return np.where(known, self._order[place], -1)
+        """Returns the ids themselves, -1 for those below 0."""
+        own = ids.astype(np.int64, copy=False)
+        known = (own >= 0) & (own < UNKNOWN_ID)
+        return own if known.all() else np.where(known, own, -1)
 
     def map_strings(self, ids: pa.Array) -> IntArray:
-        if self._strings is None:
-            raise DataError(
-                f"the column holds strings, but the vocabulary {self._where} holds integers. Both must be of one kind: "
-                f"write the vocabulary as strings, or the column as integers."
-            )
-        found = pc.index_in(ids.cast(pa.large_string()), value_set=self._strings)
-        return found.fill_null(-1).cast(pa.int64()).to_numpy(zero_copy_only=False)
+        """Returns 63 bits of each string's hash."""
+        return (hash_strings(ids, self._seed) >> np.uint64(1)).astype(np.int64)
 
     def ids_of(self, rows: IntArray) -> list[int | str | None]:
-        return [self._ids[row].as_py() if row < self.rows else None for row in rows.tolist()]
+        """Returns what travels, which are ids and not rows; of strings their hashes."""
+        return list(rows.tolist())
 
     def describe(self) -> str:
-        return f"the {self.rows} ids of {self._where}"
+        """Returns what is known, for messages."""
+        return "integers of at least 0, or strings"
+
+    def held(self, ids: IntArray) -> HeldIds:
+        """Returns the vocabulary as it was when rows held these ids, below 0 where none."""
+        return HeldIds(self, ids)
 
 
-def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = None) -> dict[str, Vocabulary]:
+class HeldIds:
+    """A managed vocabulary at one moment.
+
+    Attributes:
+        is_held: which rows hold an id, (rows,).
+    """
+
+    def __init__(self, vocabulary: ManagedIds, ids: IntArray) -> None:
+        self.rows = vocabulary.rows
+        self.fingerprint = vocabulary.fingerprint
+        self._vocabulary, self._ids = vocabulary, ids
+        self.is_held: npt.NDArray[np.bool_] = ids >= 0
+        self._order = np.flatnonzero(self.is_held)
+        self._order = self._order[np.argsort(ids[self._order])]
+        self._sorted = ids[self._order]
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns the row that each id held, -1 where it held none."""
+        if not len(self._sorted):
+            return np.full(len(ids), -1, dtype=np.int64)
+        own = self._vocabulary.map_integers(ids)
+        place = np.minimum(np.searchsorted(self._sorted, own), len(self._sorted) - 1)
+        return np.where(self._sorted[place] == own, self._order[place], -1)
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        """Returns the row that each string held, -1 where it held none."""
+        return self.map_integers(self._vocabulary.map_strings(ids))
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns the id that held each row, of a string its hash; None where none did."""
+        return [int(self._ids[row]) if row < self.rows and self._ids[row] >= 0 else None for row in rows.tolist()]
+
+    def describe(self) -> str:
+        """Returns what is known, for messages."""
+        return f"the {len(self._sorted)} ids that hold one of {self.rows} rows"
+
+
+class _QuotientRemainder(_Identity):
+    """Integers from 0, each a pair of rows."""
+
+    def __init__(self, composition: Composition) -> None:
+        super().__init__(composition.num_ids)
+        self.fingerprint = f"quotients and remainders of {composition.num_ids} by {composition.second}"
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        raise DataError(
+            "the column holds strings, but its table's vocabulary is 'quotient_remainder', for integers from 0. "
+            "Use a 'double_hash', 'hash' or 'file' vocabulary."
+        )
+
+    def describe(self) -> str:
+        return f"ids from 0 to {self.rows - 1} (vocabulary.ids={self.rows})"
+
+
+class _DoubleHash(_Hash):
+    """Ids of any kind, each a pair of rows."""
+
+    def __init__(self, composition: Composition, seed: int) -> None:
+        super().__init__(composition.num_ids, seed)
+        self._composition = composition
+        self.fingerprint = f"two hashes to {composition.first} and {composition.second}, seed {seed}"
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        return self._paired(hash_integers(ids, self._seed), hash_integers(ids, self._seed + 1))
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        return self._paired(hash_strings(ids, self._seed), hash_strings(ids, self._seed + 1))
+
+    def _paired(self, first: WordArray, second: WordArray) -> IntArray:
+        quotients = (first % np.uint64(self._composition.first)).astype(np.int64)
+        return quotients * self._composition.second + (second % np.uint64(self._composition.second)).astype(np.int64)
+
+
+class _Uncounted:
+    """Stands for a vocabulary that is yet to be counted: it knows the most rows that there can be, and takes any id."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+        self.fingerprint = "ids that are yet to be counted"
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        return np.zeros(len(ids), dtype=np.int64)
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        return np.zeros(len(ids), dtype=np.int64)
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        return [None] * len(rows)
+
+    def describe(self) -> str:
+        return "the ids of a vocabulary that is yet to be counted"
+
+
+def load_vocabularies(
+    config: Config, tokenizers: Mapping[str, str] | None = None, counted: Mapping[str, Location] | None = None
+) -> dict[str, Vocabulary]:
     """Returns the vocabulary of each of the config's tables.
 
     Args:
         config: the config.
         tokenizers: the JSON of each table's tokenizer, as `train_tokenizers` returns it or a run has kept it. Without one
             that is not ready as a file, its table's vocabulary finds no words and has the most rows that there can be.
+        counted: the file of each table's `auto` vocabulary, as `build_vocabularies` returns it or a run has kept it. Without
+            one it takes any id for the first and has the most rows that there can be.
 
     Raises:
         DataError: if a vocabulary's file is not what it must be.
@@ -155,13 +247,18 @@ def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = Non
     for name, table in config.tables.items():
         vocabulary = table.vocabulary
         if isinstance(vocabulary, FileVocabulary):
-            from_file = _load_file(name, vocabulary)
+            from_file = load_id_file(name, locate(vocabulary.path), vocabulary.path, vocabulary.column)
             if table.rows is not None and table.rows != from_file.rows:
                 raise ConfigError(
                     f"tables.{name}.rows is {table.rows}, but its vocabulary {vocabulary.path} has {from_file.rows} ids. "
                     f"Leave 'rows' out: the file tells."
                 )
             loaded[name] = from_file
+            continue
+        if isinstance(vocabulary, AutoVocabulary):
+            kept = (counted or {}).get(name)
+            ready = None if kept is None else load_id_file(name, kept, kept.uri, None)
+            loaded[name] = _Uncounted(vocabulary.max_size or 0) if ready is None else ready
             continue
         if isinstance(vocabulary, TokenizerVocabulary):
             loaded[name] = _load_words(name, vocabulary, table.known_rows, (tokenizers or {}).get(name))
@@ -170,6 +267,16 @@ def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = Non
             continue  # when the words are there
         rows = table.known_rows
         assert rows is not None, "the config checks that rows are known without a file"
+        if isinstance(vocabulary, ManagedVocabulary):
+            loaded[name] = ManagedIds(rows, vocabulary)
+            continue
+        composition = table.composition
+        if composition is not None:
+            if isinstance(vocabulary, DoubleHashVocabulary):
+                loaded[name] = _DoubleHash(composition, vocabulary.seed)
+            else:
+                loaded[name] = _QuotientRemainder(composition)
+            continue
         loaded[name] = _Hash(rows, vocabulary.seed) if isinstance(vocabulary, HashVocabulary) else _Identity(rows)
     for name, table in config.tables.items():
         if isinstance(table.vocabulary, WordNgramsVocabulary):
@@ -180,8 +287,13 @@ def load_vocabularies(config: Config, tokenizers: Mapping[str, str] | None = Non
     return {name: loaded[name] for name in config.tables}
 
 
+def unknown_number(vocabulary: Vocabulary) -> int:
+    """Returns the number by which an unknown id travels: the row after the last, or what becomes that row later."""
+    return UNKNOWN_ID if isinstance(vocabulary, ManagedIds) else vocabulary.rows
+
+
 def table_rows(vocabularies: Mapping[str, Vocabulary]) -> dict[str, int]:
-    """Returns how many ids each table has rows for."""
+    """Returns how many ids each table tells apart: as many as its rows, but where an id becomes two of them."""
     return {name: vocabulary.rows for name, vocabulary in vocabularies.items()}
 
 
@@ -191,50 +303,3 @@ def _load_words(table: str, vocabulary: TokenizerVocabulary, most: int | None, t
     if text is None:
         text = read_tokenizer(table, vocabulary)
     return WordVocabulary(Tokenizer(text, f"tables.{table}.vocabulary: {vocabulary.path or 'what the run has kept'}"))
-
-
-def _load_file(table: str, vocabulary: FileVocabulary) -> _File:
-    where = f"tables.{table}.vocabulary: {vocabulary.path}"
-    try:
-        with locate(vocabulary.path).open_input() as file:
-            content: Any = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{where} cannot be read: {error}. It must be a Parquet file of ids in row order.") from error
-    column = vocabulary.column
-    if column is None:
-        if len(content.column_names) != 1:
-            raise ConfigError(
-                f"{where} has the columns {', '.join(content.column_names)}. Name that of the ids: vocabulary.column."
-            )
-        column = content.column_names[0]
-    if column not in content.column_names:
-        raise ConfigError(f"{where} has no column '{column}', only {', '.join(content.column_names)}.")
-    ids = content[column].combine_chunks()
-    if pa.types.is_dictionary(ids.type):
-        ids = ids.dictionary_decode()
-    if not (pa.types.is_integer(ids.type) or _is_string(ids.type)):
-        raise DataError(f"{where}: column '{column}' is {ids.type}; ids are integers or strings.")
-    if ids.null_count:
-        row = int(np.flatnonzero(ids.is_null().to_numpy(zero_copy_only=False))[0])
-        raise DataError(f"{where}: row {row} of column '{column}' is null; each row must name an id. Remove it.")
-    codes = ids.dictionary_encode().indices.to_numpy(zero_copy_only=False)
-    unique, first = np.unique(codes, return_index=True)
-    if len(unique) < len(codes):
-        repeated = np.setdiff1d(np.arange(len(codes)), first)
-        row = int(repeated[0])
-        former = int(first[np.searchsorted(unique, codes[row])])
-        raise DataError(
-            f"{where}: rows {former} and {row} of column '{column}' are both {ids[row].as_py()!r} "
-            f"({len(repeated)} rows repeat an earlier id). Each id has one row: remove the others."
-        )
-    return _File(vocabulary.path, ids)
-
-
-def integers(ids: pa.Array) -> IntArray | WordArray:
-    """Returns integers of any width, without nulls, as int64, or as uint64 if they are that."""
-    kind = pa.uint64() if pa.types.is_uint64(ids.type) else pa.int64()
-    return ids.cast(kind).to_numpy(zero_copy_only=False)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

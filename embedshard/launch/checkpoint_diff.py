@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from embedshard.errors import EmbedshardError
-from embedshard.launch.run_tables import Id, table_of
+from embedshard.launch.run_tables import Id, ids_in, table_of
 from embedshard.storage import PathOrUri, reaching
 from embedshard.train.checkpoint_reader import Checkpoint, open_step
 from embedshard.train.run_directory import RunDirectory
@@ -127,7 +127,8 @@ def diff_here(
     tables = []
     for table in found.tables:
         try:
-            vocabulary = table_of(run, config, table.table)[2]
+            _, owner, vocabulary = table_of(run, config, table.table)
+            vocabulary = ids_in(open_step(second.checkpoints, after), owner, vocabulary)
         except EmbedshardError:  # a table of tree nodes has no ids; a vocabulary may be gone, and rows are told all the same
             tables.append(table)
             continue

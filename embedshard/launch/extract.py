@@ -13,11 +13,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 from embedshard.config.parts import HashVocabulary, WordNgramsVocabulary
-from embedshard.data.vocabulary import Vocabulary, integers
+from embedshard.data.mapped_ids import integers
+from embedshard.data.vocabulary import HeldIds, Vocabulary
 from embedshard.errors import ConfigError, DataError
-from embedshard.launch.run_tables import check_holds, open_checkpoint_of, table_of
+from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
 from embedshard.storage import Location, PathOrUri, locate, reaching
 from embedshard.train.checkpoint_reader import Checkpoint
 from embedshard.train.run_directory import RunDirectory
@@ -84,6 +86,7 @@ def extract_here(
     table, owner, vocabulary = table_of(run, config, table)
     checkpoint, name = open_checkpoint_of(run, checkpoint_step), f"tables/{table}/weight"
     check_holds(checkpoint, name)
+    vocabulary = ids_in(checkpoint, owner, vocabulary)
     asked: pa.Array | None = None
     if ids is not None:
         asked = _typed(ids, vocabulary)
@@ -169,7 +172,10 @@ def _all(checkpoint: Checkpoint, name: str, vocabulary: Vocabulary) -> Iterator[
         for start in range(first, last, _ROWS_AT_ONCE):
             stop = min(start + _ROWS_AT_ONCE, last)
             rows = np.arange(start, stop, dtype=np.int64)
-            yield pa.array(vocabulary.ids_of(rows)), rows, block[start - first : stop - first].float().numpy()
+            if isinstance(vocabulary, HeldIds):
+                rows = rows[vocabulary.is_held[start:stop]]
+            if len(rows):
+                yield pa.array(vocabulary.ids_of(rows)), rows, block[torch.from_numpy(rows - first)].float().numpy()
 
 
 def _chosen(checkpoint: Checkpoint, name: str, ids: pa.Array, rows: IntArray) -> Iterator[tuple[pa.Array, IntArray, Any]]:

@@ -21,9 +21,9 @@ from typing import Any
 from rich.console import Console
 
 from embedshard.config import Config, Loaded, load_config, table_specs
-from embedshard.config.parts import WordsVocabulary
+from embedshard.config.parts import AutoVocabulary, WordsVocabulary
 from embedshard.data.vocabulary import load_vocabularies, table_rows
-from embedshard.errors import CheckpointError, ConfigError
+from embedshard.errors import CheckpointError, ConfigError, nearest
 from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.launch.request import TrainRequest
 from embedshard.models.summary import Summary, summarise
@@ -182,8 +182,8 @@ def evaluate_here(
     if checkpoint is None:
         raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
     with open_world(device) as world:
-        parts = assemble(config, world, run.read_json("inventory.json"), initialises=False)
-        restore_model(checkpoint, parts.model)
+        parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies, initialises=False)
+        restore_model(checkpoint, parts.model, parts.managed)
         found: dict[str, Any] = {"step": checkpoint.step}
         splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]
         yardsticks = parts.yardsticks(compares=with_baselines and bool(splits), counts_ids=False)
@@ -209,22 +209,42 @@ def evaluate_untrained(run_dir: PathOrUri, split: Split, device: str, environmen
     run = RunDirectory.open(run_dir)
     with open_world(device) as world:
         config = run.load_config(environment).config
-        parts = assemble(config, world, run.read_json("inventory.json"))
+        parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies)
         warm_start(config, parts.dataset.vocabularies, parts.model, world)
         return parts.evaluator.evaluate(parts.model, split)
 
 
-def summarise_config(config_path: Path, overrides: Sequence[str], environment: Mapping[str, str]) -> Summary:
-    """Describes what a config builds; reads its vocabularies, not its data.
+def summarise_config(
+    config_path: Path, overrides: Sequence[str], environment: Mapping[str, str], ids: Sequence[str] = ()
+) -> Summary:
+    """Describes what a config builds; reads its vocabularies, not its data. `ids` are tables' numbers of ids, `table=N`.
 
     Raises:
         EmbedshardError: what a user can act on.
     """
     config = load_config(config_path, environment, overrides).config
     for name, table in config.tables.items():
+        if isinstance(table.vocabulary, AutoVocabulary) and table.known_rows is None:
+            raise ConfigError(
+                f"tables.{name}.vocabulary is auto, so its rows are known when a run has counted the ids. To see the rest, "
+                f"say how many there are at most: --set tables.{name}.vocabulary.max_size=1000000; or count them: "
+                f"embedshard vocabulary build {config_path}."
+            )
         if isinstance(table.vocabulary, WordsVocabulary) and table.vocabulary.path is None and table.known_rows is None:
             raise ConfigError(
                 f"tables.{name}.vocabulary.num_words is null, so its rows are known when a run has counted the words. To "
                 f"see the rest, take a number for it: --set tables.{name}.vocabulary.num_words=100000."
             )
-    return summarise(config, table_specs(config, table_rows(load_vocabularies(config))))
+    return summarise(config, table_specs(config, table_rows(load_vocabularies(config))), _numbers_of_ids(config, ids))
+
+
+def _numbers_of_ids(config: Config, ids: Sequence[str]) -> dict[str, int]:
+    found = {}
+    for text in ids:
+        table, _, number = text.partition("=")
+        if table not in config.tables:
+            raise ConfigError(f"--ids {text}: there is no table '{table}'. {nearest(table, config.tables)}")
+        if not number.replace("_", "").isdecimal() or not int(number):
+            raise ConfigError(f"--ids {text}: '{number}' is no number of ids. Give it as --ids {table}=1000000.")
+        found[table] = int(number)
+    return found

@@ -13,11 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from embedshard.config import Config, load_config, table_specs
-from embedshard.config.parts import TokenizerVocabulary
+from embedshard.config.parts import AutoVocabulary, TokenizerVocabulary
 from embedshard.data.lookup_sample import LookupSample, sample_lookups
 from embedshard.data.order import worlds_that_fit
-from embedshard.data.tokenizer_training import train_tokenizers
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
+from embedshard.data.vocabulary import table_rows
+from embedshard.data.vocabulary_building import loaded_anew
 from embedshard.errors import ConfigError, DataError, EmbedshardError
 from embedshard.sharding.draft import Draft, draft_plan
 from embedshard.sharding.hardware import Cluster, cluster_of, find_machine, named_machines
@@ -150,7 +150,8 @@ def _check_lanes(config: Config, workers: int) -> None:
 def _look_at_data(config: Config) -> tuple[dict[str, int], LookupSample | None, str | None]:
     """Returns each table's rows, a sample, and why there is none."""
     try:
-        vocabularies: Mapping[str, Vocabulary] = load_vocabularies(config, train_tokenizers(config))
+        with loaded_anew(config) as made:
+            vocabularies = made
     except DataError as error:
         rows = {name: table.known_rows for name, table in config.tables.items()}
         unknown = [name for name, count in rows.items() if count is None]
@@ -159,6 +160,8 @@ def _look_at_data(config: Config) -> tuple[dict[str, int], LookupSample | None, 
             given = f"tables.{unknown[0]}.rows=1000000"
             if has_words:
                 given = f"'tables.{unknown[0]}.vocabulary={{kind: words, num_words: 20000}}'"
+            elif isinstance(config.tables[unknown[0]].vocabulary, AutoVocabulary):
+                given = f"tables.{unknown[0]}.vocabulary.max_size=1000000"
             raise DataError(
                 f"{error} Without it nobody knows how many rows table '{unknown[0]}' has: for a plan without the vocabulary "
                 f"give them, such as --set {given}."

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["Id", "check_holds", "open_checkpoint_of", "table_of", "vocabulary_table"]
+__all__ = ["Id", "check_holds", "ids_in", "open_checkpoint_of", "table_of", "vocabulary_table"]
+
+import numpy as np
 
 from embedshard.config import Config, bias_key, context_key
 from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig, WordNgramsVocabulary
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies
+from embedshard.data.vocabulary import ManagedIds, Vocabulary, load_vocabularies
+from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import CheckpointError, ConfigError, nearest
 from embedshard.storage import reaching
 from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
@@ -25,10 +28,15 @@ def table_of(run: RunDirectory, config: Config, table: str | None) -> tuple[str,
     table = _default_table(config) if table is None else table
     owner = vocabulary_table(config, table)
     own = config.tables[owner].vocabulary
+    if config.tables[owner].composition is not None:
+        raise ConfigError(
+            f"table '{owner}' has the vocabulary '{own.kind}': an id's vector there is the sum of two rows, and no row is "
+            f"an id's. Name another table with --table. {_tables(config)}"
+        )
     needed = [owner, own.of] if isinstance(own, WordNgramsVocabulary) else [owner]
     alone = config.model_copy(update={"tables": {name: config.tables[name] for name in needed}})
     kept = (run.read_json("inventory.json") or {}).get("tokenizers", {})
-    return table, owner, load_vocabularies(alone, kept)[owner]
+    return table, owner, load_vocabularies(alone, kept, kept_vocabularies(alone, run.vocabularies))[owner]
 
 
 def vocabulary_table(config: Config, table: str) -> str:
@@ -67,6 +75,22 @@ def open_checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
     return found
 
 
+def ids_in(checkpoint: Checkpoint, owner: str, vocabulary: Vocabulary) -> Vocabulary:
+    """Returns a vocabulary as it was at a checkpoint: of a managed one, which id held which row.
+
+    Raises:
+        CheckpointError: if the checkpoint does not tell, or is damaged.
+    """
+    if not isinstance(vocabulary, ManagedIds):
+        return vocabulary
+    name = f"vocabularies/{owner}/ids"
+    check_holds(checkpoint, name)
+    ids = np.empty(vocabulary.rows, dtype=np.int64)
+    for (first,), block in checkpoint.blocks(name):
+        ids[first : first + len(block)] = block.numpy()
+    return vocabulary.held(ids)
+
+
 def check_holds(checkpoint: Checkpoint, name: str) -> None:
     """Checks that a checkpoint holds a tensor.
 
@@ -80,6 +104,8 @@ def check_holds(checkpoint: Checkpoint, name: str) -> None:
 def _default_table(config: Config) -> str:
     feature = config.drawn_feature()
     if feature is None:
+        if len(config.tables) == 1:
+            return next(iter(config.tables))
         raise ConfigError(f"the model has no item whose table could be meant: name one with --table. {_tables(config)}")
     return config.features[feature].table  # type: ignore[union-attr]  # what is drawn is looked up
 

@@ -19,9 +19,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from embedshard.config import Config
-from embedshard.data.vocabulary import Vocabulary
+from embedshard.data.vocabulary import HeldIds, Vocabulary
 from embedshard.errors import DataError, nearest
-from embedshard.launch.run_tables import Id, check_holds, open_checkpoint_of, table_of
+from embedshard.launch.run_tables import Id, check_holds, ids_in, open_checkpoint_of, table_of
 from embedshard.storage import PathOrUri, locate
 from embedshard.train.checkpoint_reader import Checkpoint
 from embedshard.train.run_directory import RunDirectory
@@ -102,10 +102,13 @@ def similar_here(
     run = RunDirectory.open(run_dir)
     config = run.load_config(environment).config
     table, owner, vocabulary = table_of(run, config, table)
-    row = _row_of(id_, owner, vocabulary)
     checkpoint = open_checkpoint_of(run, checkpoint_step)
+    vocabulary = ids_in(checkpoint, owner, vocabulary)
+    row = _row_of(id_, owner, vocabulary)
     cosines = _cosines(checkpoint, f"tables/{table}/weight", row, id_)
     cosines[[row, vocabulary.rows]] = -np.inf
+    if isinstance(vocabulary, HeldIds):
+        cosines[: vocabulary.rows][~vocabulary.is_held] = -np.inf
     best = np.argpartition(-cosines, min(count, len(cosines) - 1))[:count]
     best = best[np.lexsort((best, -cosines[best]))]
     best = best[np.isfinite(cosines[best])].astype(np.int64, copy=False)
@@ -138,9 +141,10 @@ def vectors_here(
         EmbedshardError: what a user can act on.
     """
     run = RunDirectory.open(run_dir)
-    table, _, vocabulary = table_of(run, run.load_config(environment).config, table)
+    table, owner, vocabulary = table_of(run, run.load_config(environment).config, table)
     checkpoint, name = open_checkpoint_of(run, checkpoint_step), f"tables/{table}/weight"
     check_holds(checkpoint, name)
+    vocabulary = ids_in(checkpoint, owner, vocabulary)
     vectors = np.empty((vocabulary.rows, checkpoint.tensors[name].shape[1]), dtype=np.float32)
     for (first, column), block in checkpoint.blocks(name):
         values = block[: max(vocabulary.rows - first, 0)].float().numpy()  # the row for unknown ids is nobody's

@@ -22,8 +22,8 @@ from rich.table import Table
 from embedshard.config import Config, TableSpec, table_specs
 from embedshard.config.parts import EvaluateConfig, InBatchSoftmaxConfig, ShardingConfig, TableShardingConfig
 from embedshard.config.placement import ALL_TYPES, changed_optimizer, impossible
-from embedshard.data.tokenizer_training import train_tokenizers
-from embedshard.data.vocabulary import load_vocabularies, table_rows
+from embedshard.data.vocabulary import table_rows
+from embedshard.data.vocabulary_building import loaded_anew
 from embedshard.errors import ConfigError, DataError, PlanError, nearest
 from embedshard.launch.rehearsing import CaseError, LocalGroup, Outcome
 from embedshard.train.rehearsal import Rehearsal
@@ -122,7 +122,8 @@ def verify_plans(
         if kind not in ALL_TYPES:
             raise ConfigError(f"there is no sharding type '{kind}'. {nearest(kind, ALL_TYPES)}")
     wanted = [AS_CONFIGURED, *ALL_TYPES] if types is None else list(types)
-    specs = table_specs(config, table_rows(load_vocabularies(config, train_tokenizers(config))))
+    with loaded_anew(config) as vocabularies:
+        specs = table_specs(config, table_rows(vocabularies))
     plain = _bare(config)
     found = Verification(steps, beyond=_beyond(config))
     with ExitStack() as stack:

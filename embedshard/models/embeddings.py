@@ -10,7 +10,7 @@ from __future__ import annotations
 
 __all__ = ["EmbeddingLookup", "table_modules", "table_weights"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -43,10 +43,14 @@ class EmbeddingLookup(nn.Module):
 
     Args:
         specs: the tables.
+
+    Attributes:
+        to_rows: turns ids into rows where they are not rows already, given whether this is training. Set from outside.
     """
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
         super().__init__()
+        self.to_rows: Callable[[Batch, bool], Batch] | None = None
         pooled = [spec for spec in specs if not spec.is_sequence]
         self.plain = _bags([spec for spec in pooled if not spec.weighted], is_weighted=False)
         self.weighted = _bags([spec for spec in pooled if spec.weighted], is_weighted=True)
@@ -68,6 +72,8 @@ class EmbeddingLookup(nn.Module):
 
         (B, D) of a key that is pooled; (V, D) of a sequence, whose lengths are those of `batch.sequences[key]`.
         """
+        if self.to_rows is not None:
+            batch = self.to_rows(batch, self.training)
         vectors: dict[str, torch.Tensor] = {}
         for collection, ids in ((self.plain, batch.sparse), (self.weighted, batch.weighted)):
             if collection is not None:

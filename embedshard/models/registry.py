@@ -30,6 +30,7 @@ from embedshard.config.parts import (
     TextClassifierConfig,
     TwoTowerConfig,
 )
+from embedshard.data.vocabulary import UNKNOWN_ID
 from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.item_embedding import ItemEmbedding
@@ -121,7 +122,7 @@ def _item(config: Config, specs: Sequence[TableSpec]) -> tuple[int, str]:
     item_id = config.identity("item_id")
     assert item_id is not None, "the config checks that the objective knows the item"
     spec = next(spec for spec in specs if item_id in (lookup.key for lookup in spec.lookups))
-    return spec.num_embeddings, item_id
+    return (UNKNOWN_ID if spec.managed_by is not None else spec.num_ids), item_id
 
 
 def _custom(config: Config, custom: CustomModelConfig, specs: Sequence[TableSpec]) -> nn.Module:

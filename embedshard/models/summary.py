@@ -4,16 +4,26 @@ from __future__ import annotations
 
 __all__ = ["Row", "Summary", "sharding_exceptions", "summarise"]
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from embedshard.config import Config, TableSpec
-from embedshard.config.parts import InBatchSoftmaxConfig, TokenizerVocabulary
+from embedshard.config.composition import colliding_ids, collision_share
+from embedshard.config.parts import (
+    AutoVocabulary,
+    DoubleHashVocabulary,
+    HashVocabulary,
+    InBatchSoftmaxConfig,
+    QuotientRemainderVocabulary,
+    TokenizerVocabulary,
+    Vocabulary,
+)
 from embedshard.config.placement import changed_optimizer
 from embedshard.models.embeddings import table_modules
 from embedshard.models.registry import build_model
+from embedshard.quantities import share
 
 _DENSE_STATES = {"sgd": 0, "adagrad": 1, "adam": 2, "adamw": 2, "rmsprop": 1}
 
@@ -67,8 +77,13 @@ class Summary:
         )
 
 
-def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
+def summarise(config: Config, specs: Sequence[TableSpec], ids: Mapping[str, int] | None = None) -> Summary:
     """Describes what a config builds, without allocating its tables.
+
+    Args:
+        config: the config.
+        specs: its tables.
+        ids: how many different ids a table is to hold, for the share of them that collide; for those of which it is known.
 
     Raises:
         ConfigError: if a custom model cannot be built.
@@ -76,7 +91,7 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
     model = build_model(config, specs)
     inside_tables = {id(parameter) for _, module in table_modules(model) for parameter in module.parameters()}
     return Summary(
-        tables=tuple(_table_row(spec, config) for spec in specs),
+        tables=tuple(_table_row(spec, config, (ids or {}).get(spec.name)) for spec in specs),
         layers=tuple(
             _layer_row(name, parameter, config)
             for name, parameter in model.named_parameters()
@@ -86,10 +101,12 @@ def summarise(config: Config, specs: Sequence[TableSpec]) -> Summary:
     )
 
 
-def _table_row(spec: TableSpec, config: Config) -> Row:
+def _table_row(spec: TableSpec, config: Config, num_ids: int | None) -> Row:
     vocabulary = config.tables[spec.name].vocabulary if spec.name in config.tables else None
     is_open = isinstance(vocabulary, TokenizerVocabulary) and vocabulary.path is None
     most = "; so many rows at most: a run makes the tokenizer" if is_open else ""
+    if isinstance(vocabulary, AutoVocabulary):
+        most = "; so many rows at most: a run counts the ids"
     features = ", ".join(lookup.key for lookup in spec.lookups if lookup.slot is None)
     optimizer = "adam (lazy kernel on CPU, FBGEMM's on CUDA)" if spec.optimizer.kind == "adam" else spec.optimizer.kind
     penalty = f", l2_lookup {spec.l2_lookup:g}" if spec.l2_lookup else ""
@@ -99,8 +116,27 @@ def _table_row(spec: TableSpec, config: Config) -> Row:
         parameters=spec.parameters,
         weight_bytes=spec.weight_bytes,
         state_bytes=spec.state_bytes,
-        note=f"{spec.dtype}, {optimizer} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}",
+        note=f"{spec.dtype}, {optimizer} lr {spec.optimizer.lr:g}{penalty}; looked up by {features}{most}"
+        f"{_collisions(spec, vocabulary, num_ids)}",
     )
+
+
+def _collisions(spec: TableSpec, vocabulary: Vocabulary | None, num_ids: int | None) -> str:
+    """Returns how many ids are expected to have all their rows in common with another."""
+    if isinstance(vocabulary, QuotientRemainderVocabulary):
+        assert spec.composition is not None, "it has two parts"
+        return f"; {spec.composition.first:,} quotients + {spec.composition.second:,} remainders: no two ids share both"
+    if not isinstance(vocabulary, HashVocabulary | DoubleHashVocabulary):
+        return ""
+    places, shared = spec.num_ids - 1, "its row"
+    halves = ""
+    if spec.composition is not None:
+        shared = "both rows"
+        halves = f"; {spec.composition.first:,} + {spec.composition.second:,} rows, a hash for each"
+    if num_ids is not None:
+        return f"{halves}; of {num_ids:,} ids {share(collision_share(places, num_ids))} share {shared} with another"
+    known = [f"{part:.0%} of {colliding_ids(places, part):,.0f}" for part in (0.01, 0.1, 0.5)]
+    return f"{halves}; of N ids 1 - (1 - 1/{places:,})^(N-1) share {shared} with another: {', '.join(known)}"
 
 
 def _layer_row(name: str, parameter: nn.Parameter, config: Config) -> Row:

@@ -93,4 +93,5 @@ class TextClassifier(nn.Module):
         for name in self._features:
             place = self._dense.index(name) if name in self._dense else None
             parts.append(lookups[name] if place is None else batch.dense[:, place : place + 1])
-        return ClassOutput(self.head(self.dropout(torch.cat(parts, dim=1), batch)), lookups)
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # of one it would be a copy
+        return ClassOutput(self.head(self.dropout(joined, batch)), lookups)

@@ -31,7 +31,8 @@ class Tower(nn.Module):
 
     def forward(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns (B, D) from each feature's (B, width)."""
-        joined = sum(vectors[1:], start=vectors[0]) if self._by_sum else torch.cat(list(vectors), dim=1)
+        is_sum = self._by_sum or len(vectors) == 1  # joined, one vector would be a copy of itself
+        joined = sum(vectors[1:], start=vectors[0]) if is_sum else torch.cat(list(vectors), dim=1)
         return joined if self.mlp is None else self.mlp(joined)
 
 

@@ -107,9 +107,11 @@ def _ids_per_row(config: Config, name: str, sample: LookupSample | None) -> floa
     feature = config.features[name]
     if sample is not None:
         return sample.features[name].ids_per_row
+    table = getattr(feature, "table", None)
+    rows_per_id = 1 if table is None or config.tables[table].composition is None else 2
     if isinstance(feature, ListFeature | TextFeature):
-        return float(feature.max_length or ASSUMED_BAG_LENGTH)
-    return 1.0
+        return float(rows_per_id * (feature.max_length or ASSUMED_BAG_LENGTH))
+    return float(rows_per_id)
 
 
 def _kept(model: ItemEmbeddingConfig, counts: IdCounts) -> IdCounts:

@@ -252,4 +252,4 @@ def _output_width(config: Config) -> int:
 
 def _num_items(config: Config, specs: Sequence[TableSpec]) -> int:
     item_id = config.identity("item_id")
-    return next((spec.num_embeddings for spec in specs if item_id in {lookup.key for lookup in spec.lookups}), 0)
+    return next((spec.num_ids for spec in specs if item_id in {lookup.key for lookup in spec.lookups}), 0)

@@ -7,7 +7,7 @@ wherever it lies, and a table that grows keeps its rows.
 
 from __future__ import annotations
 
-__all__ = ["initial_rows", "initialise_tables"]
+__all__ = ["initial_rows", "initialise_tables", "scattered_rows"]
 
 import zlib
 from collections.abc import Iterable
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from embedshard.config import TableSpec
+from embedshard.data.hashing import hash_integers
 from embedshard.sharding.shards import Shard
 
 _BLOCK_ELEMENTS = 128 * 1024
@@ -30,12 +31,27 @@ def initial_rows(seed: int, spec: TableSpec, first: int, last: int) -> npt.NDArr
     `normal` by Box and Muller's transform, `uniform` in [-scale, scale).
     """
     count = (last - first) * spec.dim
-    if spec.init.kind == "zeros":
-        return np.zeros((last - first, spec.dim), dtype=np.float32)
+    if spec.init.kind == "zeros" or spec.managed_by is not None:
+        return scattered_rows(seed, spec, np.arange(first, last, dtype=np.int64))
     key = np.array([seed, zlib.crc32(spec.name.encode())], dtype=np.uint64)
     generator = np.random.Philox(key=key)
     generator.advance(first * spec.dim // _WORDS_PER_COUNT)
-    words = generator.random_raw(count)
+    return _values(generator.random_raw(count), spec).reshape(last - first, spec.dim)
+
+
+def scattered_rows(seed: int, spec: TableSpec, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+    """Returns the first values of any rows of a managed table, (n, dim) float32; row by row they cost the same.
+
+    Its words are hashes of the elements' numbers, since a row may begin anew at any time.
+    """
+    if spec.init.kind == "zeros":
+        return np.zeros((len(rows), spec.dim), dtype=np.float32)
+    elements = (rows[:, None] * spec.dim + np.arange(spec.dim)).ravel()
+    words = hash_integers(hash_integers(elements, zlib.crc32(spec.name.encode())), seed)
+    return _values(words, spec).reshape(len(rows), spec.dim)
+
+
+def _values(words: npt.NDArray[np.uint64], spec: TableSpec) -> npt.NDArray[np.float32]:
     scale = spec.init.scale if spec.init.scale is not None else spec.dim**-0.5
     if spec.init.kind == "uniform":
         values = ((words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0) * scale
@@ -43,7 +59,7 @@ def initial_rows(seed: int, spec: TableSpec, first: int, last: int) -> npt.NDArr
         first_uniform = ((words >> np.uint64(32)).astype(np.float64) + 1.0) * 2.0**-32  # (0, 1]
         second_uniform = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32
         values = np.sqrt(-2.0 * np.log(first_uniform)) * np.cos(2.0 * np.pi * second_uniform) * scale
-    return values.astype(np.float32).reshape(last - first, spec.dim)
+    return values.astype(np.float32)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ __all__ = ["RowTables", "take_over_sequences"]
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
@@ -25,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from embedshard.sharding.shards import fused_kernels
 
-_BLOCK_ELEMENTS = 2**14
+_BLOCK_ELEMENTS = 2**16
 """Rows are moved in blocks of so many numbers: what is gathered of weights and state stays in the cache."""
 
 
@@ -189,9 +190,7 @@ def _by_row(
 
     An id's source is the vector in its own place where `sources_V` is None.
     """
-    ids_V, order_V = ids_V.sort(stable=True)
-    rows_U, counts_U = torch.unique_consecutive(ids_V, return_counts=True)
-    begins = F.pad(counts_U.cumsum(0), (1, 0))
+    rows_U, order_V, begins = _grouped(ids_V)
     return rows_U, F.embedding_bag(
         order_V if sources_V is None else sources_V[order_V],
         vectors.contiguous(),
@@ -200,3 +199,25 @@ def _by_row(
         per_sample_weights=None if weights_V is None else weights_V[order_V].to(vectors.dtype),
         include_last_offset=True,
     )
+
+
+def _grouped(ids_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns the distinct ids, ascending, the places of all by id and then in order, and where each one's places begin.
+
+    An id and its place are sorted as one number where they fit into one: numpy sorts numbers several times as fast as torch
+    finds out their order.
+    """
+    ids, bits = ids_V.numpy(), len(ids_V).bit_length()
+    if ids_V.dtype == torch.int64 and int(ids.max()) < 2 ** (62 - bits):
+        keys = ids << bits
+        keys |= np.arange(len(ids))
+        keys.sort()
+        order, ids = keys & ((1 << bits) - 1), keys >> bits
+    else:
+        order = np.argsort(ids, kind="stable")
+        ids = ids[order]
+    changes = np.flatnonzero(ids[1:] != ids[:-1])
+    begins = np.empty(len(changes) + 2, dtype=np.int64)
+    begins[0], begins[-1] = 0, len(ids)
+    np.add(changes, 1, out=begins[1:-1])
+    return torch.from_numpy(ids[begins[:-1]]), torch.from_numpy(order), torch.from_numpy(begins)

@@ -12,6 +12,7 @@ import torch
 from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.config import Config, TableSpec, table_specs
+from embedshard.config.parts import ManagedVocabulary
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import Dataset, open_dataset
 from embedshard.data.partitions import Partition
@@ -23,9 +24,12 @@ from embedshard.evaluate.evaluator import Evaluator
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
+from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
+from embedshard.storage import Location
+from embedshard.train.snapshot import table_shards
 from embedshard.train.step import Stepper
 from embedshard.world import World
 
@@ -45,6 +49,7 @@ class Assembly:
     evaluator: Evaluator
     collator: Collator
     tally: Tally
+    managed: ManagedTables | None = None
 
     @property
     def num_steps(self) -> int:
@@ -95,6 +100,7 @@ def assemble(
     dataset: Dataset | None = None,
     plan: RecordedPlan | None = None,
     progress: PreparationProgress | None = None,
+    vocabularies: Location | None = None,
     partitions: Sequence[Partition] | None = None,
     *,
     initialises: bool = True,
@@ -109,6 +115,7 @@ def assemble(
         dataset: one that is open already, of the same data; it is opened where it is None.
         plan: to be replayed; None makes one.
         progress: hears on rank 0 how far it is with what takes long.
+        vocabularies: the folder of those that the run counts and keeps; None keeps none.
         partitions: of the training data; None looks for them.
         initialises: whether tables' rows get their first values; not where a checkpoint is restored next.
 
@@ -118,11 +125,12 @@ def assemble(
     if config.train.deterministic and world.device.type == "cuda":
         torch.use_deterministic_algorithms(True)
     if dataset is None:
-        dataset = open_dataset(config, world, resolved, progress, partitions)
+        dataset = open_dataset(config, world, resolved, progress, vocabularies, partitions)
     specs = table_specs(config, dataset.table_rows)
     model = shard_model(build_model(config, specs), config, specs, world, plan, initialises=initialises)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
+    managed = _manage(config, world, specs, model, optimizers)
     tally = Tally(dataset.train[0].decoder)
     collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
     return Assembly(
@@ -137,4 +145,22 @@ def assemble(
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
+        managed=managed,
     )
+
+
+def _manage(
+    config: Config,
+    world: World,
+    specs: tuple[TableSpec, ...],
+    model: DistributedModelParallel,
+    optimizers: Optimizers,
+) -> ManagedTables | None:
+    vocabularies = {
+        name: table.vocabulary for name, table in config.tables.items() if isinstance(table.vocabulary, ManagedVocabulary)
+    }
+    if not vocabularies:
+        return None
+    managed = ManagedTables(specs, vocabularies, config.data.lanes, world, config.seed)
+    managed.attach(model, lambda: table_shards(model, optimizers))
+    return managed

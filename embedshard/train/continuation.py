@@ -8,8 +8,10 @@ from __future__ import annotations
 
 __all__ = ["Continuation", "check_can_grow", "continuation_of", "keep_continuation", "take_over"]
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from embedshard.config import Config, Loaded, differences
@@ -75,9 +77,26 @@ def keep_continuation(run: RunDirectory, continues: Continuation | None) -> None
     if continues is None:
         return
     run.write_json(_FILE, {"run": continues.run, "step": continues.step, "inherited": continues.inherited})
+    _copy_vocabularies(RunDirectory(continues.run), run)
     plan = RunDirectory(continues.run).read_json("plan.json")
     if plan is not None:  # kept where world and config still are those: sums are added up in the same order then
         run.write_json("plan.json", plan)
+
+
+def _copy_vocabularies(former: RunDirectory, run: RunDirectory) -> None:
+    """Copies the vocabularies that the former run has counted: they say which row is whose."""
+    with reaching(former.vocabularies):
+        names = former.vocabularies.list_names() if former.vocabularies.exists() else []
+    if not names:
+        return
+    with tempfile.TemporaryDirectory(prefix="embedshard-vocabularies-") as folder:
+        for name in names:
+            copy = Path(folder) / name
+            with reaching(former.vocabularies.join(name)):
+                former.vocabularies.join(name).get_file(copy)
+            with reaching(run.vocabularies):
+                run.vocabularies.make_dirs()
+                run.vocabularies.join(name).put_file(copy)
 
 
 def take_over(former: RunDirectory, loaded: Loaded, environment: Mapping[str, str]) -> tuple[Continuation, str]:

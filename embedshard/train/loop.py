@@ -23,6 +23,7 @@ from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
 from embedshard.models.summary import sharding_exceptions
 from embedshard.report import write_report
+from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.recorded import RecordedPlan
 from embedshard.storage import Location
 from embedshard.train.assembly import Assembly, assemble
@@ -91,14 +92,18 @@ def train(
     if partitions == []:
         return TrainResult(notices.stop or "another rank", 0, {})
     is_new = resume_from is None and days.continues is None
-    parts = assemble(config, world, kept, None, own_plan, reporter.prepared, partitions, initialises=is_new)
+    parts = assemble(
+        config, world, kept, None, own_plan, reporter.prepared, run.vocabularies, partitions, initialises=is_new
+    )
     state = TrainState()
     if is_new:
         start_warm(parts, run, reporter)
     elif resume_from is None and days.continues is not None:
-        restore(days.continues.checkpoint(), parts.model, parts.optimizers, parts.objective)
+        restore(days.continues.checkpoint(), parts.model, parts.optimizers, parts.objective, parts.managed)
+        if parts.managed is not None:
+            parts.managed.count_steps_anew()
     if resume_from is not None:
-        restore(resume_from, parts.model, parts.optimizers, parts.objective)
+        restore(resume_from, parts.model, parts.optimizers, parts.objective, parts.managed)
         state = TrainState.from_json(resume_from.state["train"])
     if world.is_rank_zero:
         run.write_json("inventory.json", parts.dataset.resolved())
@@ -278,6 +283,7 @@ class _Training:
                     "train/bytes_read": result.bytes_read,
                     **({"train/quarantined": bad_rows.quarantined} if bad_rows.quarantined else {}),
                     **{f"train/oov/{name}": count / bad_rows.ids[name] for name, count in bad_rows.oov.items() if count},
+                    **_vocabulary_metrics(self.parts.managed),
                 },
             )
 
@@ -302,7 +308,7 @@ class _Training:
         self.reporter.saving()
         self.checkpointer.save(
             self.state.step,
-            lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world),
+            lambda: pieces(parts.model, parts.optimizers, parts.objective, parts.world, parts.managed),
             {
                 "train": self.state.to_json(),
                 "vocabularies": parts.dataset.vocabulary_fingerprints(),
@@ -315,6 +321,21 @@ class _Training:
         )
         if self.checkpointer.decision != decided:
             self.reporter.said(f"Checkpoints are written {self.checkpointer.decision}.")
+
+
+def _vocabulary_metrics(managed: ManagedTables | None) -> dict[str, float]:
+    """Returns what became of the ids of managed vocabularies since the last time. Collective."""
+    counted = {} if managed is None else managed.take_counts()
+    return {
+        f"train/vocabulary/{table}/{name}": value
+        for table, counts in counted.items()
+        for name, value in {
+            "admitted": counts.admitted,
+            "evicted": counts.evicted,
+            "used_rows": counts.used,
+            "unknown_share": counts.unknown / max(counts.lookups, 1),
+        }.items()
+    }
 
 
 def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:
@@ -351,7 +372,7 @@ def _conclude(
     """Evaluates the selected checkpoint on the test set, once, and writes result.json."""
     selected_step = state.step if state.best_step is None else state.best_step
     if selected_step != state.step:
-        restore_model(open_step(run.checkpoints, selected_step), parts.model)
+        restore_model(open_step(run.checkpoints, selected_step), parts.model, parts.managed)
     metrics: dict[str, float] = {}
     comparison = Comparison()
     has_test = parts.evaluator.has("test")

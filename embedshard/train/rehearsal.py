@@ -103,7 +103,7 @@ def rehearse(wanted: Rehearsal, world: World, dataset: Dataset | None = None) ->
     first = 0
     if wanted.resume_from is not None:
         folder, first = wanted.resume_from
-        restore(open_step(locate(folder), first), parts.model, parts.optimizers, parts.objective)
+        restore(open_step(locate(folder), first), parts.model, parts.optimizers, parts.objective, parts.managed)
     else:
         warm_start(wanted.config, parts.dataset.vocabularies, parts.model, world)
     noted = Noted(before=list(_blocks(parts, wanted)))
@@ -120,7 +120,7 @@ def rehearse(wanted: Rehearsal, world: World, dataset: Dataset | None = None) ->
     noted.after = list(_blocks(parts, wanted))
     if wanted.save_to is not None:
         with Checkpointer(locate(wanted.save_to), world.rank, world.world_size, attempt="1", mode="blocking") as saver:
-            saver.save(last, lambda: pieces(parts.model, parts.optimizers, parts.objective, world), {})
+            saver.save(last, lambda: pieces(parts.model, parts.optimizers, parts.objective, world, parts.managed), {})
     return noted, parts.dataset
 
 
@@ -155,15 +155,17 @@ def merge(ranks: Sequence[Iterable[Block]]) -> dict[str, Array]:
 
 
 def _blocks(parts: Assembly, wanted: Rehearsal) -> Iterator[Block]:
-    for piece in pieces(parts.model, parts.optimizers, parts.objective, parts.world):
+    for piece in pieces(parts.model, parts.optimizers, parts.objective, parts.world, parts.managed):
         kind, _, rest = piece.name.partition("/")
         is_weight = kind == "dense" or (kind == "tables" and rest.endswith("/weight"))
-        if is_weight or wanted.notes_state:
+        if is_weight or (wanted.notes_state and not (kind == "vocabularies" and piece.tensor.dim() > 1)):
             yield _block(piece, wanted.rows)
 
 
 def _block(piece: Piece, rows: Mapping[str, Array] | None) -> Block:
     values = piece.tensor.detach().cpu().numpy()
+    if piece.name.startswith("vocabularies/"):
+        return Block(piece.name, np.arange(len(values)) + piece.offset[0], 0, piece.shape, values.copy())
     if not piece.name.startswith("tables/"):
         return Block(piece.name, None, 0, piece.shape, values.copy())
     chosen = None if rows is None else rows[piece.name.split("/")[1]]
@@ -175,6 +177,8 @@ def _block(piece: Piece, rows: Mapping[str, Array] | None) -> Block:
 
 
 def _looked_up(parts: Assembly, batch: Batch) -> Iterator[tuple[str, Array]]:
+    if parts.managed is not None:
+        batch = parts.managed.to_rows(batch, is_training=False)
     for spec in parts.specs:
         ids = batch.sequences if spec.is_sequence else batch.weighted if spec.weighted else batch.sparse
         assert ids is not None, "the collator fills what tables are looked up by"

@@ -248,6 +248,11 @@ class RunDirectory:
         return self.folder.join("checkpoints")
 
     @property
+    def vocabularies(self) -> Location:
+        """The folder of the vocabularies that were counted from the training set."""
+        return self.folder.join("vocabularies")
+
+    @property
     def quarantine(self) -> Location:
         """The folder of the rows that were set aside."""
         return self.folder.join("quarantine")

@@ -1,13 +1,14 @@
 """A run's state as named pieces: what a checkpoint holds, and how it comes back.
 
 Names belong to no world size: `tables/<table>/<weight or state>`, `tables/<table>/step` (under Adam), `dense/<parameter>`,
-`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`. Tables are live views of this rank's shards; of a table that
-is replicated each rank writes some rows. The rest is replicated, and rank 0 writes it.
+`dense_optimizer/<parameter>/<state>`, `objective/<buffer>`, `vocabularies/<table>/<state>` (of managed ones). Tables are
+live views of this rank's shards; of a table that is replicated each rank writes some rows. Of a managed vocabulary each
+writes its buckets. The rest is replicated, and rank 0 writes it.
 """
 
 from __future__ import annotations
 
-__all__ = ["pieces", "restore", "restore_model"]
+__all__ = ["pieces", "restore", "restore_model", "table_shards"]
 
 from collections.abc import Iterator
 
@@ -18,16 +19,24 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from embedshard.errors import CheckpointError
 from embedshard.models.objectives.objective import Objective
 from embedshard.sharding.lazy_adam import lazy_adam_shards
+from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.shards import Shard, optimizer_shards, replicated_tables, weight_shards
 from embedshard.train.checkpoint import Checkpoint, Piece
 from embedshard.world import World
 
 
-def pieces(model: DistributedModelParallel, optimizers: Optimizers, objective: Objective, world: World) -> Iterator[Piece]:
+def pieces(
+    model: DistributedModelParallel,
+    optimizers: Optimizers,
+    objective: Objective,
+    world: World,
+    managed: ManagedTables | None = None,
+) -> Iterator[Piece]:
     """Yields what this rank writes. Not collective."""
-    for shard in _tables(model, optimizers):
+    for shard in table_shards(model, optimizers):
         yield _piece(shard.part(world.rank, world.world_size))
+    yield from _vocabularies(managed)
     if world.is_rank_zero:
         yield from _whole("tables", optimizers.adam_steps())
         yield from _whole("dense", _dense_parameters(model))
@@ -35,14 +44,20 @@ def pieces(model: DistributedModelParallel, optimizers: Optimizers, objective: O
         yield from _whole("objective", dict(objective.named_buffers()))
 
 
-def restore(checkpoint: Checkpoint, model: DistributedModelParallel, optimizers: Optimizers, objective: Objective) -> None:
+def restore(
+    checkpoint: Checkpoint,
+    model: DistributedModelParallel,
+    optimizers: Optimizers,
+    objective: Objective,
+    managed: ManagedTables | None = None,
+) -> None:
     """Fills this rank's shards and everything replicated from a checkpoint of any world. Not collective.
 
     Raises:
         CheckpointError: if a piece is damaged, missing, or of another shape or type.
     """
     optimizers.make_dense_state()
-    tables = list(_tables(model, optimizers))
+    tables = list(table_shards(model, optimizers))
     for shard in tables:
         _check_state(checkpoint, shard)
     _fill(
@@ -53,13 +68,35 @@ def restore(checkpoint: Checkpoint, model: DistributedModelParallel, optimizers:
             *_whole("dense", _dense_parameters(model)),
             *_whole("dense_optimizer", optimizers.dense_state()),
             *_whole("objective", dict(objective.named_buffers())),
+            *_vocabularies(managed),
         ],
     )
+    if managed is not None:
+        _go_on(checkpoint, managed)
 
 
-def restore_model(checkpoint: Checkpoint, model: DistributedModelParallel) -> None:
-    """Fills the weights alone, for evaluation. Not collective."""
-    _fill(checkpoint, [*map(_piece, weight_shards(model)), *_whole("dense", _dense_parameters(model))])
+def restore_model(checkpoint: Checkpoint, model: DistributedModelParallel, managed: ManagedTables | None = None) -> None:
+    """Fills the weights alone, and which id holds which row, for evaluation. Not collective."""
+    weights = [*map(_piece, weight_shards(model)), *_whole("dense", _dense_parameters(model))]
+    _fill(checkpoint, [*weights, *_vocabularies(managed)])
+    if managed is not None:
+        _go_on(checkpoint, managed)
+
+
+def _go_on(checkpoint: Checkpoint, managed: ManagedTables) -> None:
+    try:
+        managed.loaded(checkpoint.step)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{checkpoint.folder.uri}: a managed vocabulary makes no sense: {error}. This is a bug of embedshard, or the "
+            f"config's vocabulary.seed or vocabulary.buckets is another than the checkpoint's: report it, or set them back."
+        ) from error
+
+
+def _vocabularies(managed: ManagedTables | None) -> Iterator[Piece]:
+    if managed is not None:
+        for name, block, offset, shape in managed.state():
+            yield Piece(f"vocabularies/{name}", block, offset, shape)
 
 
 def _fill(checkpoint: Checkpoint, wanted: list[Piece]) -> None:
@@ -80,7 +117,8 @@ def _check_state(checkpoint: Checkpoint, shard: Shard) -> None:
     )
 
 
-def _tables(model: DistributedModelParallel, optimizers: Optimizers) -> Iterator[Shard]:
+def table_shards(model: DistributedModelParallel, optimizers: Optimizers) -> Iterator[Shard]:
+    """Yields this rank's pieces of weights and of optimizers' state, as live views. Not collective."""
     yield from weight_shards(model)
     yield from optimizer_shards(model)
     yield from lazy_adam_shards(model)

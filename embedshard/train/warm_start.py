@@ -23,8 +23,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.config import Config
 from embedshard.config.parts import InitFromConfig
+from embedshard.data.mapped_ids import integers
 from embedshard.data.source import data_files
-from embedshard.data.vocabulary import Vocabulary, integers
+from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError, nearest
 from embedshard.sharding.shards import Shard, weight_shards
 from embedshard.storage import Location

@@ -19,6 +19,7 @@ from embedshard.config import Loaded, build_config
 from embedshard.data.dataset import open_dataset
 from embedshard.data.partitions import find_partitions
 from embedshard.errors import CheckpointError, ConfigError, DataError
+from embedshard.launch.extract import extract_here
 from embedshard.launch.local import evaluate_here, train_in
 from embedshard.launch.request import TrainRequest
 from embedshard.sharding.optimizers import learning_rate_factor
@@ -523,3 +524,31 @@ def test_several_classes_are_validated_by_day(days, day_config, tmp_path):
     found = result_of(tmp_path / "run")["progressive"]
     assert [one["rows"] for one in found] == [60, 60]
     assert {"accuracy", "f1", "log_loss", "f1:0", "f1:1"} <= set(found[0])
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [{"kind": "auto", "min_count": 1}, {"kind": "managed", "rows": 64, "admission": {"min_count": 1}}]
+)
+def test_vocabularies_go_on(days, day_config, tmp_path, vocabulary):
+    """The ids of the first days keep their rows; with a managed vocabulary the new days' ids get theirs."""
+    config = day_config(tables={"item": {"rows": None, "vocabulary": vocabulary}})
+    tree = yaml.safe_load(config.read_text())
+    for name in ("item_id", "history"):
+        tree["features"][name]["unknown"] = "oov"
+    config.write_text(yaml.safe_dump(tree))
+    train(config, tmp_path / "first")
+    day_3 = days(3) / "part.parquet"
+    table = pq.read_table(day_3)
+    items = pa.array([1000 + place % 7 for place in range(len(table))], pa.int64())
+    pq.write_table(table.set_column(table.schema.get_field_index("item_id"), "item_id", items), day_3)
+    train(None, tmp_path / "second", continues=tmp_path / "first")
+    assert audit_run(RunDirectory(tmp_path / "second"), {}).is_proved
+    rows = {}
+    for name in ("first", "second"):
+        extract_here(tmp_path / name, tmp_path / f"{name}.parquet", {}, table="item")
+        content = pq.read_table(tmp_path / f"{name}.parquet")
+        rows[name] = dict(zip(content["id"].to_pylist(), content["row"].to_pylist(), strict=True))
+    assert rows["first"].items() <= rows["second"].items()
+    assert {id_ for id_ in rows["second"] if id_ >= 1000} == (
+        set(range(1000, 1007)) if vocabulary["kind"] == "managed" else set()
+    )

@@ -1,0 +1,249 @@
+"""Managed vocabularies: the same rows, evictions and weights in every world and plan; resumed; ids of all kinds."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from embedshard.config import Loaded, build_config
+from embedshard.errors import ConfigError, DataError
+from embedshard.launch.rehearsing import LocalGroup
+from embedshard.sharding.initialise import scattered_rows
+from embedshard.sharding.slots import FREE
+from embedshard.train.assembly import assemble
+from embedshard.train.loop import train
+from embedshard.train.rehearsal import Rehearsal
+from embedshard.train.run_directory import RunDirectory
+from embedshard.train.tracking import Reporter
+from embedshard.world import open_world
+
+ROWS, DRIFT = 24, 2**40
+
+
+def write_drifting(folder, rows=600, strings=False):
+    """Interactions whose ids are large numbers (or strings) that drift, in the row itself and in a list."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(4)
+    place = np.arange(rows)
+    item = DRIFT + place // 12 + generator.zipf(1.5, rows) % 20
+    user = generator.integers(0, 50, rows) * 7919
+    lists = DRIFT + place.repeat(3) // 12 + generator.zipf(1.5, 3 * rows) % 20
+    names = [f"item {number}" for number in item] if strings else item
+    items = pa.array([f"item {number}" for number in lists]) if strings else pa.array(lists, pa.int64())
+    table = pa.table(
+        {
+            "user": user,
+            "item": names,
+            "history": pa.ListArray.from_arrays(pa.array(np.arange(0, 3 * rows + 1, 3), pa.int32()), items),
+            "clicked": ((item * 5 + user) % 3 == 0).astype(np.int8),
+        }
+    )
+    pq.write_table(table, folder / "part-0.parquet", row_group_size=100)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory):
+    return write_drifting(tmp_path_factory.mktemp("drifting") / "train")
+
+
+def tree_of(folder, managed=None, **changes):
+    vocabulary = {"kind": "managed", "rows": ROWS, "admission": {"min_count": 2}} | (managed or {})
+    tree = {
+        "seed": 5,
+        "data": {"train": str(folder / "*.parquet"), "lanes": 4, "label": "clicked", "shuffle": False},
+        "features": {
+            "user": {"kind": "id", "table": "user"},
+            "item": {"kind": "id", "table": "item"},
+            "history": {"kind": "bag", "table": "item"},
+        },
+        "tables": {
+            "user": {"dim": 8, "vocabulary": {"kind": "managed", "rows": 16, "eviction": "lru"}},
+            "item": {"dim": 8, "vocabulary": vocabulary},
+        },
+        "model": {
+            "kind": "two_tower",
+            "user": {"features": ["user", "history"], "mlp": [8]},
+            "item": {"features": ["item"], "mlp": [8]},
+            "biases": ["item"],
+        },
+        "objective": {"kind": "bce"},
+        "optimizer": {"tables": {"kind": "adagrad", "lr": 0.1}, "dense": {"kind": "sgd", "lr": 0.05}},
+        "train": {"global_batch_size": 24, "epochs": 2},
+        "evaluate": {"metrics": ["auc"], "baselines": []},
+        "tracking": {"tensorboard": False},
+    }
+    return tree | changes
+
+
+def with_plan(tree, kind):
+    tables = {name: table | {"sharding": {"type": kind}} for name, table in tree["tables"].items()}
+    return tree | {"tables": tables, "sharding": {"planner": "explicit"}}
+
+
+@pytest.fixture(scope="module")
+def groups():
+    made = {world: LocalGroup(world, {4: 2}.get(world)) for world in (1, 2, 4)}
+    yield made
+    for group in made.values():
+        group.close()
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("eviction", "ttl_steps"), [("lfu", None), ("distance_lfu", 6)])
+def test_the_same_in_every_world_and_plan(groups, drifting, eviction, ttl_steps):
+    managed = {"eviction": eviction, "ttl_steps": ttl_steps}
+    outcomes = {}
+    for world, kind in ((1, "table_wise"), (2, "row_wise"), (2, "table_wise"), (4, "table_row_wise"), (4, "grid_shard")):
+        config = build_config(with_plan(tree_of(drifting, managed), kind), {}, "test")
+        outcomes[world, kind] = groups[world].run(Rehearsal(config, last=40, notes_state=True))
+    expected = outcomes.pop((1, "table_wise"))
+    held = expected.after["vocabularies/item/ids"]
+    assert (held != FREE).sum() >= ROWS // 2
+    assert len(np.intersect1d(held, np.arange(DRIFT, DRIFT + 10))) < 10, "ids of the beginning have lost their rows"
+    for case, found in outcomes.items():
+        np.testing.assert_allclose(found.losses[0], expected.losses[0], atol=1e-5, err_msg=str(case))
+        assert found.after.keys() == expected.after.keys()
+        for name, whole in expected.after.items():
+            if name.startswith("vocabularies/"):
+                assert np.array_equal(found.after[name], whole), (case, name)
+            else:
+                np.testing.assert_allclose(found.after[name], whole, atol=1e-5, err_msg=f"{case} {name}")
+
+
+@pytest.mark.timeout(120)
+def test_a_row_that_is_taken_begins_anew(drifting):
+    config = build_config(tree_of(drifting, {"admission": {"min_count": 1}}), {}, "test")
+    with open_world("cpu") as world:
+        parts = assemble(config, world)
+        shards = {(shard.table, shard.kind): shard.tensor for shard in parts.managed._shards()}
+        specs = {spec.name: spec for spec in parts.specs}
+        slots = parts.managed.by_table["item"].slots
+        first = {name: scattered_rows(config.seed, specs[name], np.arange(ROWS)) for name in ("item", "item:bias")}
+        checked = 0
+        with parts.reader().batches(0, 40) as batches:
+            for batch in batches:
+                before = slots.ids.copy()
+                parts.managed.to_rows(batch, is_training=True)
+                changed = np.flatnonzero((before != FREE) & (slots.ids != before))
+                for table, values in first.items():
+                    assert np.array_equal(shards[table, "weight"][changed].numpy(), values[changed])
+                    assert not shards[table, "momentum1"][changed].any()
+                rows = parts.managed.to_rows(batch, is_training=False)
+                for key, kind in (("item", "weighted"), ("item:bias", "sparse")):
+                    ids, held = (getattr(each, kind)[key].values().numpy() for each in (batch, rows))
+                    known = held < ROWS
+                    assert np.array_equal(slots.ids[held[known]], ids[known]), "no two ids share a row"
+                parts.stepper.take(batch, stop_asked=False)
+                moved = rows.weighted["item"].values().unique()
+                assert shards["item", "momentum1"][moved].any(), "what was looked up was trained"
+                checked += len(changed)
+        assert checked > 20
+        counts = parts.managed.take_counts()["item"]
+        assert counts.evicted >= checked
+        assert counts.admitted - counts.evicted == counts.used
+
+
+def run(tree, path, reporter=None, resume=None):
+    loaded = Loaded(build_config(tree, {}, "test"), tree, "test")
+    directory = RunDirectory.create(path, loaded) if resume is None else RunDirectory.open(path)
+    with open_world("cpu") as world:
+        return train(loaded.config, world, directory, reporter or Reporter(), resume)
+
+
+class StopAt(Reporter):
+    def __init__(self, last):
+        super().__init__()
+        self.last = last
+
+    def stepped(self, step, epoch, loss, samples_per_second):
+        if step == self.last:
+            raise KeyboardInterrupt
+
+
+class Noting(Reporter):
+    def __init__(self):
+        super().__init__()
+        self.noted = []
+
+    def measured(self, step, values):
+        self.noted.append((step, dict(values)))
+
+
+@pytest.mark.timeout(200)
+def test_resumes_exactly(drifting, tmp_path, saved_tensors, assert_same_tensors):
+    from embedshard.train.checkpoint import newest_intact
+
+    tree = tree_of(drifting, {"ttl_steps": 9}, checkpoint={"every_steps": 10})
+    tree["data"]["validation"] = tree["data"]["train"]
+    noting = Noting()
+    run(tree, tmp_path / "whole", noting)
+    with pytest.raises(KeyboardInterrupt):
+        run(tree, tmp_path / "cut", StopAt(27))
+    resumed_from = newest_intact(RunDirectory(tmp_path / "cut").checkpoints)
+    assert resumed_from.step == 25, "the best so far, at the end of an epoch"
+    run(tree, tmp_path / "cut", resume=resumed_from)
+    assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / "cut"))
+    told = [values for _, values in noting.noted if "train/vocabulary/item/admitted" in values]
+    assert sum(values["train/vocabulary/item/admitted"] for values in told) > ROWS
+    assert sum(values["train/vocabulary/item/evicted"] for values in told) > 0
+    assert told[-1]["train/vocabulary/item/used_rows"] <= ROWS
+
+
+@pytest.mark.timeout(120)
+def test_strings(tmp_path):
+    folder = write_drifting(tmp_path / "train", strings=True)
+    result = run(tree_of(folder), tmp_path / "run")
+    assert result.step == 50
+
+
+@pytest.mark.timeout(120)
+def test_negative_ids_are_refused_or_unknown(tmp_path):
+    folder = tmp_path / "train"
+    folder.mkdir()
+    count = 48
+    table = pa.table(
+        {
+            "user": np.arange(count),
+            "item": np.where(np.arange(count) % 4 == 0, -3, np.arange(count)),
+            "history": pa.array([[1, 2, 3]] * count),
+            "clicked": np.arange(count) % 2,
+        }
+    )
+    pq.write_table(table, folder / "part-0.parquet")
+    with pytest.raises(DataError, match=r"'item' is -3, which is not among integers of at least 0, or strings"):
+        run(tree_of(folder), tmp_path / "refused")
+    tree = tree_of(folder)
+    tree["features"]["item"] = tree["features"]["item"] | {"unknown": "oov"}
+    run(tree, tmp_path / "unknown")
+    result = json.loads((tmp_path / "unknown" / "result.json").read_text())
+    assert result["bad_rows"]["train"]["oov"]["item"] == 2 * count // 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"managed": {"rows": 3}}, r"shares its rows out among 4 buckets, and there are 3"),
+        ({"evaluate": {"metrics": ["recall@5"]}}, r"'recall@5' ranks all items for users by their rows"),
+        ({"objective": {"kind": "bpr", "num_negatives": 8}}, r"'bpr' draws items by their rows"),
+        ({"evaluate": {"metrics": ["auc"], "baselines": [{"kind": "bias"}]}}, r"'bias' learns a number for each row"),
+    ],
+)
+def test_what_does_not_go_with_it(drifting, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_config(tree_of(drifting, **changes), {}, "test")
+
+
+def test_buffers_are_torchrecs_interface(drifting):
+    config = build_config(tree_of(drifting), {}, "test")
+    with open_world("cpu") as world:
+        rows = assemble(config, world).managed.by_table["item"]
+        assert rows.output_size() == ROWS + 1
+        assert rows.buckets() == 4
+        assert rows.open_slots().item() == ROWS
+        half = rows.rebuild_with_output_id_range((0, ROWS // 2), [0, ROWS])
+        assert half.open_slots().item() == ROWS // 2
+        assert isinstance(rows.get_buffer("ids"), torch.Tensor)
