@@ -8,9 +8,19 @@ what is trained, never how it is launched. Every field has its meaning in its de
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from embedshard.config.composition import Composition
 
@@ -117,12 +127,23 @@ class EachPartition(Strict):
     """A file, such as `_SUCCESS`, without which a folder is not complete: the partitions end before it."""
 
 
+def _form_of_partitions(value: Any) -> str:
+    """Returns which form is meant, in words that the errors of `load.py` leave out of a path."""
+    return "dict[each]" if isinstance(value, Mapping | EachPartition) else "list[globs]"
+
+
+Partitions = Annotated[
+    Annotated[list[str], Field(min_length=1), Tag("list[globs]")] | Annotated[EachPartition, Tag("dict[each]")],
+    Discriminator(_form_of_partitions),
+]
+
+
 class DataConfig(Strict):
     """Where the rows are and in which order they are trained."""
 
     train: Paths | None = None
     """Path, URI or glob of the Parquet files to train on, or a list of them."""
-    partitions: Annotated[list[str], Field(min_length=1)] | EachPartition | None = None
+    partitions: Partitions | None = None
     """Ordered globs (days, say), trained one after the other; or `{each: days/day=*}`, where what the one glob names are
     the partitions. Instead of `train`."""
     validation: Paths | None = None
