@@ -126,6 +126,13 @@ class EachPartition(Strict):
     marker: str | None = Field(None, pattern=r"^[^/]+$")
     """A file, such as `_SUCCESS`, without which a folder is not complete: the partitions end before it."""
 
+    @field_validator("each")
+    @classmethod
+    def _no_folder_within_another(cls, each: str) -> str:
+        if "**" in each:
+            raise ValueError("'**' stands for folders at any depth, so one partition may be within another. Spell them: */*")
+        return each
+
 
 def _form_of_partitions(value: Any) -> str:
     """Returns which form is meant, in words that the errors of `load.py` leave out of a path."""

@@ -227,6 +227,7 @@ def test_tables_know_their_keys_poolings_and_optimizers():
     [
         ({"eech": "days/*"}, "data.partitions.eech: unknown key. Did you mean 'each'?"),
         ({"each": "days/*", "marker": "a/b"}, "data.partitions.marker: 'a/b' does not fit"),
+        ({"each": "days/**"}, "data.partitions.each: 'days/**': '**' stands for folders at any depth"),
         ("days/*", "data.partitions: 'days/*' does not fit. Input should be a valid list"),
     ],
 )
