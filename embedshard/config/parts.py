@@ -8,9 +8,19 @@ what is trained, never how it is launched. Every field has its meaning in its de
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+    model_validator,
+)
 
 from embedshard.config.composition import Composition
 
@@ -114,7 +124,25 @@ class EachPartition(Strict):
     each: str
     """A glob: each folder or file that it names is a partition, in the order of their paths, numbers in them by value."""
     marker: str | None = Field(None, pattern=r"^[^/]+$")
-    """A file, such as `_SUCCESS`, without which a folder is not complete: it is passed over until it is there."""
+    """A file, such as `_SUCCESS`, without which a folder is not complete: the partitions end before it."""
+
+    @field_validator("each")
+    @classmethod
+    def _no_folder_within_another(cls, each: str) -> str:
+        if "**" in each:
+            raise ValueError("'**' stands for folders at any depth, so one partition may be within another. Spell them: */*")
+        return each
+
+
+def _form_of_partitions(value: Any) -> str:
+    """Returns which form is meant, in words that the errors of `load.py` leave out of a path."""
+    return "dict[each]" if isinstance(value, Mapping | EachPartition) else "list[globs]"
+
+
+Partitions = Annotated[
+    Annotated[list[str], Field(min_length=1), Tag("list[globs]")] | Annotated[EachPartition, Tag("dict[each]")],
+    Discriminator(_form_of_partitions),
+]
 
 
 class DataConfig(Strict):
@@ -122,7 +150,7 @@ class DataConfig(Strict):
 
     train: Paths | None = None
     """Path, URI or glob of the Parquet files to train on, or a list of them."""
-    partitions: Annotated[list[str], Field(min_length=1)] | EachPartition | None = None
+    partitions: Partitions | None = None
     """Ordered globs (days, say), trained one after the other; or `{each: days/day=*}`, where what the one glob names are
     the partitions. Instead of `train`."""
     validation: Paths | None = None
@@ -640,7 +668,12 @@ class TableConfig(Strict):
     def _ids_have_rows_of_their_own(self) -> TableConfig:
         if self.init_from is not None and isinstance(
             self.vocabulary,
-            HashVocabulary | WordNgramsVocabulary | BpeVocabulary | QuotientRemainderVocabulary | DoubleHashVocabulary,
+            HashVocabulary
+            | ManagedVocabulary
+            | WordNgramsVocabulary
+            | BpeVocabulary
+            | QuotientRemainderVocabulary
+            | DoubleHashVocabulary,
         ):
             raise ValueError(
                 f"'init_from' gives the row of an id its vector, and under a {self.vocabulary.kind} vocabulary a row is not "

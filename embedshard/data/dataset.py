@@ -294,11 +294,11 @@ def open_dataset(
     rows = table_rows(vocabularies)
     specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
-    if partitions is None:
-        partitions = world.from_rank_zero(lambda: find_partitions(config.data))
     former, own = Former.from_json((resolved or {}).get("former")), None
     if resolved is not None and "partitions" in resolved:
         own = [Inventory.from_json(partition) for partition in resolved["partitions"]]
+    if partitions is None:
+        partitions = world.from_rank_zero(lambda: find_partitions(config.data, waits=own is not None))
     decoder = Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row)
     training = open_training_set(config, decoder, partitions, former, own)
     train, former_train = training.own, training.former

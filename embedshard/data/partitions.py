@@ -60,15 +60,16 @@ class Former:
         return cls(tuple(kept["names"]), inventories, kept["steps"])
 
 
-def find_partitions(data: DataConfig, may_be_none: bool = False) -> list[Partition]:
-    """Returns the partitions that there are now, in order; those whose marker is not there yet are none.
+def find_partitions(data: DataConfig, waits: bool = False) -> list[Partition]:
+    """Returns the partitions that there are now, in order, up to the first whose marker is not there yet.
 
     Args:
         data: the config's part.
-        may_be_none: whether it is no error if there are none.
+        waits: whether those that are not there are waited for, so that it is no error if there are none, or if one without
+            a marker is before others that have it.
 
     Raises:
-        DataError: if there are none, or the data cannot be looked through.
+        DataError: if there are none, one is passed over, or the data cannot be looked through.
     """
     if data.train is not None:
         return [Partition("", tuple(data.train))]
@@ -76,7 +77,7 @@ def find_partitions(data: DataConfig, may_be_none: bool = False) -> list[Partiti
         return [Partition("/".join(glob.rstrip("/").split("/")[-2:]), (glob,)) for glob in data.partitions or ()]
     each, marker = data.partitions.each, data.partitions.marker
     found: list[Partition] = []
-    unmarked: list[Partition] = []
+    unmarked: list[str] = []
     for name, location in expand_each(each):
         with reaching(location):
             if marker is not None and location.is_file():
@@ -85,8 +86,16 @@ def find_partitions(data: DataConfig, may_be_none: bool = False) -> list[Partiti
                     "in folders. Let 'each' name folders, or leave 'marker' out."
                 )
             is_marked = marker is None or location.join(marker).is_file()
-        (found if is_marked else unmarked).append(Partition(name, (location.uri,)))
-    if not found and not may_be_none:
+        if not is_marked:
+            unmarked.append(name)
+        elif not unmarked:
+            found.append(Partition(name, (location.uri,)))
+        elif not waits:
+            raise DataError(
+                f"data.partitions.each: '{unmarked[0]}' has no {marker} yet, and '{name}' after it has. Partitions are "
+                "trained in order: complete the former, or take it away."
+            )
+    if not found and not waits:
         why = f"none of the {len(unmarked)} that it names has a {marker} yet" if unmarked else "it names nothing"
         raise DataError(
             f"data.partitions.each: {each}: {why}. There must be a partition: correct the path, or make the data."
@@ -106,7 +115,7 @@ def divide(
     Args:
         data: the config's part.
         partitions: those that there are.
-        sources: of each, opened.
+        sources: of each that matters, opened.
         former: what former runs trained.
         own: the files of the run's own partitions; None for a new run, whose are all that are new.
 
@@ -128,7 +137,7 @@ def divide(
             _refuse(number, changed, names, former)
     first, last = len(former.inventories), len(recorded) if own is not None else len(sources)
     newer = sources[last:]
-    if own is not None and newer and not isinstance(data.partitions, EachPartition):
+    if newer:
         new_files = "; ".join(f"{file.name} is new" for source in newer for file in source.inventory.files[:5])
         raise DataError(
             f"the training data have changed since the run began: {new_files}. A run resumes on the data it began with. To "

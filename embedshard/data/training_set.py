@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from embedshard.config import Config
-from embedshard.config.parts import DataConfig
+from embedshard.config.parts import DataConfig, EachPartition
 from embedshard.data.decode import Decoder
 from embedshard.data.partitions import Former, Partition, divide, find_partitions
 from embedshard.data.source import Inventory, Source, joined, open_source
@@ -59,7 +59,10 @@ def open_training_set(
     Raises:
         DataError: as `open_training` does, or if the files are not those that were recorded.
     """
-    sources = [open_source(partition.patterns, decoder) for partition in partitions]
+    wanted = partitions
+    if own is not None and isinstance(config.data.partitions, EachPartition):
+        wanted = partitions[: len(former.inventories) + len(own)]  # newer ones may not be complete yet
+    sources = [open_source(partition.patterns, decoder) for partition in wanted]
     before, mine, names, newer = divide(config.data, partitions, sources, former, own)
     inventories = without_held_out(config.data, [source.inventory for source in mine])
     held_out = None

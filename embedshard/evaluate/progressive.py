@@ -59,9 +59,8 @@ class Progressive:
         for other in others:
             total.add(other)
         values = total.result()
-        asked = {
-            name: values[name] for given in self._metrics for name in values if name == given or name[:3] == "f1:" == given
-        }
+        metrics = [name for given in self._metrics for name in values if name == given or name.startswith(f"{given}:")]
+        asked = {name: values[name] for name in metrics}
         return asked | {"rows": values["rows"]}
 
     def _sums(self, model: nn.Module, source: Source) -> Any:

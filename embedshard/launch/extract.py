@@ -174,7 +174,8 @@ def _all(checkpoint: Checkpoint, name: str, vocabulary: Vocabulary) -> Iterator[
             rows = np.arange(start, stop, dtype=np.int64)
             if isinstance(vocabulary, HeldIds):
                 rows = rows[vocabulary.is_held[start:stop]]
-            yield pa.array(vocabulary.ids_of(rows)), rows, block[torch.from_numpy(rows - first)].float().numpy()
+            if len(rows):
+                yield pa.array(vocabulary.ids_of(rows)), rows, block[torch.from_numpy(rows - first)].float().numpy()
 
 
 def _chosen(checkpoint: Checkpoint, name: str, ids: pa.Array, rows: IntArray) -> Iterator[tuple[pa.Array, IntArray, Any]]:

@@ -408,6 +408,9 @@ class _BoardReporter(Reporter):
     def started(self, first_step: int, num_steps: int) -> None:
         self._tell("started", first_step, num_steps)
 
+    def grown(self, num_steps: int) -> None:
+        self._tell("grown", num_steps)
+
     def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
         self._tell("stepped", step, epoch, loss, samples_per_second, now=False)
 

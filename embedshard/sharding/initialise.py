@@ -20,7 +20,8 @@ from embedshard.config import TableSpec
 from embedshard.data.hashing import hash_integers
 from embedshard.sharding.shards import Shard
 
-_BLOCK_ELEMENTS = 4 * 1024 * 1024
+_BLOCK_ELEMENTS = 128 * 1024
+"""Made at once: what is in between stays in the cache, and the allocator gives the same pages again."""
 _WORDS_PER_COUNT = 4  # Philox4x64 gives four words a count; a dim is a multiple of four
 
 

@@ -96,6 +96,7 @@ class Checkpointer:
     ) -> None:
         assert attempt.isdigit(), f"attempt {attempt!r} is not a number"
         assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.root = root
         self._root, self._rank, self._world_size, self._attempt = root, rank, world_size, attempt
         self._mode, self._memory_bytes, self._max_file_bytes = mode, memory_bytes, max_file_bytes
         self._timeout_s, self._is_aborted = timeout_s, is_aborted

@@ -18,18 +18,17 @@ from typing import Any
 from embedshard import __version__
 from embedshard.config import Config
 from embedshard.data.order import Position
-from embedshard.data.partitions import Former
 from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write_record
-from embedshard.evaluate.progressive import Progressive
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
 from embedshard.models.summary import sharding_exceptions
 from embedshard.report import write_report
 from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.recorded import RecordedPlan
+from embedshard.storage import Location
 from embedshard.train.assembly import Assembly, assemble
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
-from embedshard.train.continuation import check_can_grow, continuation_of
+from embedshard.train.days import Days
 from embedshard.train.ledger import Ledger
 from embedshard.train.run_directory import Origin, RunDirectory
 from embedshard.train.snapshot import pieces, restore, restore_model
@@ -38,8 +37,7 @@ from embedshard.train.step import StepResult
 from embedshard.train.stop import Notices, StopSignal
 from embedshard.train.stopwatch import Stopwatch
 from embedshard.train.tracking import Reporter
-from embedshard.train.warm_start import warm_start
-from embedshard.train.watch import Watch
+from embedshard.train.warm_start import start_warm
 from embedshard.world import World
 
 
@@ -88,30 +86,22 @@ def train(
     """
     begin = time.monotonic()
     notices = notices or StopSignal()
-    kept, own_plan = run.read_json("inventory.json"), plan or _own_plan(world, run)
-    continues = continuation_of(run)
-    if continues is not None or poll_s is not None:
-        check_can_grow(config, poll_s is not None)
-    watch = None if poll_s is None else Watch(config.data, poll_s, reporter.said)
-    partitions = None
-    if kept is None and continues is not None:
-        kept = continues.inherited
-    if watch is not None and (kept is None or "partitions" not in kept):
-        reporter.said(f"Waits for partitions, and looks every {poll_s:g} s.")
-        partitions = watch.first(world, Former.from_json((kept or {}).get("former")), notices)
-        if not partitions:
-            return TrainResult(notices.stop or "another rank", 0, {})
-    is_new = resume_from is None and continues is None
+    days = Days(config, run, world, reporter, poll_s)
+    kept, own_plan = days.kept(), plan or _own_plan(world, run)
+    partitions = days.first(kept, notices)
+    if partitions == []:
+        return TrainResult(notices.stop or "another rank", 0, {})
+    is_new = resume_from is None and days.continues is None
     parts = assemble(
         config, world, kept, None, own_plan, reporter.prepared, run.vocabularies, partitions, initialises=is_new
     )
     state = TrainState()
-    if resume_from is None and continues is not None:
-        restore(continues.checkpoint(), parts.model, parts.optimizers, parts.objective, parts.managed)
+    if is_new:
+        start_warm(parts, run, reporter)
+    elif resume_from is None and days.continues is not None:
+        restore(days.continues.checkpoint(), parts.model, parts.optimizers, parts.objective, parts.managed)
         if parts.managed is not None:
             parts.managed.count_steps_anew()
-    if is_new:
-        _start_warm(parts, run, reporter)
     if resume_from is not None:
         restore(resume_from, parts.model, parts.optimizers, parts.objective, parts.managed)
         state = TrainState.from_json(resume_from.state["train"])
@@ -120,9 +110,8 @@ def train(
         run.write_tokenizers(parts.dataset.tokenizers)
         run.write_json("plan.json", parts.plan.to_json())
     _say_skipped(parts.dataset.skipped_files, reporter)
-    if parts.dataset.newer and watch is None:
-        shown = ", ".join(parts.dataset.newer[:5]) + (", ..." if len(parts.dataset.newer) > 5 else "")
-        reporter.said(f"Partitions that came after this run had begun are left to one that continues it: {shown}.")
+    if not days.waits:
+        _say_left(parts.dataset.newer, reporter)
     for exception in sharding_exceptions(config, parts.specs):
         reporter.said(exception)
     origin = None if resume_from is None else Origin(step=resume_from.step, attempt=int(resume_from.attempt))
@@ -140,7 +129,7 @@ def train(
         ledger = Ledger(run.ledger, attempt.attempt, world.rank)
         quarantine = Quarantine(run.quarantine, world.rank, parts.dataset.train)
         check = partial(run.check_not_replaced, attempt)
-        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine, check, run, watch)
+        training = _Training(parts, state, reporter, checkpointer, ledger, quarantine, check, days)
         try:
             stopped_by = training.run(notices)
         finally:
@@ -155,17 +144,8 @@ def train(
     world.barrier()  # the ledgers of all are whole
     if world.is_rank_zero:
         reporter.saving()
-        _leave_report(run, reporter)
+        _leave_report(run.folder, reporter)
     return result
-
-
-def _start_warm(parts: Assembly, run: RunDirectory, reporter: Reporter) -> None:
-    """Gives rows the vectors that the config names, if it names any, and keeps what came of it. Collective."""
-    found = warm_start(parts.config, parts.dataset.vocabularies, parts.model, parts.world, reporter.prepared)
-    if found and parts.world.is_rank_zero:
-        run.write_json("warm_start.json", {table: start.to_json() for table, start in found.items()})
-    for start in found.values():
-        reporter.said(start.sentence)
 
 
 def _own_plan(world: World, run: RunDirectory) -> RecordedPlan | None:
@@ -190,24 +170,26 @@ class _Training:
         ledger: Ledger,
         quarantine: Quarantine,
         check_not_replaced: Callable[[], None],
-        run: RunDirectory,
-        watch: Watch | None,
+        days: Days,
     ) -> None:
         self.parts, self.state, self.reporter = parts, state, reporter
         self.checkpointer, self.ledger, self.quarantine = checkpointer, ledger, quarantine
         self.check_not_replaced = check_not_replaced
-        self.directory, self.watch = run, watch
+        self.days = days
         self.num_steps = parts.num_steps
         self.stopwatch = Stopwatch()
         self.samples = self.steps = 0  # of this attempt
 
     def run(self, notices: Notices) -> str | None:
         """Takes the steps that are left; returns the signal that ended it early, if one did."""
+        self.reporter.started(self.state.step, self.num_steps)
         with notices:
             stopped_by = self._train(notices)
-            while self.watch is not None and stopped_by is None and not self._has_ended:
-                if not self._grow(self.watch, notices):
+            while self.days.waits and stopped_by is None and not self._has_ended:
+                self._rest()
+                if not self.days.take_next(self.parts, notices, self.check_not_replaced):
                     return notices.stop or "another rank"
+                self.num_steps = self.parts.num_steps
                 stopped_by = self._train(notices)
         return stopped_by
 
@@ -217,30 +199,21 @@ class _Training:
         train = self.parts.config.train
         return self.state.has_stopped_early(train.early_stopping) or train.max_steps == self.state.step
 
-    def _grow(self, watch: Watch, notices: Notices) -> bool:
-        """Waits for the next partition and takes it; returns whether there is one, and not a stop."""
-        dataset = self.parts.dataset
-        self.checkpointer.wait()  # who waits may be killed
-        self.reporter.said(f"Waits for the partition after {dataset.names[-1]}.")
-        arrived = watch.wait(self.parts.world, [*dataset.former.names, *dataset.names], notices)
-        if not arrived:
-            return False
-        self.check_not_replaced()
-        self.parts.grow(arrived[0].partition, arrived[0].inventory)
+    def _rest(self) -> None:
+        """Leaves the folder as a run leaves it that may be killed while it waits."""
+        self.checkpointer.wait()
         if self.parts.world.is_rank_zero:
-            self.directory.write_json("inventory.json", dataset.resolved())
-        self.num_steps = self.parts.num_steps
-        self.reporter.said(f"Trains partition {dataset.names[-1]}: {dataset.order.num_rows[-1]:,} rows.")
-        return True
+            self.reporter.saving()
+            _leave_report(self.checkpointer.root.parent, self.reporter, is_over=False)
 
     def _train(self, notices: Notices) -> str | None:
         """Trains the partitions that there are; returns the signal that ended it early, if one did."""
         config, state, steps = self.parts.config, self.state, self.num_steps
-        self.reporter.started(state.step, steps)
         with self.parts.reader().batches(state.step, steps) as batches:
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
-                self._validate_next_partition()
                 self.stopwatch.restart()
+                self.days.validate_next(self.parts, state)
+                self.stopwatch.lap("evaluate")
                 batch = next(batches)
                 self.stopwatch.lap("data")
                 self.parts.optimizers.set_learning_rates(state.step, steps, self.parts.dataset.former.steps)
@@ -262,36 +235,14 @@ class _Training:
                 self.stopwatch.lap("evaluate")
                 ends = is_end or result.stop_asked or state.has_stopped_early(config.train.early_stopping)
                 is_due = due(state.step, config.checkpoint.every_steps, position.is_epoch_end)
-                if ends or is_best or is_due or result.save_asked or (position.is_partition_end and self._is_by_days):
+                is_due = is_due or self.days.end_here(position, self.parts)
+                if ends or is_best or is_due or result.save_asked:
                     self._save()
                     notices.save = False
                     self.reporter.measured(state.step, {"checkpoint/seconds": self.stopwatch.lap("checkpoint")})
                 if result.stop_asked and not is_end:
                     return notices.stop or "another rank"
         return None
-
-    @property
-    def _is_by_days(self) -> bool:
-        """Whether the end of a partition is a place to go back to."""
-        return self.parts.config.data.partitions is not None or bool(self.parts.dataset.former.inventories)
-
-    def _validate_next_partition(self) -> None:
-        """Evaluates a partition that is about to be trained for the first time, if the config says so."""
-        state, dataset = self.state, self.parts.dataset
-        if not self.parts.config.evaluate.progressive:
-            return
-        position = dataset.order.position(state.step)
-        if position.epoch or position.step_in_epoch or len(state.progressive) > position.partition:
-            return
-        self.stopwatch.restart()
-        progressive = Progressive(self.parts.config, self.parts.collator, self.parts.world)
-        values = progressive.evaluate(self.parts.model, dataset.train[position.partition])
-        self.stopwatch.lap("evaluate")
-        number = position.partition + 1
-        about = {"partition": number, "name": dataset.names[position.partition], "step": state.step}
-        state.progressive.append(about | values)
-        told = {f"progressive/{name}": value for name, value in values.items()}
-        self.reporter.measured(state.step, {"progressive/partition": number, **told})
 
     @property
     def samples_per_second(self) -> float:
@@ -393,6 +344,12 @@ def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:
         reporter.said(f"Skipped {len(files)} file{'s' if len(files) > 1 else ''} that are not Parquet: {shown}.")
 
 
+def _say_left(newer: Sequence[str], reporter: Reporter) -> None:
+    if newer:
+        shown = ", ".join(newer[:5]) + (", ..." if len(newer) > 5 else "")
+        reporter.said(f"Partitions that came after this run had begun are left to one that continues it: {shown}.")
+
+
 def _bad_rows(parts: Assembly, state: TrainState) -> dict[str, Any]:
     """Returns what was wrong with each set; one that this attempt had no need to read is read."""
     dataset = parts.dataset
@@ -461,12 +418,12 @@ def _conclude(
     return TrainResult(None, state.step, metrics)
 
 
-def _leave_report(run: RunDirectory, reporter: Reporter) -> None:
+def _leave_report(folder: Location, reporter: Reporter, is_over: bool = True) -> None:
     """Writes report.html. The run is done by now: a failure to tell of it is said and fails nothing."""
     try:
-        write_report([run.folder], is_over=True)
+        write_report([folder], is_over=is_over)
     except Exception as error:
         reporter.said(
             f"The report could not be made ({type(error).__name__}: {error}). The run itself is whole. Try again with: "
-            f"embedshard report {run.folder.uri}"
+            f"embedshard report {folder.uri}"
         )

@@ -64,6 +64,9 @@ class Reporter:
     def started(self, first_step: int, num_steps: int) -> None:
         """Training begins at a step, of so many."""
 
+    def grown(self, num_steps: int) -> None:
+        """There is more to train: so many steps by now. Told after `started`."""
+
     def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
         """A step was done; the loss is the mean over the global batch."""
 
@@ -101,6 +104,11 @@ class Reporters(Reporter):
         """Tells all."""
         for reporter in self._reporters:
             reporter.started(first_step, num_steps)
+
+    def grown(self, num_steps: int) -> None:
+        """Tells all."""
+        for reporter in self._reporters:
+            reporter.grown(num_steps)
 
     def stepped(self, step: int, epoch: int, loss: float, samples_per_second: float) -> None:
         """Tells all."""
@@ -188,6 +196,12 @@ class ConsoleReporter(Reporter):
             "", total=num_steps, completed=first_step, epoch="-", loss="-", rate="-", bad=""
         )
         self._progress.start()
+
+    def grown(self, num_steps: int) -> None:
+        """Makes the bar longer."""
+        self._num_steps = num_steps
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, total=num_steps)
 
     def counted(self, rows: int, bad_rows: BadRowCounts) -> None:
         """Shows it from the next step on."""

@@ -8,7 +8,7 @@ does not hold are errors, on all ranks.
 
 from __future__ import annotations
 
-__all__ = ["WarmStart", "warm_start"]
+__all__ = ["WarmStart", "start_warm", "warm_start"]
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +29,9 @@ from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError, nearest
 from embedshard.sharding.shards import Shard, weight_shards
 from embedshard.storage import Location
+from embedshard.train.assembly import Assembly
+from embedshard.train.run_directory import RunDirectory
+from embedshard.train.tracking import Reporter
 from embedshard.world import World
 
 _ROWS_AT_ONCE: Final = 16_384
@@ -70,6 +73,19 @@ class WarmStart:
             f"init_from, {self.missing:,} without one as init says; {self.not_in_vocabulary:,} of its {self.vectors:,} "
             "vectors are of ids that are not in the vocabulary."
         )
+
+
+def start_warm(parts: Assembly, run: RunDirectory, reporter: Reporter) -> None:
+    """Gives a new run's rows the vectors that its config names, if it names any, and keeps what came of it. Collective.
+
+    Raises:
+        DataError: as `warm_start` does.
+    """
+    found = warm_start(parts.config, parts.dataset.vocabularies, parts.model, parts.world, reporter.prepared)
+    if found and parts.world.is_rank_zero:
+        run.write_json("warm_start.json", {table: start.to_json() for table, start in found.items()})
+    for start in found.values():
+        reporter.said(start.sentence)
 
 
 @torch.no_grad()

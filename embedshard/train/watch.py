@@ -83,11 +83,11 @@ class Watch:
             arrived = self.wait(world, former.names, notices)
         if not arrived:
             return []
-        before = world.from_rank_zero(lambda: find_partitions(self.data)[: len(former.names)])
+        before = world.from_rank_zero(lambda: find_partitions(self.data, waits=True)[: len(former.names)])
         return [*before, *(arrival.partition for arrival in arrived)]
 
     def _look(self, known: Sequence[str]) -> list[Arrival]:
-        there = find_partitions(self.data, may_be_none=True)
+        there = find_partitions(self.data, waits=True)
         for number, name in enumerate(known):
             now = there[number].name if number < len(there) else None
             if now != name:

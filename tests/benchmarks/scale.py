@@ -1,11 +1,12 @@
 """A table far larger than what one is used to, on one machine: memory against the plan, speed against a small table.
 
-    python tests/benchmarks/scale.py [--rows 200_000_000] [--workers 1 2] [--folder /tmp/scale]
+    python tests/benchmarks/scale.py [--rows 1_000_000 200_000_000] [--workers 1 2] [--folder /tmp/scale]
 
 For each number of workers, `embedshard plan` says what the fullest worker takes; a run is trained half way, saved piece by
 piece (`checkpoint.mode: blocking`), resumed by a new process, trained to its end and saved again. The peak is that of the
 kernel (VmHWM) over all of it, of the fullest worker. The same is done with a table of a million rows, for its speed: both
-look rows up uniformly, so that the large one finds nothing in a cache. All in one table at the end, and as results.json.
+look rows up uniformly, so that the large one finds nothing in a cache. All in one table at the end, and in results.json, to
+which a later start with other rows or workers adds.
 """
 
 from __future__ import annotations
@@ -166,32 +167,38 @@ def show(found: list[dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def number(text: str) -> int:
+    return int(text.replace("_", ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=lambda text: int(text.replace("_", "")), default=200_000_000)
-    parser.add_argument("--small", type=lambda text: int(text.replace("_", "")), default=1_000_000)
-    parser.add_argument("--dim", type=int, default=16)
+    parser.add_argument("--rows", type=number, nargs="+", default=[1_000_000, 200_000_000])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--dim", type=int, default=16)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8192)
-    parser.add_argument("--interactions", type=int, default=2_000_000)
+    parser.add_argument("--interactions", type=number, default=2_000_000)
     parser.add_argument("--folder", type=Path, default=Path("/tmp/embedshard-scale"))
     given = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     given.folder.mkdir(parents=True, exist_ok=True)
-    needed = 2 * given.rows * (2 * given.dim + 4) + 2 * GB
+    needed = 2 * max(given.rows) * (2 * given.dim + 4) + 2 * GB
     free = shutil.disk_usage(given.folder).free
     if free < needed:
         raise SystemExit(f"{given.folder} has {free / GB:.1f} GB free, and two checkpoints need {needed / GB:.1f} GB.")
-    found = []
-    for rows in (given.small, given.rows):
-        data = generate(given.folder, rows, given.interactions)
-        config = write_config(given.folder, data, rows, given.dim, given.batch_size)
-        for workers in given.workers:
-            found.append(measure(given.folder, config, rows, workers, given.steps))
-            print(json.dumps(found[-1]), flush=True)
-        shutil.rmtree(data)
-    (given.folder / "results.json").write_text(json.dumps(found, indent=2))
+    results = given.folder / "results.json"
+    found = json.loads(results.read_text()) if results.exists() else []
+    for workers in given.workers:
+        for rows in given.rows:
+            data = generate(given.folder, rows, given.interactions)
+            config = write_config(given.folder, data, rows, given.dim, given.batch_size)
+            measured = measure(given.folder, config, rows, workers, given.steps)
+            shutil.rmtree(data)
+            print(json.dumps(measured), flush=True)
+            others = [one for one in found if (one["rows"], one["workers"]) != (rows, workers)]
+            found = sorted([*others, measured], key=lambda one: (one["rows"], one["workers"]))
+            results.write_text(json.dumps(found, indent=2))
     print(show(found))
 
 

@@ -1,5 +1,6 @@
 """Day after day: a run goes on where another one ended, waits for days, and evaluates each before it is trained."""
 
+import io
 import json
 import os
 import signal
@@ -7,21 +8,25 @@ import subprocess
 import sys
 import time
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from embedshard.config import Loaded, build_config
+from embedshard.data.dataset import open_dataset
 from embedshard.data.partitions import find_partitions
 from embedshard.errors import CheckpointError, ConfigError, DataError
-from embedshard.launch.local import train_in
+from embedshard.launch.extract import extract_here
+from embedshard.launch.local import evaluate_here, train_in
 from embedshard.launch.request import TrainRequest
 from embedshard.sharding.optimizers import learning_rate_factor
 from embedshard.train.audit import audit_run
 from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
-from embedshard.train.tracking import Reporter
+from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
 from embedshard.world import open_world
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -100,11 +105,16 @@ def test_what_one_glob_names_are_the_partitions_in_the_order_of_their_numbers(da
     data = Loaded(build_config(yaml.safe_load(day_config().read_text()), {}, ""), {}, "").config.data
     assert [partition.name for partition in find_partitions(data)] == ["day=1", "day=2", "day=9", "day=10"]
     marked = data.model_copy(update={"partitions": data.partitions.model_copy(update={"marker": "_SUCCESS"})})
-    (tmp_path / "days" / "day=2" / "_SUCCESS").touch()
-    assert [partition.name for partition in find_partitions(marked)] == ["day=2"]
-    (tmp_path / "days" / "day=2" / "_SUCCESS").unlink()
     with pytest.raises(DataError, match="none of the 4 that it names has a _SUCCESS yet"):
         find_partitions(marked)
+    assert find_partitions(marked, waits=True) == []
+    for number in (1, 2):
+        (tmp_path / "days" / f"day={number}" / "_SUCCESS").touch()
+    assert [partition.name for partition in find_partitions(marked)] == ["day=1", "day=2"]
+    (tmp_path / "days" / "day=10" / "_SUCCESS").touch()
+    with pytest.raises(DataError, match="'day=9' has no _SUCCESS yet, and 'day=10' after it has"):
+        find_partitions(marked)
+    assert [partition.name for partition in find_partitions(marked, waits=True)] == ["day=1", "day=2"]
 
 
 def test_a_run_that_continues_another_ends_like_one_that_had_all_days(
@@ -161,7 +171,8 @@ def test_a_continuing_run_that_is_broken_off_resumes_bit_for_bit(
     for limit in (1, 3):
         folder = tmp_path / f"cut-{limit}"
         train(config, folder, continues=tmp_path / "first", overrides=(f"train.max_steps={limit}",))
-        days_now = days(5 + limit)  # a day that comes meanwhile is not this run's
+        days_now = days(5 + limit)  # a day that comes meanwhile is not this run's, and is not even whole yet
+        (days_now / "part.parquet").write_bytes(b"PAR1 and so on")
         told = Told()
         train(config, folder, told, resume=folder)
         assert any("left to one that continues it" in sentence for sentence in told.sentences)
@@ -401,3 +412,143 @@ def test_what_cannot_wait_is_refused(days, day_config, tmp_path, changes, says):
     path.write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match=says):
         train(path, tmp_path / "run", poll_s=0.1)
+
+
+def test_a_marker_says_that_a_day_is_complete(days, day_config, tmp_path):
+    each = {"each": str(tmp_path / "days" / "day=*"), "marker": "_DONE"}
+    config = day_config(data={"train": None, "partitions": each, "label": "clicked"})
+    heard = []
+
+    def follow(sentence):
+        heard.append(sentence)
+        if sentence.startswith("Waits for partitions"):
+            (tmp_path / "days" / "day=1" / "_DONE").touch()
+        if sentence.startswith("Waits for the partition after day=1"):
+            (tmp_path / "days" / "day=2" / "_DONE").touch()
+        if sentence.startswith("Waits for the partition after day=2"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    told = Told(follow)
+    assert train(config, tmp_path / "run", told, poll_s=0.1).stopped_by == "SIGTERM"
+    assert json.loads((tmp_path / "run" / "inventory.json").read_text())["names"] == ["day=1", "day=2"]
+    assert len(told.losses) == 4
+
+
+def test_a_bar_on_a_terminal_grows_with_the_run(days, day_config, tmp_path):
+    """A second live bar would be an error."""
+    days(3).rename(tmp_path / "day=3")
+    shown = io.StringIO()
+    reporter = ConsoleReporter(Console(file=shown, force_terminal=True, width=100), 1)
+
+    def follow(sentence):
+        if sentence.startswith("Waits for the partition after day=2"):
+            (tmp_path / "day=3").rename(tmp_path / "days" / "day=3")
+        if sentence.startswith("Waits for the partition after day=3"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(day_config(), tmp_path / "run", Reporters([reporter, Told(follow)]), poll_s=0.1).step == 6
+    reporter.finished()
+    assert "step 6/6" in shown.getvalue()
+
+
+def test_rows_are_held_out_of_the_days_that_are_new_and_the_run_is_evaluated_by_itself(days, day_config, tmp_path):
+    data = {
+        "train": None, "partitions": {"each": str(tmp_path / "days" / "day=*")}, "label": "clicked",
+        "validation": None, "validation_fraction": 0.2, "test": None,
+    }  # fmt: skip
+    config = day_config(data=data, evaluate={"metrics": ["auc", "recall@5"]})
+    train(config, tmp_path / "first")
+    days(3)
+    days(4)
+    told = Told()
+    train(config, tmp_path / "second", told, continues=tmp_path / "first")
+    assert sum(json.loads((tmp_path / "second" / "inventory.json").read_text())["partition_rows"]) == 96
+    assert result_of(tmp_path / "second")["evaluated"]["validation"]["rows"] == 24
+    assert audit_run(RunDirectory(tmp_path / "second"), {}).is_proved
+    days(5)  # a run is evaluated on its own data, whatever has come since
+    found = evaluate_here(tmp_path / "second", None, "cpu", {})
+    last = [values for _, values in told.values if "validation/auc" in values][-1]
+    assert found["validation"] == {"auc": last["validation/auc"], "recall@5": last["validation/recall@5"]}
+
+
+def test_what_former_runs_trained_is_known(days, day_config, tmp_path):
+    """The items of a hashed table, and how often each is met, are those of all days."""
+    changes = {
+        "tables": {"item": {"rows": None, "vocabulary": {"kind": "hash", "rows": 1000}}},
+        "objective": {"kind": "sampled_softmax", "num_negatives": 16, "distribution": "popularity"},
+        "evaluate": {"metrics": ["recall@5"]},
+    }
+    config = day_config(**changes)
+    train(config, tmp_path / "first")
+    days(3, rows=8)
+    train(config, tmp_path / "second", continues=tmp_path / "first")
+    with open_world("cpu") as world:
+        loaded = RunDirectory(tmp_path / "second").load_config({}).config
+        kept = json.loads((tmp_path / "second" / "inventory.json").read_text())
+        dataset = open_dataset(loaded, world, kept)
+        counts = dataset.count_ids("item_id", 1000, world)
+        assert counts.sum() == 60 + 60 + 8
+        assert len(dataset.catalogue) == (counts > 0).sum() > 8
+        assert sum(len(users) for users, _ in dataset.interactions(including_validation=False)) == 128
+
+
+def test_rows_that_are_set_aside_are_not_validated(days, day_config, tmp_path):
+    part = tmp_path / "days" / "day=2" / "part.parquet"
+    table = pq.read_table(part)
+    labels = [None if place < 4 else value for place, value in enumerate(table["clicked"].to_pylist())]
+    place = table.schema.get_field_index("clicked")
+    pq.write_table(table.set_column(place, "clicked", pa.array(labels, pa.int8())), part)
+    data = {
+        "train": None, "partitions": {"each": str(tmp_path / "days" / "day=*")}, "label": "clicked",
+        "validation": None, "test": None, "on_bad_row": "quarantine", "max_bad_fraction": 0.1,
+    }  # fmt: skip
+    config = day_config(data=data, evaluate={"metrics": ["auc", "log_loss"], "progressive": True})
+    train(config, tmp_path / "run")
+    assert [one["rows"] for one in result_of(tmp_path / "run")["progressive"]] == [60, 56]
+
+
+def test_several_classes_are_validated_by_day(days, day_config, tmp_path):
+    data = {
+        "train": None, "partitions": {"each": str(tmp_path / "days" / "day=*")}, "label": "clicked",
+        "validation": None, "test": None,
+    }  # fmt: skip
+    tree = yaml.safe_load(day_config(data=data).read_text())
+    tree["model"] = {"kind": "text_classifier", "features": ["user_id", "item_id", "history"]}
+    tree["features"]["user_id"] = {"kind": "bag", "table": "user", "column": "history"}
+    tree["features"]["item_id"] = {"kind": "bag", "table": "item", "column": "history"}
+    tree["objective"] = {"kind": "cross_entropy", "classes": 3}
+    tree["evaluate"] = {"metrics": ["accuracy", "f1", "log_loss"], "progressive": True}
+    path = tmp_path / "classes.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    train(path, tmp_path / "run")
+    found = result_of(tmp_path / "run")["progressive"]
+    assert [one["rows"] for one in found] == [60, 60]
+    assert {"accuracy", "f1", "log_loss", "f1:0", "f1:1"} <= set(found[0])
+
+
+@pytest.mark.parametrize(
+    "vocabulary", [{"kind": "auto", "min_count": 1}, {"kind": "managed", "rows": 64, "admission": {"min_count": 1}}]
+)
+def test_vocabularies_go_on(days, day_config, tmp_path, vocabulary):
+    """The ids of the first days keep their rows; with a managed vocabulary the new days' ids get theirs."""
+    config = day_config(tables={"item": {"rows": None, "vocabulary": vocabulary}})
+    tree = yaml.safe_load(config.read_text())
+    for name in ("item_id", "history"):
+        tree["features"][name]["unknown"] = "oov"
+    config.write_text(yaml.safe_dump(tree))
+    train(config, tmp_path / "first")
+    day_3 = days(3) / "part.parquet"
+    table = pq.read_table(day_3)
+    items = pa.array([1000 + place % 7 for place in range(len(table))], pa.int64())
+    pq.write_table(table.set_column(table.schema.get_field_index("item_id"), "item_id", items), day_3)
+    train(None, tmp_path / "second", continues=tmp_path / "first")
+    assert audit_run(RunDirectory(tmp_path / "second"), {}).is_proved
+    rows = {}
+    for name in ("first", "second"):
+        extract_here(tmp_path / name, tmp_path / f"{name}.parquet", {}, table="item")
+        content = pq.read_table(tmp_path / f"{name}.parquet")
+        rows[name] = dict(zip(content["id"].to_pylist(), content["row"].to_pylist(), strict=True))
+    assert rows["first"].items() <= rows["second"].items()
+    assert {id_ for id_ in rows["second"] if id_ >= 1000} == (
+        set(range(1000, 1007)) if vocabulary["kind"] == "managed" else set()
+    )

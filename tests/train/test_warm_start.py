@@ -134,11 +134,11 @@ def test_an_id_in_two_files_and_a_column_that_is_not_there_are_errors(start, tmp
         start(tmp_path / "b.parquet")
 
 
-def test_under_a_hash_it_is_refused(make_config):
+@pytest.mark.parametrize("kind", ["hash", "managed"])
+def test_where_a_row_is_not_one_ids_it_is_refused(make_config, kind):
+    vocabulary = {"kind": kind, "rows": 9}
     with pytest.raises(ConfigError, match="a row is not one id's"):
-        make_config(
-            {"tables": {"item": {"rows": None, "vocabulary": {"kind": "hash", "rows": 9}, "init_from": {"parquet": "x"}}}}
-        )
+        make_config({"tables": {"item": {"rows": None, "vocabulary": vocabulary, "init_from": {"parquet": "x"}}}})
 
 
 def test_a_round_trip_through_extract_and_a_resumed_run_that_does_not_read_again(

@@ -220,3 +220,19 @@ def test_tables_know_their_keys_poolings_and_optimizers():
         "item_id:bias", "item_id:bias:negative0", "item_id:bias:negative1",
     ]  # fmt: skip
     assert specs["user_id:bias"].dim == 4
+
+
+@pytest.mark.parametrize(
+    ("partitions", "says"),
+    [
+        ({"eech": "days/*"}, "data.partitions.eech: unknown key. Did you mean 'each'?"),
+        ({"each": "days/*", "marker": "a/b"}, "data.partitions.marker: 'a/b' does not fit"),
+        ({"each": "days/**"}, "data.partitions.each: 'days/**': '**' stands for folders at any depth"),
+        ("days/*", "data.partitions: 'days/*' does not fit. Input should be a valid list"),
+    ],
+)
+def test_each_form_of_partitions_is_told_of_by_itself(make_config, partitions, says):
+    with pytest.raises(ConfigError) as caught:
+        make_config({"data": {"train": None, "partitions": partitions}}, splits=())
+    assert says in str(caught.value)
+    assert "EachPartition" not in str(caught.value)
