@@ -20,7 +20,10 @@ __all__ = [
     "CosineContrastiveConfig",
     "CrossEntropyConfig",
     "CustomModelConfig",
+    "DCNv2Config",
+    "DLRMConfig",
     "DataConfig",
+    "DeepFMConfig",
     "DenseFeature",
     "DenseOptimizerConfig",
     "DrawsNegatives",
@@ -38,6 +41,7 @@ __all__ = [
     "InitConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
+    "MMoEConfig",
     "MasksHits",
     "MeanBaseline",
     "ModelConfig",
@@ -49,10 +53,12 @@ __all__ = [
     "PointwiseConfig",
     "PooledEncoder",
     "PopularityBaseline",
+    "RankingModel",
     "RecurrentEncoder",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "SequenceFeature",
+    "SequencePooling",
     "ShardingConfig",
     "ShardingType",
     "SoftmaxConfig",
@@ -61,6 +67,7 @@ __all__ = [
     "TableOptimizerConfig",
     "TableOptimizerOverride",
     "TableShardingConfig",
+    "TargetAttention",
     "TextClassifierConfig",
     "TextFeature",
     "TokenizerVocabulary",
@@ -70,6 +77,7 @@ __all__ = [
     "TwoTowerConfig",
     "Vocabulary",
     "WeightedBagFeature",
+    "WideAndDeepConfig",
     "WordNgramsVocabulary",
     "WordsVocabulary",
 ]
@@ -615,6 +623,104 @@ class ItemEmbeddingConfig(Strict):
     windows are laid. None keeps all."""
 
 
+class TargetAttention(Strict):
+    """A sum of a sequence's vectors, weighted by what a small network makes of each and a target (DIN, Zhou et al. 2018)."""
+
+    kind: Literal["target_attention"]
+    """Which kind it is."""
+    target: Name
+    """The `id` feature whose vector is the target: the item that may be clicked."""
+    mlp: list[Annotated[int, Field(ge=1)]] = Field([36], min_length=1)
+    """Sizes of the network's layers, PReLU after each; a last one gives the weight."""
+
+
+SequencePooling = Annotated[
+    Annotated[PooledEncoder | TargetAttention, Field(discriminator="kind")], BeforeValidator(_as_kind)
+]
+
+
+class RankingModel(Strict):
+    """What models have in common that predict a row's label from all of its features."""
+
+    kind: str
+    """Which kind it is."""
+    features: list[Name] = Field(default_factory=list)
+    """What it reads, in order; all features of the config where empty."""
+    sequences: dict[Name, SequencePooling] = Field(default_factory=dict)
+    """How the vectors of each `sequence` become one: `mean`, `max`, `attention` (the default), or `target_attention`."""
+    norm: Literal["none", "layer", "batch"] = "none"
+    """Layer norm or batch norm before each ReLU. `batch`: by moments of the whole global batch, each row by its weight."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the numbers after each ReLU that is 0 in training; drawn by seed, step and row, alike in every world."""
+    user_id: Name | None = None
+    """The feature that names the user, for grouped AUC and the baseline `bias`."""
+    item_id: Name | None = None
+    """The feature that names the item, for the baseline `bias`."""
+
+
+Sizes = list[Annotated[int, Field(ge=1)]]
+"""Sizes of dense layers with ReLU, from the first on."""
+
+
+class DLRMConfig(RankingModel):
+    """Dot products of all pairs of features' vectors, then dense layers (DLRM, Naumov et al. 2019)."""
+
+    kind: Literal["dlrm"]
+    """Which kind it is."""
+    dense_mlp: Sizes = Field(default_factory=lambda: [64])
+    """Layers that make a vector of the dense features; one more, of the tables' dim, follows."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32], min_length=1)
+    """Layers after the dot products."""
+
+
+class DCNv2Config(RankingModel):
+    """Layers that cross all features with each other (DCN V2, Wang et al. 2021), and dense layers."""
+
+    kind: Literal["dcn_v2"]
+    """Which kind it is."""
+    cross_layers: int = Field(2, ge=1)
+    """Each multiplies what it is given by the features once more."""
+    low_rank: int | None = Field(None, ge=1)
+    """Rank of the matrices of the cross layers; full where absent."""
+    structure: Literal["stacked", "parallel"] = "stacked"
+    """Whether the dense layers follow the cross layers or lie beside them."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32])
+    """The dense layers; none where empty."""
+
+
+class DeepFMConfig(RankingModel):
+    """A factorization machine and dense layers over the same vectors, added up (DeepFM, Guo et al. 2017)."""
+
+    kind: Literal["deepfm"]
+    """Which kind it is."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32], min_length=1)
+    """The dense layers."""
+
+
+class WideAndDeepConfig(RankingModel):
+    """A linear model of ids and numbers, and dense layers over vectors, added up (Cheng et al. 2016)."""
+
+    kind: Literal["wide_and_deep"]
+    """Which kind it is."""
+    wide: list[Name] = Field(default_factory=list)
+    """Features of the linear model; all that the model reads, sequences aside, where empty."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32], min_length=1)
+    """The dense layers."""
+
+
+class MMoEConfig(RankingModel):
+    """Experts that all labels share, mixed for each label by a gate of its own (MMoE, Ma et al. 2018)."""
+
+    kind: Literal["mmoe"]
+    """Which kind it is."""
+    experts: int = Field(4, ge=1)
+    """How many."""
+    expert_mlp: Sizes = Field(default_factory=lambda: [64], min_length=1)
+    """Layers of each expert."""
+    mlp: Sizes = Field(default_factory=lambda: [32])
+    """Layers of each label's tower."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -633,7 +739,16 @@ class CustomModelConfig(Strict):
 
 
 ModelConfig = Annotated[
-    TwoTowerConfig | TextClassifierConfig | ItemEmbeddingConfig | CustomModelConfig, Field(discriminator="kind")
+    TwoTowerConfig
+    | TextClassifierConfig
+    | ItemEmbeddingConfig
+    | DLRMConfig
+    | DCNv2Config
+    | DeepFMConfig
+    | WideAndDeepConfig
+    | MMoEConfig
+    | CustomModelConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -643,6 +758,8 @@ class PointwiseConfig(Strict):
 
     kind: Literal["mse", "bce"]
     """Which kind it is."""
+    label_weights: dict[Name, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """What the loss of each of several labels counts in the row's; 1 where it is not named."""
 
 
 class CrossEntropyConfig(Strict):

@@ -18,6 +18,7 @@ from embedshard.config.parts import (
     CosineContrastiveConfig,
     CrossEntropyConfig,
     DataConfig,
+    DeepFMConfig,
     DenseFeature,
     DrawsNegatives,
     EvaluateConfig,
@@ -27,6 +28,7 @@ from embedshard.config.parts import (
     IdFeature,
     ItemEmbeddingConfig,
     MeanBaseline,
+    MMoEConfig,
     ModelConfig,
     Name,
     NCEConfig,
@@ -35,6 +37,7 @@ from embedshard.config.parts import (
     OptimizerConfig,
     PointwiseConfig,
     PopularityBaseline,
+    RankingModel,
     SampledSoftmaxConfig,
     SequenceFeature,
     ShardingConfig,
@@ -49,10 +52,12 @@ from embedshard.config.parts import (
     TrainConfig,
     TwoTowerConfig,
     WeightedBagFeature,
+    WideAndDeepConfig,
     WordNgramsVocabulary,
     WordsVocabulary,
 )
 from embedshard.config.placement import check_table_sharding
+from embedshard.config.ranking import check_ranking_model
 from embedshard.errors import nearest
 
 POINTWISE_METRICS: Final = ("rmse", "mae", "log_loss", "auc", "accuracy", "f1")
@@ -110,6 +115,8 @@ class Config(Strict):
             self._check_text_classifier(self.model)
         if isinstance(self.model, ItemEmbeddingConfig):
             self._check_item_embedding(self.model)
+        if isinstance(self.model, RankingModel):
+            check_ranking_model(self, self.model)
         for role in ("user_id", "item_id"):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
@@ -301,7 +308,11 @@ class Config(Strict):
         if isinstance(objective, PointwiseConfig | CrossEntropyConfig):
             if isinstance(objective, CrossEntropyConfig) and isinstance(self.model, TwoTowerConfig):
                 raise ValueError("objective 'cross_entropy' wants a logit a class, and a two_tower has one. Choose 'bce'")
-            if len(labels) != 1:
+            if isinstance(objective, PointwiseConfig):
+                for name in objective.label_weights:
+                    if name not in labels:
+                        raise ValueError(f"objective.label_weights: there is no label '{name}'. {nearest(name, labels)}")
+            if len(labels) != 1 and not (labels and self.learns_several_labels):
                 raise ValueError(
                     f"objective '{objective.kind}' learns one label, data names {len(labels)}. "
                     f"Give data.label the column of it"
@@ -355,7 +366,7 @@ class Config(Strict):
                 f"evaluate.metrics: '{LOSS}' is the loss of pairs of lists, and only an item_embedding has them. Choose "
                 f"metrics of ranks such as 'recall@20', or of labels such as 'log_loss'"
             )
-        if pointwise and len(self.data.label_columns) != 1:
+        if pointwise and len(self.data.label_columns) != 1 and not self.learns_several_labels:
             raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
         allowed = (
             _OF_CLASSES
@@ -370,6 +381,11 @@ class Config(Strict):
                     f"evaluate.metrics: '{name}' does not go with objective '{self.objective.kind}'. Those that do: "
                     f"{', '.join(allowed)}"
                 )
+        if from_ranking and isinstance(self.model, RankingModel):
+            raise ValueError(
+                f"evaluate.metrics: '{from_ranking[0]}' ranks items by the product of two vectors, which a model of kind "
+                f"'{self.model.kind}' has not. Choose among {', '.join(POINTWISE_METRICS)}"
+            )
         if from_ranking:
             for role in ("user_id", "item_id"):
                 if self.identity(role) is None:
@@ -473,7 +489,7 @@ class Config(Strict):
         """The baselines that the test set's metrics are seen beside: the chosen ones, or what `auto` means."""
         if self.evaluate.baselines != "auto":
             return list(self.evaluate.baselines)
-        if isinstance(self.model, ItemEmbeddingConfig):
+        if isinstance(self.model, ItemEmbeddingConfig) or len(self.data.label_columns) > 1:
             return []
         pointwise = [name in POINTWISE_METRICS for name in self.evaluate.metrics]
         found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
@@ -500,6 +516,23 @@ class Config(Strict):
     def num_logits(self) -> int:
         """The logits that a row's label needs: one for each class, one where there are two or it is a number."""
         return self.objective.classes if isinstance(self.objective, CrossEntropyConfig) else 1
+
+    @property
+    def learns_several_labels(self) -> bool:
+        """Whether the model gives a logit for each label, as many as there are."""
+        return isinstance(self.model, MMoEConfig)
+
+    def first_order(self) -> list[str]:
+        """The features with a table that a ranking model also gives one weight for each id, in order."""
+        model = self.model
+        if not isinstance(model, DeepFMConfig | WideAndDeepConfig):
+            return []
+        named = (isinstance(model, WideAndDeepConfig) and model.wide) or self.read_features(model)
+        return [name for name in named if not isinstance(self.features[name], DenseFeature) and not self.is_sequence(name)]
+
+    def read_features(self, model: RankingModel) -> list[str]:
+        """The features that a ranking model reads, in order."""
+        return list(model.features or self.features)
 
     def is_sequence_table(self, table: str) -> bool:
         """Whether a feature asks a table for a vector a place."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 __all__ = ["Evaluator", "Split", "prediction_link"]
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from embedshard.config import LOSS, Config
 from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
+from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
 from embedshard.data.dataset import Dataset
@@ -125,10 +127,28 @@ class Evaluator:
             for batch in batches:
                 of_classes.update(model(batch).logits_BC, batch.labels[:, 0], batch.weights)
             return of_classes.result()
+        if self._config.learns_several_labels:
+            return self._score_labels(model, batches)
         sums = PointwiseSums(self._pointwise, prediction_link(self._config))
         for batch in batches:
             sums.update(model(batch).logits, batch.labels[:, 0], batch.weights)
         return sums.result()
+
+    def _score_labels(self, model: Any, batches: Iterable[Batch]) -> dict[str, float]:
+        """Returns each metric's mean over labels, and of each label as `metric:label`."""
+        sums = {
+            name: PointwiseSums(self._pointwise, prediction_link(self._config)) for name in self._config.data.label_columns
+        }
+        for batch in batches:
+            logits_BL = model(batch).logits_BL
+            for place, of_label in enumerate(sums.values()):
+                of_label.update(logits_BL[:, place], batch.labels[:, place], batch.weights)
+        found = {name: of_label.result() for name, of_label in sums.items()}
+        values: dict[str, float] = {}
+        for metric in self._pointwise:
+            values[metric] = sum(result[metric] for result in found.values()) / len(found)
+            values |= {f"{metric}:{name}": result[metric] for name, result in found.items()}
+        return values | {"rows": next(iter(found.values()))["rows"]}
 
     # ---------------------------------------------------------------------------------------------------------- both
     def _encode(self, encode: Any, columns: Columns, count: int) -> torch.Tensor:

@@ -6,6 +6,7 @@ Shapes: B rows on this rank, V values of a sequence in all rows, L places of the
 from __future__ import annotations
 
 __all__ = [
+    "POOLINGS",
     "AttentionPooling",
     "Convolutions",
     "Dropout",
@@ -152,6 +153,14 @@ class AttentionPooling(nn.Module):
         sums_B = shares_V.new_zeros(len(lengths_B)).index_add(0, rows_V, shares_V)
         weighted_VD = values_VD * (shares_V / sums_B[rows_V]).unsqueeze(1)
         return values_VD.new_zeros(len(lengths_B), values_VD.shape[1]).index_add(0, rows_V, weighted_VD)
+
+
+POOLINGS: dict[str, type[MeanPooling | MaxPooling | AttentionPooling]] = {
+    "mean": MeanPooling,
+    "max": MaxPooling,
+    "attention": AttentionPooling,
+}
+"""What makes one vector of a row's, by the name that a config gives it."""
 
 
 class Flatten(nn.Module):

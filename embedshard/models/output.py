@@ -1,12 +1,13 @@
 """What models hand to objectives.
 
-Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, I distinct
+Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes, L labels; of
+lists, V places in all rows, I distinct
 ids, P pairs, U nodes of a tree.
 """
 
 from __future__ import annotations
 
-__all__ = ["ClassOutput", "Output", "PairOutput", "RetrievalOutput"]
+__all__ = ["ClassOutput", "LabelOutput", "Output", "PairOutput", "RetrievalOutput"]
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -51,6 +52,25 @@ class ClassOutput:
         """The log odds of the label 1, (B,)."""
         assert self.logits_BC.shape[1] == 1, "several classes have no one logit"
         return self.logits_BC[:, 0]
+
+
+@dataclass
+class LabelOutput:
+    """A logit for each label.
+
+    Attributes:
+        logits_BL: in config order.
+        lookups: looked-up vectors by key, for penalties.
+    """
+
+    logits_BL: torch.Tensor
+    lookups: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The logit of the one label, (B,)."""
+        assert self.logits_BL.shape[1] == 1, "several labels have no one logit"
+        return self.logits_BL[:, 0]
 
 
 @dataclass

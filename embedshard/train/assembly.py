@@ -100,7 +100,7 @@ def assemble(
     if dataset is None:
         dataset = open_dataset(config, world, resolved, progress)
     specs = table_specs(config, dataset.table_rows)
-    model = shard_model(build_model(config, specs), config, specs, world, plan)
+    model = shard_model(build_model(config, specs, world), config, specs, world, plan)
     objective = build_objective(config, specs, world).to(world.device)
     optimizers = Optimizers(model, config, specs, world)
     tally = Tally(dataset.train[0].decoder)

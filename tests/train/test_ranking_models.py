@@ -1,0 +1,170 @@
+"""Ranking models through the trainer: every kind learns, in any world, and goes on where it stopped."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedshard.config import build_config
+from embedshard.errors import ConfigError
+from embedshard.launch.local import evaluate_here
+from embedshard.testing import assert_plan_invariant
+
+USERS, ITEMS = 12, 9
+
+MODELS = {
+    "dlrm": {"kind": "dlrm", "dense_mlp": [8], "mlp": [16, 8]},
+    "dcn_v2": {"kind": "dcn_v2", "cross_layers": 2, "mlp": [16]},
+    "dcn_v2 low rank": {"kind": "dcn_v2", "low_rank": 4, "structure": "parallel", "mlp": [16]},
+    "deepfm": {"kind": "deepfm", "mlp": [16]},
+    "wide_and_deep": {"kind": "wide_and_deep", "mlp": [16]},
+    "mmoe": {"kind": "mmoe", "experts": 3, "expert_mlp": [16], "mlp": [8]},
+}
+
+
+def write_clicks(folder, rows, seed):
+    """Clicks that depend on pairs of user and item, on a number and on what was seen; purchases among them."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    taste = np.random.default_rng(0).normal(size=(USERS, ITEMS)) * 2
+    user, item = generator.integers(0, USERS, rows), generator.integers(0, ITEMS, rows)
+    seen = [generator.integers(0, ITEMS, generator.integers(0, 5)).tolist() for _ in range(rows)]
+    hour = generator.normal(size=rows)
+    met = np.array([float(wanted in before) for wanted, before in zip(item, seen, strict=True)])
+    logit = taste[user, item] + hour + 2 * met
+    click = generator.random(rows) < 1 / (1 + np.exp(-logit))
+    table = pa.table(
+        {
+            "user": user, "item": item, "seen": seen, "tags": seen, "hour": hour, "price": np.abs(hour) * 100,
+            "click": click.astype(np.int8), "buy": (click & (hour > 0)).astype(np.int8),
+            "weight": generator.integers(1, 3, rows).astype(np.float32),
+        }
+    )  # fmt: skip
+    pq.write_table(table, folder / "part.parquet", row_group_size=97)
+
+
+@pytest.fixture(scope="module")
+def clicks(tmp_path_factory):
+    root = tmp_path_factory.mktemp("clicks")
+    write_clicks(root / "train", 3203, 1)
+    write_clicks(root / "test", 400, 2)
+    return root
+
+
+@pytest.fixture
+def make_tree(clicks):
+    def make(model, **changes):
+        several = model["kind"] == "mmoe"
+        return {
+            "seed": 5,
+            "data": {
+                "train": str(clicks / "train"), "test": str(clicks / "test"), "lanes": 4, "weight": "weight",
+                **({"labels": {"click": "click", "buy": "buy"}} if several else {"label": "click"}),
+            },
+            "features": {
+                "user": {"kind": "id", "table": "user"},
+                "hour": {"kind": "dense"},
+                "item": {"kind": "id", "table": "item"},
+                "tags": {"kind": "bag", "table": "tag", "pooling": "mean"},
+                "price": {"kind": "dense", "normalise": "standardise"},
+                "seen": {"kind": "sequence", "table": "item"},
+            },
+            "tables": {
+                "user": {"rows": USERS, "dim": 8}, "item": {"rows": ITEMS, "dim": 8}, "tag": {"rows": ITEMS, "dim": 8},
+            },
+            "model": {"sequences": {"seen": {"kind": "target_attention", "target": "item", "mlp": [8]}}, **model},
+            "objective": {"kind": "bce"},
+            "optimizer": {"tables": {"lr": 0.1}, "dense": {"kind": "adam", "lr": 0.01}},
+            "train": {"global_batch_size": 64, "epochs": 1},
+            "evaluate": {"metrics": ["auc", "log_loss"]},
+            "tracking": {"tensorboard": False},
+            **changes,
+        }  # fmt: skip
+
+    return make
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_learns(run_tree, make_tree, tmp_path, kind):
+    tree = make_tree(MODELS[kind], train={"global_batch_size": 64, "epochs": 6})
+    result = run_tree(tree, tmp_path / "run")
+    assert result["metrics"]["auc"] > 0.75
+    if kind == "mmoe":
+        assert list(result["metrics"]) == ["auc", "auc:click", "auc:buy", "log_loss", "log_loss:click", "log_loss:buy"]
+        assert result["metrics"]["auc:buy"] > 0.75
+        assert result["metrics"]["auc"] == pytest.approx((result["metrics"]["auc:click"] + result["metrics"]["auc:buy"]) / 2)
+        assert result["baselines"] == {}
+    else:
+        assert result["metrics"]["log_loss"] < result["baselines"]["mean"]["log_loss"]
+    assert evaluate_here(tmp_path / "run", None, "cpu", {})["test"] == result["metrics"]
+
+
+@pytest.mark.parametrize("norm", ["layer", "batch"])
+def test_a_stopped_run_goes_on_bit_for_bit(run_tree, make_tree, tmp_path, saved_tensors, assert_same_tensors, norm):
+    tree = make_tree({**MODELS["dlrm"], "norm": norm, "dropout": 0.2})
+    whole = run_tree(tree, tmp_path / "whole")
+    path = tmp_path / "run"
+    run_tree({**tree, "train": {**tree["train"], "max_steps": 7}}, path)
+    (path / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
+    resumed = run_tree(tree, path, resume_step=7)
+    assert_same_tensors(saved_tensors(path), saved_tensors(tmp_path / "whole"))
+    assert resumed["metrics"] == whole["metrics"]
+    moments = [name for name in saved_tensors(path)[1] if name.endswith(("running_mean", "running_variance"))]
+    assert len(moments) == (8 if norm == "batch" else 0)
+
+
+def test_no_world_changes_batch_norm_and_dropout(make_tree):
+    tree = make_tree({**MODELS["deepfm"], "norm": "batch", "dropout": 0.2})
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, kind):
+    assert_plan_invariant(build_config(make_tree(MODELS[kind]), {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("dlrm", {"features": ["user", "items"]}, "there is no feature 'items'. Did you mean 'item'"),
+        ("dlrm", {"features": ["user", "user"]}, "'user' is there twice"),
+        ("dlrm", {"features": ["user"], "sequences": {}}, "there is one vector. Give it more features"),
+        ("dlrm", {"features": ["hour"], "sequences": {}}, "none of its features has a table"),
+        ("dcn_v2", {"low_rank": 42}, "low_rank=42 is no less than the 34 numbers"),
+        ("wide_and_deep", {"wide": ["seen"]}, "'seen' is a sequence"),
+        ("wide_and_deep", {"features": ["user", "seen"], "wide": ["item"]}, "does not read a feature 'item'"),
+        ("dlrm", {"sequences": {"tags": "mean"}}, "feature 'tags' is a bag, one vector already"),
+        ("dlrm", {"sequences": {"sean": "mean"}}, "does not read a feature 'sean'. Did you mean 'seen'"),
+        (
+            "dlrm",
+            {"sequences": {"seen": {"kind": "target_attention", "target": "tags"}}},
+            "'tags' is a bag; it must be an id",
+        ),
+        ("dlrm", {"sequences": {"seen": {"kind": "target_attention", "target": "itm"}}}, "there is no feature 'itm'"),
+    ],
+)
+def test_what_a_model_cannot_read_is_refused(make_tree, kind, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        build_config(make_tree(MODELS[kind] | changes), {}, "test")
+
+
+def test_what_does_not_go_with_a_ranking_model_is_refused(make_tree):
+    with pytest.raises(ConfigError, match=r"'in_batch_softmax' is not for a model of kind 'deepfm'.*Choose 'bce'"):
+        build_config(make_tree(MODELS["deepfm"], objective={"kind": "in_batch_softmax"}), {}, "test")
+    with pytest.raises(ConfigError, match="'recall@5' ranks items by the product of two vectors"):
+        build_config(make_tree(MODELS["deepfm"], evaluate={"metrics": ["recall@5"]}), {}, "test")
+    tree = make_tree(MODELS["deepfm"])
+    tree["tables"]["user"]["dim"] = 4
+    with pytest.raises(ConfigError, match=r"differ in size \(user: 4, item: 8"):
+        build_config(tree, {}, "test")
+    tree["model"] = MODELS["dcn_v2"] | {"sequences": {"seen": {"kind": "target_attention", "target": "user"}}}
+    with pytest.raises(ConfigError, match="'user' has vectors of 4 numbers, 'seen' of 8"):
+        build_config(tree, {}, "test")
+    tree = make_tree(MODELS["deepfm"])
+    tree["data"]["labels"] = {"click": "click", "buy": "buy"}
+    del tree["data"]["label"]
+    with pytest.raises(ConfigError, match="learns one label, data names 2"):
+        build_config(tree, {}, "test")
+    with pytest.raises(ConfigError, match=r"objective\.label_weights: there is no label 'bye'. Did you mean 'buy'"):
+        build_config(make_tree(MODELS["mmoe"], objective={"kind": "bce", "label_weights": {"bye": 2}}), {}, "test")
