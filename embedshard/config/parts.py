@@ -965,6 +965,10 @@ class TrainConfig(Strict):
     """Stops when the validation set says so; absent: never."""
     log_every_steps: int = Field(50, ge=1)
     """Steps between measurements in metrics.jsonl and plain lines of progress."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of the training rows as they were predicted before they were learnt, each `log_every_steps`, over the steps
+    since the last time (`train/window/auc`) and over the run (`train/run/auc`): auc, pr_auc, log_loss, normalised_entropy,
+    calibration, accuracy; rmse, mae. In memory that does not grow: AUCs are from histograms."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 
@@ -1022,7 +1026,8 @@ class EvaluateConfig(Strict):
     """What is measured, on what and how often."""
 
     metrics: list[str] = Field(default_factory=list)
-    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc, accuracy, f1."""
+    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or, of labels, rmse, mae, log_loss, auc, pr_auc,
+    gauc (AUC within users), normalised_entropy, calibration, accuracy, f1."""
     candidates: str = "catalogue"
     """`catalogue`: rank every item. Else the column of each row's negatives, against which its item is ranked."""
     filter_seen: bool = True
@@ -1036,6 +1041,10 @@ class EvaluateConfig(Strict):
     always evaluated whole."""
     batch_size: int = Field(8192, ge=1)
     """Rows encoded at once."""
+    slice_by: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    """Columns of integers or strings by whose values the metrics of labels are also told apart, on the test set."""
+    bootstrap: int = Field(0, ge=0)
+    """Resamples of the test set from which each metric of labels has an interval of 95 %; 0: none."""
     baselines: list[Baseline] | Literal["auto"] = "auto"
     """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
     the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""

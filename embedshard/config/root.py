@@ -60,11 +60,27 @@ from embedshard.config.placement import check_table_sharding
 from embedshard.config.ranking import check_ranking_model
 from embedshard.errors import nearest
 
-POINTWISE_METRICS: Final = ("rmse", "mae", "log_loss", "auc", "accuracy", "f1")
+POINTWISE_METRICS: Final = (
+    "rmse",
+    "mae",
+    "log_loss",
+    "auc",
+    "accuracy",
+    "f1",
+    "pr_auc",
+    "gauc",
+    "normalised_entropy",
+    "calibration",
+)
 """The metrics that compare a row's prediction with its label; all others but `loss` rank items."""
 
 LOSS: Final = "loss"
 """The metric of an item_embedding: the objective's own loss."""
+
+STREAMING_METRICS: Final = ("auc", "pr_auc", "log_loss", "normalised_entropy", "calibration", "accuracy", "rmse", "mae")
+"""The metrics of training rows; those of a label that is a number are the last two."""
+
+STREAMING_OF_NUMBERS: Final = STREAMING_METRICS[-2:]
 
 _OF_CLASSES: Final = ("log_loss", "accuracy", "f1")
 _OF_ODDS: Final = ("log_loss", "auc", "accuracy", "f1")
@@ -375,6 +391,7 @@ class Config(Strict):
             if isinstance(self.objective, PointwiseConfig) and self.objective.kind == "mse"
             else POINTWISE_METRICS
         )
+        self._check_label_metrics(pointwise)
         for name in pointwise:
             if name not in allowed:
                 raise ValueError(
@@ -409,6 +426,39 @@ class Config(Strict):
                 )
             if not metrics:
                 raise ValueError("train.early_stopping looks at a metric: give evaluate.metrics")
+
+    def _check_label_metrics(self, pointwise: Sequence[str]) -> None:
+        """Checks what looks at scored rows beside the metrics of the whole set, and at training rows."""
+        if "gauc" in pointwise and self.identity("user_id") is None:
+            raise ValueError("evaluate.metrics: 'gauc' is a mean over users: give model.user_id the name of an 'id' feature")
+        selected = self.evaluate.select or next(iter(self.evaluate.metrics), None)
+        if self.data.has_validation and selected == "calibration":
+            raise ValueError(
+                "evaluate.select: 'calibration' is best at 1, so that neither more nor less of it is better. Give "
+                "evaluate.select another of evaluate.metrics"
+            )
+        for option in ("bootstrap", "slice_by"):
+            if getattr(self.evaluate, option) and not pointwise:
+                raise ValueError(f"evaluate.{option} looks at labels: add a metric such as 'auc' to evaluate.metrics")
+            if getattr(self.evaluate, option) and isinstance(self.objective, CrossEntropyConfig):
+                raise ValueError(
+                    f"evaluate.{option} is for one number a row, and objective 'cross_entropy' has several classes. "
+                    f"Leave it out"
+                )
+        if not self.train.metrics:
+            return
+        if not isinstance(self.objective, PointwiseConfig):
+            raise ValueError(
+                f"train.metrics compare predictions with labels, which objective '{self.objective.kind}' has not. Leave "
+                f"them out"
+            )
+        allowed = STREAMING_OF_NUMBERS if self.objective.kind == "mse" else STREAMING_METRICS
+        for name in self.train.metrics:
+            if name not in allowed:
+                raise ValueError(
+                    f"train.metrics: there is no '{name}' with objective '{self.objective.kind}'. Choose among "
+                    f"{', '.join(allowed)}"
+                )
 
     def _check_baselines(self) -> None:
         metrics, chosen = self.evaluate.metrics, self.evaluate.baselines

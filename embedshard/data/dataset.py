@@ -27,7 +27,7 @@ from embedshard.config.parts import (
 )
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
-from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.decode import Decoder, column_specs, slice_column
 from embedshard.data.huffman import HuffmanTree
 from embedshard.data.negatives import AllRows, CandidateSampler, RowSampler, Sampler
 from embedshard.data.order import Order
@@ -37,7 +37,7 @@ from embedshard.data.source import Inventory, Source, check_unchanged, fingerpri
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_held_out_of_training, open_training
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
+from embedshard.data.vocabulary import MetVocabulary, Vocabulary, load_vocabularies, table_rows
 from embedshard.errors import DataError
 from embedshard.world import World
 
@@ -82,6 +82,7 @@ class Dataset:
         tokenizers: the JSON of each table's tokenizer, where it has one.
         pair_maker: makes pairs of lists, where the model learns from them.
         tree: over the ids of these lists, where the objective goes down one.
+        slice_values: what each column of `evaluate.slice_by` was seen to hold.
     """
 
     config: Config
@@ -100,6 +101,7 @@ class Dataset:
     tokenizers: Mapping[str, str] = field(default_factory=dict)
     pair_maker: PairMaker | None = None
     tree: HuffmanTree | None = None
+    slice_values: Mapping[str, MetVocabulary] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:
@@ -215,10 +217,12 @@ def open_dataset(
         shuffle=config.data.shuffle,
     )
     order.lane_block(world.rank, world.world_size)
-    held_out = _open_held_out(config, vocabularies, statistics)
+    slice_values = {column: MetVocabulary() for column in config.evaluate.slice_by}
+    sliced: dict[str, Vocabulary] = {slice_column(column): values for column, values in slice_values.items()}
+    held_out = _open_held_out(config, {**vocabularies, **sliced}, statistics)
     skipped = [location.uri for source in (*train, *held_out.values()) for location in source.skipped]
     dataset = Dataset(config, train, held_out, fits, order, rows, vocabularies, statistics, None, None, skipped)
-    dataset.tokenizers = tokenizers
+    dataset.tokenizers, dataset.slice_values = tokenizers, slice_values
     if isinstance(config.model, ItemEmbeddingConfig):
         _open_lists(dataset, config.model, world)
     else:

@@ -16,7 +16,8 @@ from embedshard.data.dataset import Dataset, open_dataset
 from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
 from embedshard.data.tokenizer_training import PreparationProgress
-from embedshard.evaluate.evaluator import Evaluator
+from embedshard.evaluate.evaluator import Evaluator, prediction_link
+from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
@@ -42,6 +43,7 @@ class Assembly:
     evaluator: Evaluator
     collator: Collator
     tally: Tally
+    streaming: StreamingMetrics | None
 
     @property
     def num_steps(self) -> int:
@@ -102,6 +104,9 @@ def assemble(
     specs = table_specs(config, dataset.table_rows)
     model = shard_model(build_model(config, specs, world), config, specs, world, plan)
     objective = build_objective(config, specs, world).to(world.device)
+    streaming = _streaming(config, world)
+    if streaming is not None:
+        objective.add_module("streaming", streaming)  # what it has summed up is saved with what the objective estimates
     optimizers = Optimizers(model, config, specs, world)
     tally = Tally(dataset.train[0].decoder)
     collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
@@ -113,8 +118,17 @@ def assemble(
         model=model,
         objective=objective,
         optimizers=optimizers,
-        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row),
+        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row, streaming),
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
+        streaming=streaming,
     )
+
+
+def _streaming(config: Config, world: World) -> StreamingMetrics | None:
+    """Returns what measures the training rows, if anything does."""
+    if not config.train.metrics:
+        return None
+    is_odds = prediction_link(config) == "sigmoid"
+    return StreamingMetrics(config.train.metrics, list(config.data.label_columns), is_odds, world).to(world.device)

@@ -1,14 +1,21 @@
 """Ranking models through the trainer: every kind learns, in any world, and goes on where it stopped."""
 
+import json
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 
 from embedshard.config import build_config
 from embedshard.errors import ConfigError
 from embedshard.launch.local import evaluate_here
 from embedshard.testing import assert_plan_invariant
+from embedshard.train.tracking import Reporter
 
 USERS, ITEMS = 12, 9
 
@@ -36,6 +43,7 @@ def write_clicks(folder, rows, seed):
     table = pa.table(
         {
             "user": user, "item": item, "seen": seen, "tags": seen, "hour": hour, "price": np.abs(hour) * 100,
+            "shop": np.array(["north", "south", None], dtype=object)[item // 3],
             "click": click.astype(np.int8), "buy": (click & (hour > 0)).astype(np.int8),
             "weight": generator.integers(1, 3, rows).astype(np.float32),
         }
@@ -168,3 +176,123 @@ def test_what_does_not_go_with_a_ranking_model_is_refused(make_tree):
         build_config(tree, {}, "test")
     with pytest.raises(ConfigError, match=r"objective\.label_weights: there is no label 'bye'. Did you mean 'buy'"):
         build_config(make_tree(MODELS["mmoe"], objective={"kind": "bce", "label_weights": {"bye": 2}}), {}, "test")
+
+
+# --------------------------------------------------------------------------------------------------------------- metrics
+LOOKED_AT = ["auc", "pr_auc", "gauc", "log_loss", "normalised_entropy", "calibration"]
+
+
+def launch(tree, path, workers):
+    config = path.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(tree))
+    command = [
+        sys.executable,
+        "-m",
+        "embedshard.cli",
+        "train",
+        str(config),
+        "--run-dir",
+        str(path),
+        "--workers",
+        str(workers),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+
+
+def watched(values):
+    return {name: value for name, value in values.items() if name.startswith(("train/window", "train/run"))}
+
+
+class Recorder(Reporter):
+    """Keeps what was measured of training rows."""
+
+    def __init__(self):
+        self.found = []
+
+    def measured(self, step, values):
+        self.found += [watched(values)] if watched(values) else []
+
+
+def test_metrics_slices_and_intervals_are_in_the_result_and_the_report(run_tree, make_tree, tmp_path):
+    tree = make_tree({**MODELS["dcn_v2"], "user_id": "user"})
+    tree["evaluate"] = {"metrics": LOOKED_AT, "slice_by": ["item", "shop"], "bootstrap": 40}
+    tree["train"] |= {"epochs": 3}
+    result = run_tree(tree, tmp_path / "run")
+    metrics, intervals, slices = result["metrics"], result["intervals"], result["column_slices"]
+    assert list(metrics) == list(intervals) == LOOKED_AT
+    assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items())
+    assert metrics["normalised_entropy"] < 1.0
+    assert result["evaluated"]["test"] == {"rows": 400, "gauc_groups": USERS}
+    assert sorted(slices["item"], key=int) == [str(item) for item in range(ITEMS)]
+    assert sum(values["rows"] for values in slices["item"].values()) == 400
+    assert list(slices["shop"]) == ["north", "null", "south"]
+    parts = slices["shop"].values()
+    assert sum(part["rows"] * part["log_loss"] for part in parts) / 400 == pytest.approx(metrics["log_loss"])
+    again = evaluate_here(tmp_path / "run", None, "cpu", {})
+    assert (again["intervals"], again["column_slices"]) == (intervals, slices)
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "By shop" in page
+    assert "north" in page
+    assert "95 %" in page
+
+
+def test_training_rows_are_measured_as_they_are_predicted(run_tree, make_tree, tmp_path):
+    tree = make_tree(MODELS["dcn_v2"])
+    tree["train"] |= {"metrics": ["auc", "normalised_entropy", "calibration"], "log_every_steps": 10, "epochs": 2}
+    recorder = Recorder()
+    run_tree(tree, tmp_path / "whole", reporter=recorder)
+    whole = recorder.found
+    assert len(whole) == 11
+    assert whole[-1]["train/window/auc"] > whole[0]["train/window/auc"] + 0.1
+    assert whole[0]["train/run/auc"] < whole[-1]["train/run/auc"] < whole[-1]["train/window/auc"]
+    path = tmp_path / "stopped"
+    run_tree({**tree, "train": {**tree["train"], "max_steps": 24}}, path)
+    (path / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
+    recorder = Recorder()
+    run_tree(tree, path, resume_step=24, reporter=recorder)
+    names = [name for name in whole[0] if name.startswith("train/run")]
+    for one, other in zip(recorder.found, whole[2:], strict=True):
+        assert {name: one[name] for name in names} == {name: other[name] for name in names}, "the checkpoint has its sums"
+    assert recorder.found[1:] == whole[3:], "the window was measured at step 24, the shorter run's last"
+
+
+def test_two_workers_measure_training_rows_as_one(make_tree, tmp_path):
+    tree = make_tree(MODELS["mmoe"])
+    tree["train"] |= {"metrics": ["auc", "log_loss"], "log_every_steps": 20, "max_steps": 40}
+    found = []
+    for workers in (1, 2):
+        path = tmp_path / f"workers-{workers}"
+        launch(tree, path, workers)
+        lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+        found.append([watched(line) for line in lines if watched(line)])
+    alone, together = found
+    names = {f"{name}:{label}" for name in ("auc", "log_loss") for label in ("click", "buy")}
+    assert set(alone[0]) == {f"train/{scope}/{name}" for scope in ("window", "run") for name in names}
+    for one, two in zip(alone, together, strict=True):
+        assert two == pytest.approx(one, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"evaluate": {"metrics": ["gauc"]}}, r"'gauc' is a mean over users: give model\.user_id"),
+        ({"evaluate": {"metrics": [], "bootstrap": 5}}, r"evaluate\.bootstrap looks at labels"),
+        ({"evaluate": {"metrics": [], "slice_by": "shop"}}, r"evaluate\.slice_by looks at labels"),
+        ({"train": {"metrics": ["f1"]}}, "there is no 'f1' with objective 'bce'. Choose among auc, pr_auc"),
+        ({"train": {"metrics": ["auc"]}, "objective": {"kind": "mse"}}, "Choose among rmse, mae"),
+        ({"evaluate": {"metrics": ["pr_auc"]}, "objective": {"kind": "mse"}}, "'pr_auc' does not go with objective 'mse'"),
+    ],
+)
+def test_metrics_that_cannot_be_are_refused(make_tree, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        build_config(make_tree(MODELS["dcn_v2"], **changes), {}, "test")
+
+
+def test_nothing_is_selected_by_what_has_no_better(make_tree):
+    tree = make_tree(MODELS["dcn_v2"], evaluate={"metrics": ["calibration", "auc"]})
+    tree["data"]["validation"] = tree["data"]["test"]
+    with pytest.raises(ConfigError, match="'calibration' is best at 1"):
+        build_config(tree, {}, "test")
+    tree["evaluate"]["select"] = "auc"
+    build_config(tree, {}, "test")
