@@ -55,6 +55,7 @@ __all__ = [
     "PopularityBaseline",
     "RankingModel",
     "RecurrentEncoder",
+    "SASRecConfig",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "SequenceFeature",
@@ -721,6 +722,26 @@ class MMoEConfig(RankingModel):
     """Layers of each label's tower."""
 
 
+class SASRecConfig(Strict):
+    """Causal self-attention over a list of items: each place tells the next one (SASRec, Kang and McAuley 2018)."""
+
+    kind: Literal["sasrec"]
+    """Which kind it is."""
+    sequence: Name
+    """The `sequence` of items before a row's own, oldest first; it has a `max_length` and keeps the last."""
+    item_id: Name
+    """The `id` feature of the row's own item, which is what comes next; in the table of the sequence."""
+    user_id: Name | None = None
+    """The feature that names the user, for metrics over the whole catalogue, and baselines that look at users."""
+    blocks: int = Field(2, ge=1)
+    """Layers of attention, each with two dense layers after it."""
+    heads: int = Field(1, ge=1)
+    """Of the attention; they divide the table's dim."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Share of the numbers that are 0 in training, of the vectors that come in and of what each layer adds; drawn by seed,
+    step and row, alike in every world."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -747,6 +768,7 @@ ModelConfig = Annotated[
     | DeepFMConfig
     | WideAndDeepConfig
     | MMoEConfig
+    | SASRecConfig
     | CustomModelConfig,
     Field(discriminator="kind"),
 ]

@@ -1,8 +1,8 @@
-"""What a ranking model, its features and its objective must agree on."""
+"""What a ranking or sequence model, its features and its objective must agree on."""
 
 from __future__ import annotations
 
-__all__ = ["check_ranking_model"]
+__all__ = ["check_ranking_model", "check_sasrec"]
 
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,9 @@ from embedshard.config.parts import (
     IdFeature,
     PointwiseConfig,
     RankingModel,
+    SampledSoftmaxConfig,
+    SASRecConfig,
+    SequenceFeature,
     TargetAttention,
     WideAndDeepConfig,
 )
@@ -98,4 +101,36 @@ def _check_one_dim(config: Config, model: RankingModel, embedded: list[str]) -> 
         raise ValueError(
             f"model: a {model.kind} multiplies features' vectors with each other, and they differ in size ({shown}). Give "
             f"their tables one dim, or choose 'dcn_v2'"
+        )
+
+
+def check_sasrec(config: Config, model: SASRecConfig) -> None:
+    """Checks what a SASRec reads and learns.
+
+    Raises:
+        ValueError: saying what was met, what was needed and what to do.
+    """
+    for role, name in (("sequence", model.sequence), ("item_id", model.item_id)):
+        if name not in config.features:
+            raise ValueError(f"model.{role}: there is no feature '{name}'. {nearest(name, config.features)}")
+    sequence, item = config.features[model.sequence], config.features[model.item_id]
+    if not isinstance(sequence, SequenceFeature):
+        raise ValueError(f"model.sequence: feature '{model.sequence}' is a {sequence.kind}. Make it a 'sequence'")
+    if sequence.max_length is None or sequence.keep != "last":
+        raise ValueError(
+            f"model.sequence: each place has a vector of its own, so there must be a most: give features.{model.sequence}."
+            f"max_length, and 'keep: last'"
+        )
+    if isinstance(item, IdFeature) and item.table != sequence.table:
+        raise ValueError(
+            f"model.item_id: '{model.item_id}' is looked up in '{item.table}', '{model.sequence}' in '{sequence.table}'. "
+            f"What comes next is one of the same items: give both one table"
+        )
+    dim = config.width(model.sequence)
+    if dim % model.heads:
+        raise ValueError(f"model.heads={model.heads} does not divide the {dim} numbers of table '{sequence.table}'")
+    if not isinstance(config.objective, SampledSoftmaxConfig) or config.objective.mixed:
+        raise ValueError(
+            f"objective '{config.objective.kind}' is not for a sasrec, which tells at each place which of some items comes "
+            f"next. Choose 'sampled_softmax', without 'mixed'"
         )

@@ -21,12 +21,14 @@ from embedshard.config.parts import (
     DeepFMConfig,
     DenseFeature,
     DrawsNegatives,
+    EaseBaseline,
     EvaluateConfig,
     Feature,
     FlattenEncoder,
     HierarchicalSoftmaxConfig,
     IdFeature,
     ItemEmbeddingConfig,
+    ItemKnnBaseline,
     MeanBaseline,
     MMoEConfig,
     ModelConfig,
@@ -39,6 +41,7 @@ from embedshard.config.parts import (
     PopularityBaseline,
     RankingModel,
     SampledSoftmaxConfig,
+    SASRecConfig,
     SequenceFeature,
     ShardingConfig,
     SoftmaxConfig,
@@ -57,7 +60,7 @@ from embedshard.config.parts import (
     WordsVocabulary,
 )
 from embedshard.config.placement import check_table_sharding
-from embedshard.config.ranking import check_ranking_model
+from embedshard.config.ranking import check_ranking_model, check_sasrec
 from embedshard.errors import nearest
 
 POINTWISE_METRICS: Final = (
@@ -133,6 +136,8 @@ class Config(Strict):
             self._check_item_embedding(self.model)
         if isinstance(self.model, RankingModel):
             check_ranking_model(self, self.model)
+        if isinstance(self.model, SASRecConfig):
+            check_sasrec(self, self.model)
         for role in ("user_id", "item_id"):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
@@ -405,6 +410,8 @@ class Config(Strict):
             )
         if from_ranking:
             for role in ("user_id", "item_id"):
+                if role == "user_id" and isinstance(self.model, SASRecConfig) and self.evaluate.candidates != "catalogue":
+                    continue  # a row's list is all that tells whom it is of
                 if self.identity(role) is None:
                     raise ValueError(
                         f"evaluate.metrics: '{from_ranking[0]}' ranks items for users, so model.{role} must name "
@@ -480,7 +487,8 @@ class Config(Strict):
                     f"{name} {does}, and no metric of evaluate.metrics looks at that. Leave it out, or add a metric "
                     f"such as {'rmse' if predicts else 'recall@20'}"
                 )
-            if isinstance(baseline, BiasBaseline) and not self._knows_user_and_item():
+            needs_both = isinstance(baseline, BiasBaseline | EaseBaseline | ItemKnnBaseline)
+            if needs_both and not self._knows_user_and_item():
                 raise ValueError(f"{name} needs to know the user and the item: give model.user_id and model.item_id")
 
     def _knows_user_and_item(self) -> bool:

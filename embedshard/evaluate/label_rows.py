@@ -45,6 +45,10 @@ class LabelRows:
         logits, labels, weights = numbers
         self._parts.append((logits, labels, weights, groups))
 
+    def values(self) -> dict[str, float]:
+        """Returns the metrics of all rows, and `rows`."""
+        return self._of(np.ones(len(self._whole()[0]), dtype=bool))
+
     def slices(self, codes_n: IntArray, names: Sequence[str]) -> dict[str, dict[str, float]]:
         """Returns each slice's metrics and `rows`, most rows first.
 

@@ -31,6 +31,9 @@ def pair_products(vectors_BFD: torch.Tensor) -> torch.Tensor:
     return 0.5 * (vectors_BFD.sum(dim=1).square() - vectors_BFD.square().sum(dim=1)).sum(dim=1)
 
 
+_DENSE_SCALE = 0.01  # numbers that are not scaled, squared, are large before anything is learnt
+
+
 class DeepFM(nn.Module):
     """The model of kind `deepfm` (Guo et al. 2017): first order + products of pairs + dense layers.
 
@@ -51,7 +54,7 @@ class DeepFM(nn.Module):
         self.embeddings = EmbeddingLookup(specs)
         self.fields = Fields(config, model)
         num_dense, dim = self.fields.num_dense, self.fields.dims[0]
-        self.dense_vectors = nn.Parameter(torch.randn(num_dense, dim) / dim**0.5) if num_dense else None
+        self.dense_vectors = nn.Parameter(torch.randn(num_dense, dim) * _DENSE_SCALE) if num_dense else None
         self.linear = nn.Linear(num_dense, 1) if num_dense else None
         self.mlp = MLPMaker(model.norm, model.dropout, config.seed, world)(self.fields.width, model.mlp)
         self.head = nn.Linear(self.mlp.width, 1)

@@ -13,6 +13,7 @@ __all__ = [
     "Flatten",
     "MaxPooling",
     "MeanPooling",
+    "PlaceDropout",
     "Recurrent",
     "mlp",
     "padded",
@@ -58,12 +59,28 @@ class Dropout(nn.Module):
         """Returns (B, H); as given in evaluation, else scaled so that the mean stays."""
         if not self.training or self._rate == 0.0:
             return values_BH
-        step = batch.training_position.step
-        rows_B = batch.rows.to(values_BH.device)
         places_H = torch.arange(values_BH.shape[1], device=values_BH.device)
-        key_B = _mixed(_mixed(rows_B + step * 0x9E3779B9) + self._key)
-        draws_BH = _mixed(key_B.unsqueeze(1) + places_H) & 0xFFFFFF
+        draws_BH = _mixed(self._keys(batch, values_BH.device).unsqueeze(1) + places_H) & 0xFFFFFF
         return values_BH * (draws_BH >= self._rate * 2**24) / (1.0 - self._rate)
+
+    def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Returns a word for each row, (B,)."""
+        step = batch.training_position.step
+        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
+
+
+class PlaceDropout(Dropout):
+    """The same for a vector a place: what is drawn for a place depends on nothing behind it, such as padding."""
+
+    def forward(self, values_BLD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns (B, L, D), D a multiple of 4; as given in evaluation, else scaled so that the mean stays."""
+        if not self.training or self._rate == 0.0:
+            return values_BLD
+        size, length, dim = values_BLD.shape
+        words = torch.arange(length * dim // 4, device=values_BLD.device)
+        draws = _mixed(self._keys(batch, values_BLD.device).unsqueeze(1) + words).view(torch.int16)  # four a word
+        keeps = draws.view(size, length, dim) >= round(self._rate * 2**16) - 2**15
+        return values_BLD * keeps / (1.0 - self._rate)
 
 
 def _mixed(words: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ ids, P pairs, U nodes of a tree.
 
 from __future__ import annotations
 
-__all__ = ["ClassOutput", "LabelOutput", "Output", "PairOutput", "RetrievalOutput"]
+__all__ = ["ClassOutput", "LabelOutput", "NextItemOutput", "Output", "PairOutput", "RetrievalOutput"]
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -71,6 +71,29 @@ class LabelOutput:
         """The logit of the one label, (B,)."""
         assert self.logits_BL.shape[1] == 1, "several labels have no one logit"
         return self.logits_BL[:, 0]
+
+
+@dataclass
+class NextItemOutput:
+    """Vectors of the places of lists, and of what comes next at each; a loss a place.
+
+    Attributes:
+        query_VD: what is known at each place.
+        target_VD: the item that comes next.
+        target_V: its row of the table, int64.
+        negative_ND: this rank's share of the drawn items.
+        weights: of each place's loss, (V,): its row's.
+        rows: the place in the batch of each one's row, (V,) int64.
+        lookups: empty, since penalties are for pooled vectors.
+    """
+
+    query_VD: torch.Tensor
+    target_VD: torch.Tensor
+    target_V: torch.Tensor
+    negative_ND: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor
+    lookups: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

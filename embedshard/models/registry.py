@@ -30,6 +30,7 @@ from embedshard.config.parts import (
     NegativeSamplingConfig,
     PointwiseConfig,
     SampledSoftmaxConfig,
+    SASRecConfig,
     SoftmaxConfig,
     TextClassifierConfig,
     TwoTowerConfig,
@@ -43,11 +44,13 @@ from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.item_embedding import ItemEmbedding
 from embedshard.models.mmoe import MMoE
 from embedshard.models.objectives.hierarchical_softmax import HierarchicalSoftmax
+from embedshard.models.objectives.next_item import NextItem
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import CrossEntropy, Pointwise
 from embedshard.models.objectives.skip_gram import PairNCE, PairNegativeSampling, PairSampledSoftmax, PairSoftmax
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
+from embedshard.models.sasrec import SASRec
 from embedshard.models.text_classifier import TextClassifier
 from embedshard.models.two_tower import TwoTower
 from embedshard.models.wide_and_deep import WideAndDeep
@@ -108,6 +111,8 @@ def build_model(config: Config, specs: Sequence[TableSpec], world: World | None 
                 return WideAndDeep(config, specs, world)
             case MMoEConfig():
                 return MMoE(config, specs, world)
+            case SASRecConfig():
+                return SASRec(config, specs)
             case CustomModelConfig():
                 return _custom(config, config.model, specs)
 
@@ -120,6 +125,8 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
             return PairNegativeSampling(config.objective, world)
         case SampledSoftmaxConfig() if learns_pairs:
             return PairSampledSoftmax(config.objective, world)
+        case SampledSoftmaxConfig() if isinstance(config.model, SASRecConfig):
+            return NextItem(config.objective, world)
         case NCEConfig():
             return PairNCE(config.objective, world)
         case SoftmaxConfig():
