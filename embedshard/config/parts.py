@@ -518,6 +518,13 @@ class TableConfig(Strict):
 
 
 # --------------------------------------------------------------------------------------------------------------- model
+class PooledEncoder(Strict):
+    """A list's or text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
+
+    kind: Literal["mean", "max", "attention"]
+    """Which kind it is."""
+
+
 class TowerConfig(Strict):
     """One tower: features, joined, through an optional MLP."""
 
@@ -525,6 +532,8 @@ class TowerConfig(Strict):
     """Features of the tower, in order."""
     mlp: list[int] = Field(default_factory=list)
     """Sizes of the layers, ReLU between them; the last is the tower's output. Empty: the joined vectors as they are."""
+    sequences: dict[Name, Annotated[PooledEncoder, BeforeValidator(_as_kind)]] = Field(default_factory=dict)
+    """How the vectors of each `sequence` become one: `mean`, `max` or `attention` (the default). In the user tower alone."""
     combine: Literal["auto", "concat", "sum"] = "auto"
     """How the features' vectors are joined. `auto`: concatenated before an MLP, else summed."""
 
@@ -555,13 +564,6 @@ class FlattenEncoder(Strict):
     """Which kind it is."""
     padding: Literal["pre", "post"] = "pre"
     """Where the zeros are."""
-
-
-class PooledEncoder(Strict):
-    """A text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
-
-    kind: Literal["mean", "max", "attention"]
-    """Which kind it is."""
 
 
 class ConvEncoder(Strict):

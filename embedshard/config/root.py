@@ -223,10 +223,16 @@ class Config(Strict):
         for name in tower.features:
             if name not in self.features:
                 raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}")
-            if self.is_sequence(name):
+            if side == "item" and self.is_sequence(name):
                 raise ValueError(
-                    f"model.{side}.features: '{name}' is a sequence, a vector a place; a tower joins one vector a feature. "
-                    f"Make it a 'bag', or a 'text' with 'pooling'"
+                    f"model.item.features: '{name}' is a sequence, a vector a place; the item tower joins one vector a "
+                    f"feature. Make it a 'bag', or a 'text' with 'pooling'"
+                )
+        for name in tower.sequences:
+            if name not in tower.features or not self.is_sequence(name):
+                raise ValueError(
+                    f"model.{side}.sequences: '{name}' is no sequence among the features of the {side} tower. Name one, or "
+                    f"leave it out"
                 )
         dims = {name: self.width(name) for name in tower.features}
         if self.combines_by_sum(tower):
