@@ -4,8 +4,7 @@ From the official files (`--tsv day_0.gz day_1.gz ...`), or others of their form
 strings of 8 hexadecimal digits between tabs, any of the latter two empty. The last file is held out as MLPerf holds out day
 23: its first half is the validation set, its second half the test set.
 
-The strings become integers, c1 to c26. Beside the integers, i1 to i13, stand the buckets of their logarithms, b1 to b13, ids
-from 0 to 63: 3 + the integer part of 2 log(1 + i), with i's sign.
+The strings become integers, c1 to c26; the integers are i1 to i13.
 
 From a sample as Parquet (`--source DIR` with rows.parquet: part, label, i1 .. i13, c1 .. c26): the last part is the test
 set, and each other part a file of the training set, so that a config can hold some of them out.
@@ -33,15 +32,9 @@ import pyarrow.parquet as pq
 
 INTEGERS = [f"i{number}" for number in range(1, 14)]
 STRINGS = [f"c{number}" for number in range(1, 27)]
-BUCKETS = [f"b{number}" for number in range(1, 14)]
 COLUMNS = ["label", *INTEGERS, *STRINGS]
 SCHEMA = pa.schema(
-    [
-        ("label", pa.int8()),
-        *((name, pa.int32()) for name in INTEGERS),
-        *((name, pa.int64()) for name in STRINGS),
-        *((name, pa.int8()) for name in BUCKETS),
-    ]
+    [("label", pa.int8()), *((name, pa.int32()) for name in INTEGERS), *((name, pa.int64()) for name in STRINGS)]
 )
 BLOCK_BYTES = 32 * 2**20
 ROW_GROUP_ROWS = 65_536
@@ -97,20 +90,11 @@ def batches_of(file: Path) -> Iterator[pa.RecordBatch]:
     try:
         with opened(file) as stream:
             for batch in csv.open_csv(stream, **options):
-                integers = [batch.column(name) for name in INTEGERS]
                 numbers = [number_of(batch.column(name), name, file) for name in STRINGS]
-                columns = [batch.column("label"), *integers, *numbers, *map(bucket_of, integers)]
-                yield pa.record_batch(columns, schema=SCHEMA)
+                plain = [batch.column(name) for name in COLUMNS[: 1 + len(INTEGERS)]]
+                yield pa.record_batch([*plain, *numbers], schema=SCHEMA)
     except pa.ArrowInvalid as error:
         raise ValueError(f"{file}: {error}") from error
-
-
-def bucket_of(integers: pa.Array) -> pa.Array:
-    """Returns the bucket of each integer, null where there is none."""
-    is_null = integers.is_null().to_numpy(zero_copy_only=False)
-    numbers = integers.fill_null(0).to_numpy().astype(np.float64)
-    buckets = 3 + np.trunc(2 * np.sign(numbers) * np.log1p(np.abs(numbers)))
-    return pa.array(np.clip(buckets, 0, 63).astype(np.int8), mask=is_null)
 
 
 def number_of(strings: pa.Array, name: str, file: Path) -> pa.Array:
@@ -182,10 +166,7 @@ def from_sample(source: Path, out: Path) -> dict[str, int]:
     counts = {"train": 0, "test": 0}
     for part in parts:
         name = "test" if part == parts[-1] else "train"
-        of_part = rows.filter(pc.equal(rows["part"], part)).select(COLUMNS)
-        for integer, bucket in zip(INTEGERS, BUCKETS, strict=True):
-            of_part = of_part.append_column(bucket, bucket_of(of_part[integer].combine_chunks()))
-        of_part = of_part.cast(SCHEMA)
+        of_part = rows.filter(pc.equal(rows["part"], part)).select(COLUMNS).cast(SCHEMA)
         counts[name] += write(out / name / f"part-{part}.parquet", iter(of_part.to_batches()))
     return counts
 

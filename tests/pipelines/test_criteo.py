@@ -3,7 +3,6 @@
 import gzip
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -33,8 +32,7 @@ def line(number, integers=None, strings=None):
 def row(number):
     integers = {f"i{place + 1}": number + place if place % 3 else None for place in range(13)}
     strings = {f"c{place + 1}": number * 26 + place if place % 5 else None for place in range(26)}
-    buckets = {f"b{place[1:]}": None if met is None else 3 + int(2 * math.log1p(met)) for place, met in integers.items()}
-    return {"label": number % 2, **integers, **strings, **buckets}
+    return {"label": number % 2, **integers, **strings}
 
 
 def test_the_official_files_are_read_in_pieces(prepare, tmp_path, monkeypatch):
@@ -63,7 +61,7 @@ def test_digits_are_read_whatever_their_case(prepare, tmp_path):
     prepare.from_text([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
     (found,) = pq.read_table(tmp_path / "out" / "train").to_pylist()
     assert [found[f"c{place}"] for place in range(1, 6)] == [2**32 - 1, 2**32 - 1, 10, 0x89ABCDEF, None]
-    assert (found["i1"], found["b1"], found["b2"]) == (-2, 1, None)
+    assert (found["i1"], found["i2"]) == (-2, None)
 
 
 @pytest.mark.parametrize(
