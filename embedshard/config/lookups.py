@@ -36,15 +36,14 @@ from typing import Final
 
 from embedshard.config.composition import Composition
 from embedshard.config.parts import (
-    BagFeature,
     DenseFeature,
     DrawsNegatives,
+    Feature,
     HierarchicalSoftmaxConfig,
     InitConfig,
     ItemEmbeddingConfig,
     ManagedVocabulary,
     NCEConfig,
-    SequenceFeature,
     SoftmaxConfig,
     TableOptimizerConfig,
     TableShardingConfig,
@@ -204,7 +203,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
             lookups.append(Lookup(feature_name, feature_name, is_sequence=config.is_sequence(feature_name)))
             if feature_name in drawn:
                 lookups += [Lookup(negative_key(feature_name, slot), feature_name, slot) for slot in slots]
-        weighted = any(isinstance(bag, WeightedBagFeature) or bag.pooling != "sum" for bag in config.bags(name))
+        weighted = any(_has_weights(bag) for bag in config.bags(name))
         overrides = table.optimizer.model_dump(exclude_none=True)
         specs.append(
             TableSpec(
@@ -268,18 +267,19 @@ def _with_slot(config: Config, key: str, feature: str) -> tuple[Lookup, ...]:
 
 
 def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpec]:
-    if not isinstance(config.model, TwoTowerConfig):
-        return []
+    """Returns the tables of biases of a two-tower's user and item, or of the weights of a ranking model's linear part."""
+    biased = {name: range(0) for name in config.first_order()}
+    if isinstance(config.model, TwoTowerConfig):
+        for side in ("user", "item"):
+            if side in config.model.biases:
+                feature_name = config.identity(f"{side}_id")
+                assert feature_name is not None, "the config checks that a bias has an id feature"
+                biased[feature_name] = range(num_negative_slots(config) if side == "item" else 0)
     biases = []
-    for side in ("user", "item"):
-        if side not in config.model.biases:
-            continue
-        feature_name = config.identity(f"{side}_id")
-        assert feature_name is not None, "the config checks that a bias has an id feature"
+    for feature_name, slots in biased.items():
         feature = config.features[feature_name]
-        assert not isinstance(feature, DenseFeature | BagFeature | SequenceFeature)
+        assert not isinstance(feature, DenseFeature), "the config checks that a bias has ids"
         key = bias_key(feature_name)
-        slots = range(num_negative_slots(config)) if side == "item" else ()
         biases.append(
             TableSpec(
                 name=key,
@@ -289,7 +289,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                 init=InitConfig(kind="zeros"),
                 optimizer=specs[feature.table].optimizer,
                 l2_lookup=0.0,
-                weighted=False,
+                weighted=_has_weights(feature),
                 lookups=(
                     Lookup(key, feature_name),
                     *(Lookup(negative_key(key, slot), feature_name, slot) for slot in slots),
@@ -300,3 +300,8 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
             )
         )
     return biases
+
+
+def _has_weights(feature: Feature) -> bool:
+    """Whether a feature's vectors are not just added up."""
+    return isinstance(feature, WeightedBagFeature) or getattr(feature, "pooling", "sum") != "sum"

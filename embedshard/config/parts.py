@@ -35,7 +35,10 @@ __all__ = [
     "CosineContrastiveConfig",
     "CrossEntropyConfig",
     "CustomModelConfig",
+    "DCNv2Config",
+    "DLRMConfig",
     "DataConfig",
+    "DeepFMConfig",
     "DenseFeature",
     "DenseOptimizerConfig",
     "DoubleHashVocabulary",
@@ -56,6 +59,7 @@ __all__ = [
     "InitFromConfig",
     "ItemEmbeddingConfig",
     "ItemKnnBaseline",
+    "MMoEConfig",
     "ManagedVocabulary",
     "MasksHits",
     "MeanBaseline",
@@ -69,10 +73,13 @@ __all__ = [
     "PooledEncoder",
     "PopularityBaseline",
     "QuotientRemainderVocabulary",
+    "RankingModel",
     "RecurrentEncoder",
+    "SASRecConfig",
     "SampledSoftmaxConfig",
     "ScheduleConfig",
     "SequenceFeature",
+    "SequencePooling",
     "ShardingConfig",
     "ShardingType",
     "SoftmaxConfig",
@@ -81,6 +88,7 @@ __all__ = [
     "TableOptimizerConfig",
     "TableOptimizerOverride",
     "TableShardingConfig",
+    "TargetAttention",
     "TextClassifierConfig",
     "TextFeature",
     "TokenizerVocabulary",
@@ -90,6 +98,7 @@ __all__ = [
     "TwoTowerConfig",
     "Vocabulary",
     "WeightedBagFeature",
+    "WideAndDeepConfig",
     "WordNgramsVocabulary",
     "WordsVocabulary",
 ]
@@ -711,6 +720,13 @@ class TableConfig(Strict):
 
 
 # --------------------------------------------------------------------------------------------------------------- model
+class PooledEncoder(Strict):
+    """A list's or text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
+
+    kind: Literal["mean", "max", "attention"]
+    """Which kind it is."""
+
+
 class TowerConfig(Strict):
     """One tower: features, joined, through an optional MLP."""
 
@@ -718,6 +734,8 @@ class TowerConfig(Strict):
     """Features of the tower, in order."""
     mlp: list[int] = Field(default_factory=list)
     """Sizes of the layers, ReLU between them; the last is the tower's output. Empty: the joined vectors as they are."""
+    sequences: dict[Name, Annotated[PooledEncoder, BeforeValidator(_as_kind)]] = Field(default_factory=dict)
+    """How the vectors of each `sequence` become one: `mean`, `max` or `attention` (the default). In the user tower alone."""
     combine: Literal["auto", "concat", "sum"] = "auto"
     """How the features' vectors are joined. `auto`: concatenated before an MLP, else summed."""
 
@@ -748,13 +766,6 @@ class FlattenEncoder(Strict):
     """Which kind it is."""
     padding: Literal["pre", "post"] = "pre"
     """Where the zeros are."""
-
-
-class PooledEncoder(Strict):
-    """A text's vectors made one: their mean, the greatest in each column, or a mean weighted by attention."""
-
-    kind: Literal["mean", "max", "attention"]
-    """Which kind it is."""
 
 
 class ConvEncoder(Strict):
@@ -817,6 +828,124 @@ class ItemEmbeddingConfig(Strict):
     windows are laid. None keeps all."""
 
 
+class TargetAttention(Strict):
+    """A sum of a sequence's vectors, weighted by what a small network makes of each and a target (DIN, Zhou et al. 2018)."""
+
+    kind: Literal["target_attention"]
+    """Which kind it is."""
+    target: Name
+    """The `id` feature whose vector is the target: the item that may be clicked."""
+    mlp: list[Annotated[int, Field(ge=1)]] = Field([36], min_length=1)
+    """Sizes of the network's layers, PReLU after each; a last one gives the weight."""
+
+
+SequencePooling = Annotated[
+    Annotated[PooledEncoder | TargetAttention, Field(discriminator="kind")], BeforeValidator(_as_kind)
+]
+
+
+class RankingModel(Strict):
+    """What models have in common that predict a row's label from all of its features."""
+
+    kind: str
+    """Which kind it is."""
+    features: list[Name] = Field(default_factory=list)
+    """What it reads, in order; all features of the config where empty."""
+    sequences: dict[Name, SequencePooling] = Field(default_factory=dict)
+    """How the vectors of each `sequence` become one: `mean`, `max`, `attention` (the default), or `target_attention`."""
+    norm: Literal["none", "layer", "batch"] = "none"
+    """Layer norm or batch norm before each ReLU. `batch`: by moments of the whole global batch, each row by its weight."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of the numbers after each ReLU that is 0 in training; drawn by seed, step and row, alike in every world."""
+    user_id: Name | None = None
+    """The feature that names the user, for grouped AUC and the baseline `bias`."""
+    item_id: Name | None = None
+    """The feature that names the item, for the baseline `bias`."""
+
+
+Sizes = list[Annotated[int, Field(ge=1)]]
+"""Sizes of dense layers with ReLU, from the first on."""
+
+
+class DLRMConfig(RankingModel):
+    """Dot products of all pairs of features' vectors, then dense layers (DLRM, Naumov et al. 2019)."""
+
+    kind: Literal["dlrm"]
+    """Which kind it is."""
+    dense_mlp: Sizes = Field(default_factory=lambda: [64])
+    """Layers that make a vector of the dense features; one more, of the tables' dim, follows."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32], min_length=1)
+    """Layers after the dot products."""
+
+
+class DCNv2Config(RankingModel):
+    """Layers that cross all features with each other (DCN V2, Wang et al. 2021), and dense layers."""
+
+    kind: Literal["dcn_v2"]
+    """Which kind it is."""
+    cross_layers: int = Field(2, ge=1)
+    """Each multiplies what it is given by the features once more."""
+    low_rank: int | None = Field(None, ge=1)
+    """Rank of the matrices of the cross layers; full where absent."""
+    structure: Literal["stacked", "parallel"] = "stacked"
+    """Whether the dense layers follow the cross layers or lie beside them."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32])
+    """The dense layers; none where empty."""
+
+
+class DeepFMConfig(RankingModel):
+    """A factorization machine and dense layers over the same vectors, added up (DeepFM, Guo et al. 2017)."""
+
+    kind: Literal["deepfm"]
+    """Which kind it is."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32], min_length=1)
+    """The dense layers."""
+
+
+class WideAndDeepConfig(RankingModel):
+    """A linear model of ids and numbers, and dense layers over vectors, added up (Cheng et al. 2016)."""
+
+    kind: Literal["wide_and_deep"]
+    """Which kind it is."""
+    wide: list[Name] = Field(default_factory=list)
+    """Features of the linear model; all that the model reads, sequences aside, where empty."""
+    mlp: Sizes = Field(default_factory=lambda: [64, 32], min_length=1)
+    """The dense layers."""
+
+
+class MMoEConfig(RankingModel):
+    """Experts that all labels share, mixed for each label by a gate of its own (MMoE, Ma et al. 2018)."""
+
+    kind: Literal["mmoe"]
+    """Which kind it is."""
+    experts: int = Field(4, ge=1)
+    """How many."""
+    expert_mlp: Sizes = Field(default_factory=lambda: [64], min_length=1)
+    """Layers of each expert."""
+    mlp: Sizes = Field(default_factory=lambda: [32])
+    """Layers of each label's tower."""
+
+
+class SASRecConfig(Strict):
+    """Causal self-attention over a list of items: each place tells the next one (SASRec, Kang and McAuley 2018)."""
+
+    kind: Literal["sasrec"]
+    """Which kind it is."""
+    sequence: Name
+    """The `sequence` of items before a row's own, oldest first; it has a `max_length` and keeps the last."""
+    item_id: Name
+    """The `id` feature of the row's own item, which is what comes next; in the table of the sequence."""
+    user_id: Name | None = None
+    """The feature that names the user, for metrics over the whole catalogue, and baselines that look at users."""
+    blocks: int = Field(2, ge=1)
+    """Layers of attention, each with two dense layers after it."""
+    heads: int = Field(1, ge=1)
+    """Of the attention; they divide the table's dim."""
+    dropout: float = Field(0.2, ge=0, lt=1)
+    """Share of the numbers that are 0 in training, of the vectors that come in and of what each layer adds; drawn by seed,
+    step and row, alike in every world."""
+
+
 class CustomModelConfig(Strict):
     """A module of the user's own: `factory(context)` is called and returns an nn.Module."""
 
@@ -835,7 +964,17 @@ class CustomModelConfig(Strict):
 
 
 ModelConfig = Annotated[
-    TwoTowerConfig | TextClassifierConfig | ItemEmbeddingConfig | CustomModelConfig, Field(discriminator="kind")
+    TwoTowerConfig
+    | TextClassifierConfig
+    | ItemEmbeddingConfig
+    | DLRMConfig
+    | DCNv2Config
+    | DeepFMConfig
+    | WideAndDeepConfig
+    | MMoEConfig
+    | SASRecConfig
+    | CustomModelConfig,
+    Field(discriminator="kind"),
 ]
 
 
@@ -845,6 +984,8 @@ class PointwiseConfig(Strict):
 
     kind: Literal["mse", "bce"]
     """Which kind it is."""
+    label_weights: dict[Name, Annotated[float, Field(ge=0)]] = Field(default_factory=dict)
+    """What the loss of each of several labels counts in the row's; 1 where it is not named."""
 
 
 class CrossEntropyConfig(Strict):
@@ -1050,6 +1191,10 @@ class TrainConfig(Strict):
     """Stops when the validation set says so; absent: never."""
     log_every_steps: int = Field(50, ge=1)
     """Steps between measurements in metrics.jsonl and plain lines of progress."""
+    metrics: list[str] = Field(default_factory=list)
+    """Metrics of the training rows as they were predicted before they were learnt, each `log_every_steps`, over the steps
+    since the last time (`train/window/auc`) and over the run (`train/run/auc`): auc, pr_auc, log_loss, normalised_entropy,
+    calibration, accuracy; rmse, mae. In memory that does not grow: AUCs are from histograms."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 
@@ -1107,7 +1252,8 @@ class EvaluateConfig(Strict):
     """What is measured, on what and how often."""
 
     metrics: list[str] = Field(default_factory=list)
-    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or rmse, mae, log_loss, auc, accuracy, f1."""
+    """recall@k, precision@k, ndcg@k, hit_rate@k, map@k, coverage@k, mrr; or, of labels, rmse, mae, log_loss, auc, pr_auc,
+    gauc (AUC within users), normalised_entropy, calibration, accuracy, f1."""
     candidates: str = "catalogue"
     """`catalogue`: rank every item. Else the column of each row's negatives, against which its item is ranked."""
     filter_seen: bool = True
@@ -1124,6 +1270,10 @@ class EvaluateConfig(Strict):
     progressive: bool = False
     """Whether each partition of the training data is evaluated before it is trained for the first time, by those of
     `metrics` that compare predictions with labels."""
+    slice_by: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    """Columns of integers or strings by whose values the metrics of labels are also told apart, on the test set."""
+    bootstrap: int = Field(0, ge=0)
+    """Resamples of the test set from which each metric of labels has an interval of 95 %; 0: none."""
     baselines: list[Baseline] | Literal["auto"] = "auto"
     """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
     the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""

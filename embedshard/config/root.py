@@ -18,17 +18,21 @@ from embedshard.config.parts import (
     CosineContrastiveConfig,
     CrossEntropyConfig,
     DataConfig,
+    DeepFMConfig,
     DenseFeature,
     DoubleHashVocabulary,
     DrawsNegatives,
+    EaseBaseline,
     EvaluateConfig,
     Feature,
     FlattenEncoder,
     HierarchicalSoftmaxConfig,
     IdFeature,
     ItemEmbeddingConfig,
+    ItemKnnBaseline,
     ManagedVocabulary,
     MeanBaseline,
+    MMoEConfig,
     ModelConfig,
     Name,
     NCEConfig,
@@ -37,7 +41,9 @@ from embedshard.config.parts import (
     OptimizerConfig,
     PointwiseConfig,
     PopularityBaseline,
+    RankingModel,
     SampledSoftmaxConfig,
+    SASRecConfig,
     SequenceFeature,
     ShardingConfig,
     SoftmaxConfig,
@@ -51,17 +57,35 @@ from embedshard.config.parts import (
     TrainConfig,
     TwoTowerConfig,
     WeightedBagFeature,
+    WideAndDeepConfig,
     WordNgramsVocabulary,
     WordsVocabulary,
 )
 from embedshard.config.placement import check_table_sharding
+from embedshard.config.ranking import check_ranking_model, check_sasrec
 from embedshard.errors import nearest
 
-POINTWISE_METRICS: Final = ("rmse", "mae", "log_loss", "auc", "accuracy", "f1")
+POINTWISE_METRICS: Final = (
+    "rmse",
+    "mae",
+    "log_loss",
+    "auc",
+    "accuracy",
+    "f1",
+    "pr_auc",
+    "gauc",
+    "normalised_entropy",
+    "calibration",
+)
 """The metrics that compare a row's prediction with its label; all others but `loss` rank items."""
 
 LOSS: Final = "loss"
 """The metric of an item_embedding: the objective's own loss."""
+
+STREAMING_METRICS: Final = ("auc", "pr_auc", "log_loss", "normalised_entropy", "calibration", "accuracy", "rmse", "mae")
+"""The metrics of training rows; those of a label that is a number are the last two."""
+
+STREAMING_OF_NUMBERS: Final = STREAMING_METRICS[-2:]
 
 _OF_CLASSES: Final = ("log_loss", "accuracy", "f1")
 _OF_ODDS: Final = ("log_loss", "auc", "accuracy", "f1")
@@ -113,6 +137,10 @@ class Config(Strict):
             self._check_text_classifier(self.model)
         if isinstance(self.model, ItemEmbeddingConfig):
             self._check_item_embedding(self.model)
+        if isinstance(self.model, RankingModel):
+            check_ranking_model(self, self.model)
+        if isinstance(self.model, SASRecConfig):
+            check_sasrec(self, self.model)
         for role in ("user_id", "item_id"):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
@@ -227,10 +255,16 @@ class Config(Strict):
         for name in tower.features:
             if name not in self.features:
                 raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, self.features)}")
-            if self.is_sequence(name):
+            if side == "item" and self.is_sequence(name):
                 raise ValueError(
-                    f"model.{side}.features: '{name}' is a sequence, a vector a place; a tower joins one vector a feature. "
-                    f"Make it a 'bag', or a 'text' with 'pooling'"
+                    f"model.item.features: '{name}' is a sequence, a vector a place; the item tower joins one vector a "
+                    f"feature. Make it a 'bag', or a 'text' with 'pooling'"
+                )
+        for name in tower.sequences:
+            if name not in tower.features or not self.is_sequence(name):
+                raise ValueError(
+                    f"model.{side}.sequences: '{name}' is no sequence among the features of the {side} tower. Name one, or "
+                    f"leave it out"
                 )
         dims = {name: self.width(name) for name in tower.features}
         if self.combines_by_sum(tower):
@@ -333,7 +367,11 @@ class Config(Strict):
         if isinstance(objective, PointwiseConfig | CrossEntropyConfig):
             if isinstance(objective, CrossEntropyConfig) and isinstance(self.model, TwoTowerConfig):
                 raise ValueError("objective 'cross_entropy' wants a logit a class, and a two_tower has one. Choose 'bce'")
-            if len(labels) != 1:
+            if isinstance(objective, PointwiseConfig):
+                for name in objective.label_weights:
+                    if name not in labels:
+                        raise ValueError(f"objective.label_weights: there is no label '{name}'. {nearest(name, labels)}")
+            if len(labels) != 1 and not (labels and self.learns_several_labels):
                 raise ValueError(
                     f"objective '{objective.kind}' learns one label, data names {len(labels)}. "
                     f"Give data.label the column of it"
@@ -392,7 +430,7 @@ class Config(Strict):
                 f"evaluate.progressive compares each partition's labels with what is predicted before they are trained, and "
                 f"evaluate.metrics has nothing that does. Add one of {', '.join(POINTWISE_METRICS)}"
             )
-        if pointwise and len(self.data.label_columns) != 1:
+        if pointwise and len(self.data.label_columns) != 1 and not self.learns_several_labels:
             raise ValueError(f"evaluate.metrics: '{pointwise[0]}' needs one label. Give data.label the column of it")
         allowed = (
             _OF_CLASSES
@@ -401,14 +439,22 @@ class Config(Strict):
             if isinstance(self.objective, PointwiseConfig) and self.objective.kind == "mse"
             else POINTWISE_METRICS
         )
+        self._check_label_metrics(pointwise)
         for name in pointwise:
             if name not in allowed:
                 raise ValueError(
                     f"evaluate.metrics: '{name}' does not go with objective '{self.objective.kind}'. Those that do: "
                     f"{', '.join(allowed)}"
                 )
+        if from_ranking and isinstance(self.model, RankingModel):
+            raise ValueError(
+                f"evaluate.metrics: '{from_ranking[0]}' ranks items by the product of two vectors, which a model of kind "
+                f"'{self.model.kind}' has not. Choose among {', '.join(POINTWISE_METRICS)}"
+            )
         if from_ranking:
             for role in ("user_id", "item_id"):
+                if role == "user_id" and isinstance(self.model, SASRecConfig) and self.evaluate.candidates != "catalogue":
+                    continue  # a row's list is all that tells whom it is of
                 if self.identity(role) is None:
                     raise ValueError(
                         f"evaluate.metrics: '{from_ranking[0]}' ranks items for users, so model.{role} must name "
@@ -430,6 +476,39 @@ class Config(Strict):
                 )
             if not metrics:
                 raise ValueError("train.early_stopping looks at a metric: give evaluate.metrics")
+
+    def _check_label_metrics(self, pointwise: Sequence[str]) -> None:
+        """Checks what looks at scored rows beside the metrics of the whole set, and at training rows."""
+        if "gauc" in pointwise and self.identity("user_id") is None:
+            raise ValueError("evaluate.metrics: 'gauc' is a mean over users: give model.user_id the name of an 'id' feature")
+        selected = self.evaluate.select or next(iter(self.evaluate.metrics), None)
+        if self.data.has_validation and selected == "calibration":
+            raise ValueError(
+                "evaluate.select: 'calibration' is best at 1, so that neither more nor less of it is better. Give "
+                "evaluate.select another of evaluate.metrics"
+            )
+        for option in ("bootstrap", "slice_by"):
+            if getattr(self.evaluate, option) and not pointwise:
+                raise ValueError(f"evaluate.{option} looks at labels: add a metric such as 'auc' to evaluate.metrics")
+            if getattr(self.evaluate, option) and isinstance(self.objective, CrossEntropyConfig):
+                raise ValueError(
+                    f"evaluate.{option} is for one number a row, and objective 'cross_entropy' has several classes. "
+                    f"Leave it out"
+                )
+        if not self.train.metrics:
+            return
+        if not isinstance(self.objective, PointwiseConfig):
+            raise ValueError(
+                f"train.metrics compare predictions with labels, which objective '{self.objective.kind}' has not. Leave "
+                f"them out"
+            )
+        allowed = STREAMING_OF_NUMBERS if self.objective.kind == "mse" else STREAMING_METRICS
+        for name in self.train.metrics:
+            if name not in allowed:
+                raise ValueError(
+                    f"train.metrics: there is no '{name}' with objective '{self.objective.kind}'. Choose among "
+                    f"{', '.join(allowed)}"
+                )
 
     def _check_baselines(self) -> None:
         metrics, chosen = self.evaluate.metrics, self.evaluate.baselines
@@ -453,7 +532,8 @@ class Config(Strict):
                 )
             if isinstance(baseline, BiasBaseline) and self._is_managed():
                 raise ValueError(f"{name} learns a number for each row, and rows of a managed vocabulary change hands")
-            if isinstance(baseline, BiasBaseline) and not self._knows_user_and_item():
+            needs_both = isinstance(baseline, BiasBaseline | EaseBaseline | ItemKnnBaseline)
+            if needs_both and not self._knows_user_and_item():
                 raise ValueError(f"{name} needs to know the user and the item: give model.user_id and model.item_id")
 
     def _is_managed(self) -> bool:
@@ -557,7 +637,7 @@ class Config(Strict):
         """The baselines that the test set's metrics are seen beside: the chosen ones, or what `auto` means."""
         if self.evaluate.baselines != "auto":
             return list(self.evaluate.baselines)
-        if isinstance(self.model, ItemEmbeddingConfig):
+        if isinstance(self.model, ItemEmbeddingConfig) or len(self.data.label_columns) > 1:
             return []
         pointwise = [name in POINTWISE_METRICS for name in self.evaluate.metrics]
         found: list[Baseline] = [] if all(pointwise) else [PopularityBaseline(kind="popularity")]
@@ -584,6 +664,23 @@ class Config(Strict):
     def num_logits(self) -> int:
         """The logits that a row's label needs: one for each class, one where there are two or it is a number."""
         return self.objective.classes if isinstance(self.objective, CrossEntropyConfig) else 1
+
+    @property
+    def learns_several_labels(self) -> bool:
+        """Whether the model gives a logit for each label, as many as there are."""
+        return isinstance(self.model, MMoEConfig)
+
+    def first_order(self) -> list[str]:
+        """The features with a table that a ranking model also gives one weight for each id, in order."""
+        model = self.model
+        if not isinstance(model, DeepFMConfig | WideAndDeepConfig):
+            return []
+        named = (isinstance(model, WideAndDeepConfig) and model.wide) or self.read_features(model)
+        return [name for name in named if not isinstance(self.features[name], DenseFeature) and not self.is_sequence(name)]
+
+    def read_features(self, model: RankingModel) -> list[str]:
+        """The features that a ranking model reads, in order."""
+        return list(model.features or self.features)
 
     def is_sequence_table(self, table: str) -> bool:
         """Whether a feature asks a table for a vector a place."""

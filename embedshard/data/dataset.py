@@ -29,7 +29,7 @@ from embedshard.config.parts import (
 )
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
-from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.decode import Decoder, column_specs, slice_column
 from embedshard.data.huffman import HuffmanTree
 from embedshard.data.negatives import AllRows, CandidateSampler, RowSampler, Sampler
 from embedshard.data.order import Order
@@ -40,7 +40,7 @@ from embedshard.data.source import Inventory, Source, changes, fingerprint_of, o
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_training_set
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows, unknown_number
+from embedshard.data.vocabulary import MetVocabulary, Vocabulary, load_vocabularies, table_rows, unknown_number
 from embedshard.data.vocabulary_building import build_vocabularies, counted_tables, kept_vocabularies
 from embedshard.data.vocabulary_file import IdFile
 from embedshard.errors import DataError
@@ -92,6 +92,7 @@ class Dataset:
         former_train: a source for each of their partitions.
         names: of the run's partitions.
         newer: names of partitions that came after the run had begun.
+        slice_values: what each column of `evaluate.slice_by` was seen to hold.
     """
 
     config: Config
@@ -115,6 +116,7 @@ class Dataset:
     names: list[str] = field(default_factory=list)
     newer: list[str] = field(default_factory=list)
     _counted: dict[str, tuple[int, IntArray]] = field(default_factory=dict)
+    slice_values: Mapping[str, MetVocabulary] = field(default_factory=dict)
 
     @property
     def known(self) -> list[Source]:
@@ -317,10 +319,12 @@ def open_dataset(
         shuffle=config.data.shuffle,
     )
     order.lane_block(world.rank, world.world_size)
-    held_out = _open_held_out(config, vocabularies, statistics, partitions, former, own)
+    slice_values = {column: MetVocabulary() for column in config.evaluate.slice_by}
+    sliced: dict[str, Vocabulary] = {slice_column(column): values for column, values in slice_values.items()}
+    held_out = _open_held_out(config, {**vocabularies, **sliced}, statistics, partitions, former, own)
     skipped = [location.uri for source in (*train, *held_out.values()) for location in source.skipped]
     dataset = Dataset(config, train, held_out, fits, order, rows, vocabularies, statistics, None, None, skipped)
-    dataset.tokenizers = tokenizers
+    dataset.tokenizers, dataset.slice_values = tokenizers, slice_values
     dataset.former, dataset.former_train = former, former_train
     dataset.names, dataset.newer = training.names, training.newer
     _open_what_is_drawn(dataset, world)

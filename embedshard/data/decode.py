@@ -7,7 +7,7 @@ says why.
 
 from __future__ import annotations
 
-__all__ = ["ColumnSpec", "Decoder", "Where", "column_specs"]
+__all__ = ["ColumnSpec", "Decoder", "Where", "column_specs", "slice_column"]
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,12 +131,19 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
         specs += [ColumnSpec(f"label:{name}", column) for name, column in config.data.label_columns.items()]
     if role == "train" and config.data.weight is not None:
         specs.append(ColumnSpec("weight", config.data.weight))
+    if role == "evaluation":
+        specs += [ColumnSpec(slice_column(name), name, None, slice_column(name)) for name in config.evaluate.slice_by]
     if role == "evaluation" and config.evaluate.candidates != "catalogue":
         item_id = config.identity("item_id")
         item = next(feature for name, feature in config.features.items() if name == item_id)
         assert isinstance(item, IdFeature), "the config checks that an item is named by an id"
         specs.append(ColumnSpec("candidates", config.evaluate.candidates, None, item.table))
     return tuple(specs)
+
+
+def slice_column(column: str) -> str:
+    """Returns the name of the decoded column, and of the vocabulary, of a Parquet column by whose values a set is sliced."""
+    return f"slice:{column}"
 
 
 @dataclass(frozen=True)
@@ -269,6 +276,8 @@ class Decoder:
     def action(self, problem: Problem) -> Action:
         """Returns what the config does about a problem."""
         feature = self._specs[problem.name].feature
+        if problem.name.startswith(slice_column("")):
+            return "empty"  # a null is a slice of its own
         policy: Action = "error"
         if problem.reason == "unknown id" and isinstance(feature, IdFeature | ListFeature):
             policy = feature.unknown

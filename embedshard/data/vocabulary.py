@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["UNKNOWN_ID", "HeldIds", "ManagedIds", "Vocabulary", "load_vocabularies", "table_rows", "unknown_number"]
+__all__ = [
+    "UNKNOWN_ID",
+    "HeldIds",
+    "ManagedIds",
+    "MetVocabulary",
+    "Vocabulary",
+    "load_vocabularies",
+    "table_rows",
+    "unknown_number",
+]
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -225,6 +234,43 @@ class _Uncounted:
 
     def describe(self) -> str:
         return "the ids of a vocabulary that is yet to be counted"
+
+
+class MetVocabulary:
+    """Gives each id that it meets a row, in the order in which they are met: integers or strings, never unknown.
+
+    Attributes:
+        rows: how many it has met.
+        fingerprint: of nothing: it is never kept.
+    """
+
+    def __init__(self) -> None:
+        self.rows, self.fingerprint = 0, "what is met"
+        self._rows: dict[int | str, int] = {}
+
+    def map_integers(self, ids: IntArray | WordArray) -> IntArray:
+        """Returns each id's row."""
+        met, places = np.unique(ids, return_inverse=True)
+        return self._of(met.tolist())[places]
+
+    def map_strings(self, ids: pa.Array) -> IntArray:
+        """Returns each string's row."""
+        encoded = ids.cast(pa.large_string()).dictionary_encode()
+        return self._of(encoded.dictionary.to_pylist())[encoded.indices.to_numpy(zero_copy_only=False)]
+
+    def ids_of(self, rows: IntArray) -> list[int | str | None]:
+        """Returns the id of each row."""
+        met: list[int | str | None] = list(self._rows)
+        return [met[row] for row in rows.tolist()]
+
+    def describe(self) -> str:
+        """Returns what is known."""
+        return "any id"
+
+    def _of(self, met: Sequence[int | str]) -> IntArray:
+        rows = np.array([self._rows.setdefault(one, len(self._rows)) for one in met], dtype=np.int64)
+        self.rows = len(self._rows)
+        return rows
 
 
 def load_vocabularies(

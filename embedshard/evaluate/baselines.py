@@ -141,7 +141,9 @@ class Baselines:
         columns = self._sets.read(split)
         labels = next(column.values for name, column in columns.items() if name.startswith("label:"))
         sums = PointwiseSums(self._pointwise, link)
-        sums.update(self._logits(baseline, survey, columns, len(labels)), labels)
+        user_id = self._config.identity("user_id")
+        users = None if user_id is None else columns[user_id].values
+        sums.update(self._logits(baseline, survey, columns, len(labels)), labels, None, users)
         found = sums.result()
         return {name: found[name] for name in self._pointwise}
 

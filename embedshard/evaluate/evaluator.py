@@ -7,8 +7,10 @@ from __future__ import annotations
 
 __all__ = ["Evaluator", "Split", "prediction_link"]
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -17,9 +19,11 @@ from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
 from embedshard.data.dataset import Dataset
+from embedshard.data.decode import slice_column
 from embedshard.errors import ConfigError
 from embedshard.evaluate.classes import ClassSums
 from embedshard.evaluate.held_out import HeldOutSets, Split
+from embedshard.evaluate.label_rows import LabelRows
 from embedshard.evaluate.pair_loss import PairLoss
 from embedshard.evaluate.pointwise import Link, PointwiseSums
 from embedshard.evaluate.ranking import parse_metric
@@ -47,6 +51,7 @@ class Evaluator:
         metrics = [parse_metric(name) for name in config.evaluate.metrics]
         self._pointwise = [str(metric) for metric in metrics if metric.is_pointwise]
         self._ranking = [str(metric) for metric in metrics if metric.ranks]
+        self._slice_by = list(config.evaluate.slice_by)
         self._pair_loss = None
         if LOSS in config.evaluate.metrics:
             self._pair_loss = PairLoss(config, collator, dataset.sampler, objective, world)
@@ -56,19 +61,26 @@ class Evaluator:
         """What was counted when a set was last evaluated: queries, rows, items that could not be found."""
         self.slices: dict[str, dict[str, dict[str, float]]] = {}
         """The ranking metrics of a set by slice of the catalogue, when it was last evaluated with slices."""
+        self.column_slices: dict[str, dict[str, dict[str, dict[str, float]]]] = {}
+        """The metrics of labels by column and its values, of each set that was evaluated in depth."""
+        self.intervals: dict[str, dict[str, list[float]]] = {}
+        """Within which 95 % of resamples have each metric of labels, of each set that was evaluated in depth."""
 
     def has(self, split: Split) -> bool:
         """Returns whether there is something to measure on a set."""
         return bool(self._config.evaluate.metrics) and self._dataset.has(split)
 
     @torch.no_grad()
-    def evaluate(self, model: nn.Module, split: Split, slices: ItemSlices | None = None) -> dict[str, float]:
+    def evaluate(
+        self, model: nn.Module, split: Split, slices: ItemSlices | None = None, *, in_depth: bool = False
+    ) -> dict[str, float]:
         """Returns the metrics of a set, in config order. Collective.
 
         Args:
             model: what is evaluated, sharded or not.
             split: which set.
             slices: of the catalogue, for which ranking metrics are also kept apart, from the same ranking; None for none.
+            in_depth: whether metrics of labels also have `intervals` and `column_slices`, as the config asks for them.
 
         Raises:
             ConfigError: if the model cannot do what a metric needs.
@@ -81,7 +93,7 @@ class Evaluator:
             if self._ranking:
                 values |= self._rank(plain, split, slices)
             if self._pointwise:
-                values |= self._score(plain, split)
+                values |= self._score(plain, split, in_depth)
             if self._pair_loss is not None:
                 values |= self._pair_loss.measure(plain, self.sets.read(split))
         finally:
@@ -114,7 +126,7 @@ class Evaluator:
         return sums.result()
 
     # ----------------------------------------------------------------------------------------------------- pointwise
-    def _score(self, model: Any, split: Split) -> dict[str, float]:
+    def _score(self, model: Any, split: Split, in_depth: bool) -> dict[str, float]:
         columns, objective = self.sets.read(split), self._config.objective
         batches = (
             self._collator.batch(columns, first, last).to(self._world.device)
@@ -125,10 +137,36 @@ class Evaluator:
             for batch in batches:
                 of_classes.update(model(batch).logits_BC, batch.labels[:, 0], batch.weights)
             return of_classes.result()
-        sums = PointwiseSums(self._pointwise, prediction_link(self._config))
+        labels, user_id = list(self._config.data.label_columns), self._config.identity("user_id")
+        link, keeps = prediction_link(self._config), in_depth and bool(self._config.evaluate.bootstrap or self._slice_by)
+        sums = [PointwiseSums(self._pointwise, link) for _ in labels]
+        kept = [LabelRows(self._pointwise, link) for _ in labels] if keeps else []
         for batch in batches:
-            sums.update(model(batch).logits, batch.labels[:, 0], batch.weights)
-        return sums.result()
+            output = model(batch)
+            logits_BL = output.logits_BL if self._config.learns_several_labels else output.logits.unsqueeze(1)
+            users = None if user_id is None else batch.ids[user_id]
+            for place in range(len(labels)):
+                row = logits_BL[:, place], batch.labels[:, place], batch.weights, users
+                sums[place].update(*row)
+                if keeps:
+                    kept[place].update(*row)
+        if keeps:
+            self._look_deeper(split, columns, dict(zip(labels, kept, strict=True)))
+        return _joined(dict(zip(labels, (of_label.result() for of_label in sums), strict=True)), self._pointwise)
+
+    def _look_deeper(self, split: Split, columns: Columns, rows: Mapping[str, LabelRows]) -> None:
+        evaluate, several = self._config.evaluate, len(rows) > 1
+        self.intervals[split], self.column_slices[split] = {}, {}
+        for label, of_label in rows.items():
+            suffix = f":{label}" if several else ""
+            for name, interval in of_label.intervals(evaluate.bootstrap, self._config.seed).items():
+                self.intervals[split][f"{name}{suffix}"] = interval
+            for column in self._slice_by:
+                met = self._dataset.slice_values[column]
+                names = [str(value) for value in met.ids_of(np.arange(met.rows))]
+                for value, found in of_label.slices(columns[slice_column(column)].values, names).items():
+                    slice_of = self.column_slices[split].setdefault(column, {}).setdefault(value, {})
+                    slice_of |= {name if name == "rows" else f"{name}{suffix}": number for name, number in found.items()}
 
     # ---------------------------------------------------------------------------------------------------------- both
     def _encode(self, encode: Any, columns: Columns, count: int) -> torch.Tensor:
@@ -140,6 +178,18 @@ class Evaluator:
     def _spans(self, count: int) -> list[tuple[int, int]]:
         size = self._config.evaluate.batch_size
         return [(first, min(first + size, count)) for first in range(0, count, size)]
+
+
+def _joined(found: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> dict[str, float]:
+    """Returns the results of one label; of several each metric's mean and that of each as `metric:label`, and the counts."""
+    first = next(iter(found.values()))
+    if len(found) == 1:
+        return dict(first)
+    values = {name: number for name, number in first.items() if name.partition(":")[0] not in metrics}
+    for metric in metrics:
+        values[metric] = sum(result[metric] for result in found.values()) / len(found)
+        values |= {f"{metric}:{label}": result[metric] for label, result in found.items()}
+    return values
 
 
 def prediction_link(config: Config) -> Link:

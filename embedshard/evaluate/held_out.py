@@ -70,7 +70,7 @@ class GivenSet:
 
     Attributes:
         queries: the user tower's features of each row.
-        users: the row of the user's table of each row.
+        users: the row of the user's table of each row; -1 where the config names no user.
         positive: the place in the catalogue of each row's item.
         negatives: places in the catalogue.
         num_candidates: items in the catalogue.
@@ -159,7 +159,8 @@ class HeldOutSets:
                 f"evaluate.candidates: {missing} of the {len(positive) + len(given)} items of the {split} set are not in "
                 f"the catalogue of {len(self.catalogue)}. Each must be: give data.catalogue all items."
             )
-        users = columns[self.user_id].values
+        knows_user = self._config.identity("user_id") is not None
+        users = columns[self.user_id].values if knows_user else np.full(len(positive), -1, dtype=np.int64)
         return GivenSet(columns, users, positive, JaggedIds(given, offsets), len(self.catalogue))
 
     # --------------------------------------------------------------------------------------------- the whole catalogue

@@ -42,7 +42,7 @@ UNRANKED: Final = int(np.iinfo(np.int64).max)
 
 _CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
 _UNCUT_METRICS: Final = ("mrr", LOSS, *POINTWISE_METRICS)
-_LOWER_IS_BETTER: Final = frozenset({LOSS, "rmse", "mae", "log_loss"})
+_LOWER_IS_BETTER: Final = frozenset({LOSS, "rmse", "mae", "log_loss", "normalised_entropy"})
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parse_metric(text: str) -> Metric:
 
     Args:
         text: recall@k, precision@k, ndcg@k, hit_rate@k, map@k or coverage@k with a whole k of at least 1; or mrr, loss,
-            rmse, mae, log_loss, auc, accuracy, f1.
+            rmse, mae, log_loss, auc, pr_auc, gauc, normalised_entropy, calibration, accuracy, f1.
 
     Raises:
         ConfigError: there is no such metric, or its k is missing, superfluous or not a whole number above 0.
@@ -101,9 +101,12 @@ def higher_is_better(metric: str) -> bool:
     """Returns whether a greater value of the metric, such as 'recall@20' or 'rmse', means a better model.
 
     Raises:
-        ConfigError: there is no such metric.
+        ConfigError: there is no such metric, or neither is better.
     """
-    return parse_metric(metric).name not in _LOWER_IS_BETTER
+    name = parse_metric(metric).name
+    if name == "calibration":
+        raise ConfigError("metric 'calibration' is best at 1: neither more nor less of it is better.")
+    return name not in _LOWER_IS_BETTER
 
 
 def largest_k(metrics: Iterable[Metric]) -> int:

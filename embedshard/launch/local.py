@@ -188,13 +188,15 @@ def evaluate_here(
         splits: list[Split] = [split for split in SPLITS if parts.evaluator.has(split)]
         yardsticks = parts.yardsticks(compares=with_baselines and bool(splits), counts_ids=False)
         for split in splits:
-            found[split] = parts.evaluator.evaluate(parts.model, split, yardsticks.slices)
+            found[split] = parts.evaluator.evaluate(parts.model, split, yardsticks.slices, in_depth=split == splits[-1])
         if with_baselines and splits:
             comparison = yardsticks.compare(splits[-1])
             for sentence in comparison.said():
                 say(sentence)
             found["baselines"] = comparison.metrics
             found["slices"] = parts.evaluator.slices.get(splits[-1], {})
+            found["column_slices"] = parts.evaluator.column_slices.get(splits[-1], {})
+            found["intervals"] = parts.evaluator.intervals.get(splits[-1], {})
     if not splits:
         raise ConfigError(f"{run.config_file.uri}: nothing to measure. It needs evaluate.metrics and data.test.")
     return found

@@ -6,12 +6,14 @@ Shapes: B rows on this rank, V values of a sequence in all rows, L places of the
 from __future__ import annotations
 
 __all__ = [
+    "POOLINGS",
     "AttentionPooling",
     "Convolutions",
     "Dropout",
     "Flatten",
     "MaxPooling",
     "MeanPooling",
+    "PlaceDropout",
     "Recurrent",
     "mlp",
     "padded",
@@ -57,12 +59,28 @@ class Dropout(nn.Module):
         """Returns (B, H); as given in evaluation, else scaled so that the mean stays."""
         if not self.training or self._rate == 0.0:
             return values_BH
-        step = batch.training_position.step
-        rows_B = batch.rows.to(values_BH.device)
         places_H = torch.arange(values_BH.shape[1], device=values_BH.device)
-        key_B = _mixed(_mixed(rows_B + step * 0x9E3779B9) + self._key)
-        draws_BH = _mixed(key_B.unsqueeze(1) + places_H) & 0xFFFFFF
+        draws_BH = _mixed(self._keys(batch, values_BH.device).unsqueeze(1) + places_H) & 0xFFFFFF
         return values_BH * (draws_BH >= self._rate * 2**24) / (1.0 - self._rate)
+
+    def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Returns a word for each row, (B,)."""
+        step = batch.training_position.step
+        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
+
+
+class PlaceDropout(Dropout):
+    """The same for a vector a place: what is drawn for a place depends on nothing behind it, such as padding."""
+
+    def forward(self, values_BLD: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns (B, L, D), D a multiple of 4; as given in evaluation, else scaled so that the mean stays."""
+        if not self.training or self._rate == 0.0:
+            return values_BLD
+        size, length, dim = values_BLD.shape
+        words = torch.arange(length * dim // 4, device=values_BLD.device)
+        draws = _mixed(self._keys(batch, values_BLD.device).unsqueeze(1) + words).view(torch.int16)  # four a word
+        keeps = draws.view(size, length, dim) >= round(self._rate * 2**16) - 2**15
+        return values_BLD * keeps / (1.0 - self._rate)
 
 
 def _mixed(words: torch.Tensor) -> torch.Tensor:
@@ -152,6 +170,14 @@ class AttentionPooling(nn.Module):
         sums_B = shares_V.new_zeros(len(lengths_B)).index_add(0, rows_V, shares_V)
         weighted_VD = values_VD * (shares_V / sums_B[rows_V]).unsqueeze(1)
         return values_VD.new_zeros(len(lengths_B), values_VD.shape[1]).index_add(0, rows_V, weighted_VD)
+
+
+POOLINGS: dict[str, type[MeanPooling | MaxPooling | AttentionPooling]] = {
+    "mean": MeanPooling,
+    "max": MaxPooling,
+    "attention": AttentionPooling,
+}
+"""What makes one vector of a row's, by the name that a config gives it."""
 
 
 class Flatten(nn.Module):

@@ -1,12 +1,13 @@
 """What models hand to objectives.
 
-Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes; of lists, V places in all rows, I distinct
+Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes, L labels; of
+lists, V places in all rows, I distinct
 ids, P pairs, U nodes of a tree.
 """
 
 from __future__ import annotations
 
-__all__ = ["ClassOutput", "Output", "PairOutput", "RetrievalOutput"]
+__all__ = ["ClassOutput", "LabelOutput", "NextItemOutput", "Output", "PairOutput", "RetrievalOutput"]
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -51,6 +52,48 @@ class ClassOutput:
         """The log odds of the label 1, (B,)."""
         assert self.logits_BC.shape[1] == 1, "several classes have no one logit"
         return self.logits_BC[:, 0]
+
+
+@dataclass
+class LabelOutput:
+    """A logit for each label.
+
+    Attributes:
+        logits_BL: in config order.
+        lookups: looked-up vectors by key, for penalties.
+    """
+
+    logits_BL: torch.Tensor
+    lookups: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """The logit of the one label, (B,)."""
+        assert self.logits_BL.shape[1] == 1, "several labels have no one logit"
+        return self.logits_BL[:, 0]
+
+
+@dataclass
+class NextItemOutput:
+    """Vectors of the places of lists, and of what comes next at each; a loss a place.
+
+    Attributes:
+        query_VD: what is known at each place.
+        target_VD: the item that comes next.
+        target_V: its row of the table, int64.
+        negative_ND: this rank's share of the drawn items.
+        weights: of each place's loss, (V,): its row's.
+        rows: the place in the batch of each one's row, (V,) int64.
+        lookups: empty, since penalties are for pooled vectors.
+    """
+
+    query_VD: torch.Tensor
+    target_VD: torch.Tensor
+    target_V: torch.Tensor
+    negative_ND: torch.Tensor
+    weights: torch.Tensor
+    rows: torch.Tensor
+    lookups: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass

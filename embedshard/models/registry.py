@@ -18,30 +18,43 @@ from embedshard.config.parts import (
     CosineContrastiveConfig,
     CrossEntropyConfig,
     CustomModelConfig,
+    DCNv2Config,
+    DeepFMConfig,
     DenseFeature,
+    DLRMConfig,
     HierarchicalSoftmaxConfig,
     InBatchSoftmaxConfig,
     ItemEmbeddingConfig,
+    MMoEConfig,
     NCEConfig,
     NegativeSamplingConfig,
     PointwiseConfig,
     SampledSoftmaxConfig,
+    SASRecConfig,
     SoftmaxConfig,
     TextClassifierConfig,
     TwoTowerConfig,
+    WideAndDeepConfig,
 )
 from embedshard.data.vocabulary import UNKNOWN_ID
 from embedshard.errors import ConfigError
+from embedshard.models.dcn_v2 import DCNv2
+from embedshard.models.deepfm import DeepFM
+from embedshard.models.dlrm import DLRM
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.item_embedding import ItemEmbedding
+from embedshard.models.mmoe import MMoE
 from embedshard.models.objectives.hierarchical_softmax import HierarchicalSoftmax
+from embedshard.models.objectives.next_item import NextItem
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.objectives.pairwise import BPR, CosineContrastive, NegativeSampling
 from embedshard.models.objectives.pointwise import CrossEntropy, Pointwise
 from embedshard.models.objectives.skip_gram import PairNCE, PairNegativeSampling, PairSampledSoftmax, PairSoftmax
 from embedshard.models.objectives.softmax import InBatchSoftmax, SampledSoftmax
+from embedshard.models.sasrec import SASRec
 from embedshard.models.text_classifier import TextClassifier
 from embedshard.models.two_tower import TwoTower
+from embedshard.models.wide_and_deep import WideAndDeep
 from embedshard.world import World
 
 
@@ -69,8 +82,13 @@ class ModelContext:
         return names.index(feature)
 
 
-def build_model(config: Config, specs: Sequence[TableSpec]) -> nn.Module:
+def build_model(config: Config, specs: Sequence[TableSpec], world: World | None = None) -> nn.Module:
     """Builds the model on the CPU, its tables on the meta device, the same for a seed in every process.
+
+    Args:
+        config: the config.
+        specs: its tables.
+        world: whose ranks train it, for what is a matter of the global batch (batch norm); None where nothing is trained.
 
     Raises:
         ConfigError: if a custom model's factory cannot be imported or returns no module.
@@ -84,6 +102,18 @@ def build_model(config: Config, specs: Sequence[TableSpec]) -> nn.Module:
                 return TextClassifier(config, specs)
             case ItemEmbeddingConfig():
                 return ItemEmbedding(config, specs)
+            case DLRMConfig():
+                return DLRM(config, specs, world)
+            case DCNv2Config():
+                return DCNv2(config, specs, world)
+            case DeepFMConfig():
+                return DeepFM(config, specs, world)
+            case WideAndDeepConfig():
+                return WideAndDeep(config, specs, world)
+            case MMoEConfig():
+                return MMoE(config, specs, world)
+            case SASRecConfig():
+                return SASRec(config, specs)
             case CustomModelConfig():
                 return _custom(config, config.model, specs)
 
@@ -96,6 +126,8 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
             return PairNegativeSampling(config.objective, world)
         case SampledSoftmaxConfig() if learns_pairs:
             return PairSampledSoftmax(config.objective, world)
+        case SampledSoftmaxConfig() if isinstance(config.model, SASRecConfig):
+            return NextItem(config.objective, world)
         case NCEConfig():
             return PairNCE(config.objective, world)
         case SoftmaxConfig():
@@ -103,7 +135,8 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
         case HierarchicalSoftmaxConfig():
             return HierarchicalSoftmax()
         case PointwiseConfig():
-            return Pointwise(config.objective.kind)
+            names = config.data.label_columns if config.learns_several_labels else ()
+            return Pointwise(config.objective.kind, [config.objective.label_weights.get(name, 1.0) for name in names])
         case CrossEntropyConfig():
             return CrossEntropy(config.objective)
         case InBatchSoftmaxConfig():

@@ -24,6 +24,7 @@ from embedshard.config.parts import (
 from embedshard.data.batch import Batch
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.layers import (
+    POOLINGS,
     AttentionPooling,
     Convolutions,
     Dropout,
@@ -37,12 +38,6 @@ from embedshard.models.output import ClassOutput
 
 Encoder = MeanPooling | MaxPooling | AttentionPooling | Flatten | Convolutions | Recurrent
 
-_POOLINGS: dict[str, type[MeanPooling | MaxPooling | AttentionPooling]] = {
-    "mean": MeanPooling,
-    "max": MaxPooling,
-    "attention": AttentionPooling,
-}
-
 
 def make_encoder(
     encoder: FlattenEncoder | PooledEncoder | ConvEncoder | RecurrentEncoder, dim: int, max_length: int | None
@@ -53,7 +48,7 @@ def make_encoder(
             assert max_length is not None, "the config checks that the length is fixed"
             return Flatten(dim, max_length, encoder.padding)
         case PooledEncoder():
-            return _POOLINGS[encoder.kind](dim)
+            return POOLINGS[encoder.kind](dim)
         case ConvEncoder():
             return Convolutions(dim, encoder.widths, encoder.channels)
         case RecurrentEncoder():

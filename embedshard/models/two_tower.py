@@ -17,7 +17,7 @@ from embedshard.config import Config, TableSpec, bias_key, negative_key, num_neg
 from embedshard.config.parts import DenseFeature, TowerConfig, TwoTowerConfig
 from embedshard.data.batch import Batch, Draws
 from embedshard.models.embeddings import EmbeddingLookup
-from embedshard.models.layers import mlp
+from embedshard.models.layers import POOLINGS, mlp
 from embedshard.models.output import RetrievalOutput
 
 
@@ -58,6 +58,14 @@ class TwoTower(nn.Module):
         self.embeddings = EmbeddingLookup(specs)
         self.user_tower = Tower(config, model.user)
         self.item_tower = Tower(config, model.item)
+        kinds = model.user.sequences
+        self.poolings = nn.ModuleDict(
+            {
+                name: POOLINGS[kinds[name].kind if name in kinds else "attention"](config.width(name))
+                for name in model.user.features
+                if config.is_sequence(name)
+            }
+        )
         self.global_bias = nn.Parameter(torch.zeros(1)) if "global" in model.biases else None
 
     def forward(self, batch: Batch) -> RetrievalOutput:
@@ -79,7 +87,7 @@ class TwoTower(nn.Module):
         return self._candidates(self.embeddings(batch), batch.dense, None)
 
     def _queries(self, lookups: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
-        vector = self.user_tower([self._vector(lookups, batch.dense, name, None) for name in self._config.user.features])
+        vector = self.user_tower([self._of_user(lookups, batch, name) for name in self._config.user.features])
         if self._config.similarity == "cosine":
             vector = F.normalize(vector, dim=1)
         if not self._config.biases:
@@ -112,6 +120,12 @@ class TwoTower(nn.Module):
         if side not in self._config.biases or feature is None:
             return like.new_zeros(len(like), 1)
         return self._looked_up(lookups, bias_key(feature), slot_count)[:, :1]
+
+    def _of_user(self, lookups: Mapping[str, torch.Tensor], batch: Batch, name: str) -> torch.Tensor:
+        if name not in self.poolings:
+            return self._vector(lookups, batch.dense, name, None)
+        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
+        return self.poolings[name](lookups[name], batch.sequences[name].lengths())
 
     def _vector(
         self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, name: str, slot_count: int | None

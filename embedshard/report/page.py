@@ -69,6 +69,8 @@ def report_page(run: Run, now: datetime) -> str:
             metrics=views.metric_table(run),
             slices=views.slice_table(run),
             progressive=views.progressive_table(run),
+            column_slices=views.column_slice_tables(run),
+            intervals=views.intervals(run),
             ids=mapping(run.result.get("ids")),
             bad_rows={split: mapping(found) for split, found in mapping(run.result.get("bad_rows")).items()},
             config_text=dump_tree(run.tree),

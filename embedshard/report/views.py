@@ -8,6 +8,7 @@ __all__ = [
     "Headline",
     "Row",
     "best",
+    "column_slice_tables",
     "compare_metrics",
     "compared_charts",
     "config_differences",
@@ -15,6 +16,7 @@ __all__ = [
     "direction",
     "headlines",
     "hottest_rows",
+    "intervals",
     "labels",
     "metric_table",
     "progressive_table",
@@ -34,7 +36,7 @@ from embedshard.errors import ConfigError
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.quantities import number
 from embedshard.report.charts import Line, Mark, line_chart, smoothed
-from embedshard.report.run import Points, Run, integer, mapping, numbers
+from embedshard.report.run import Points, Run, integer, is_number, mapping, numbers
 
 _SMOOTHED_FROM = 30  # points: a shorter curve is shown as it is
 _SPANS = 30  # a curve is smoothed over so many parts of it
@@ -115,7 +117,7 @@ class HotRow:
 def direction(metric: str) -> int:
     """Returns 1 where a greater value of the metric is better, -1 where a smaller one is, 0 for an unknown metric."""
     try:
-        return 1 if higher_is_better(metric) else -1
+        return 1 if higher_is_better(metric.partition(":")[0]) else -1
     except ConfigError:
         return 0
 
@@ -190,6 +192,26 @@ def progressive_table(run: Run) -> tuple[list[str], list[tuple[str, int, dict[st
     return [metric for metric in metrics if metric != "partition"], rows
 
 
+def column_slice_tables(run: Run) -> dict[str, tuple[list[str], list[Row], dict[str, int | None]]]:
+    """Returns, for each column by which the test set was sliced, the metrics, a row for each value, and its rows' number."""
+    found = {}
+    for column, values in mapping(run.result.get("column_slices")).items():
+        slices = {str(name): mapping(of_slice) for name, of_slice in mapping(values).items()}
+        metrics = list(dict.fromkeys(m for of_slice in slices.values() for m in of_slice if m != "rows"))
+        rows = [Row(name, [Cell(numbers(of_slice).get(m)) for m in metrics]) for name, of_slice in slices.items()]
+        found[str(column)] = metrics, rows, {name: integer(of_slice.get("rows")) for name, of_slice in slices.items()}
+    return found
+
+
+def intervals(run: Run) -> dict[str, tuple[float, float]]:
+    """Returns within which two values 95 % of resamples of the test set have each metric."""
+    found = {}
+    for metric, edges in mapping(run.result.get("intervals")).items():
+        if isinstance(edges, list) and len(edges) == 2 and all(is_number(edge) for edge in edges):
+            found[str(metric)] = edges[0], edges[1]
+    return found
+
+
 def hottest_rows(feature: Mapping[str, Any]) -> list[HotRow]:
     """Returns the hottest rows of a feature's statistics."""
     total = integer(feature.get("ids"))
@@ -218,9 +240,12 @@ def curve_charts(run: Run) -> list[Chart]:
     if speed:
         svg = line_chart("Samples a second", [Line("samples/s", speed)], restarts, from_zero=True)
         charts.append(Chart("Samples a second", svg, number(round(speed[-1][1])), note="Mean of the attempt so far."))
+    charts += _streaming_charts(run, restarts)
     groups: dict[str, list[str]] = {}
     for name in run.curves:
         split, _, rest = name.partition("/")
+        if rest.startswith(("window/", "run/")):
+            continue
         if split == "train" and rest not in ("loss", "epoch", "samples_per_second", "bytes_read"):
             groups.setdefault(rest.partition("/")[0], []).append(name)
     for title, names in groups.items():
@@ -229,6 +254,19 @@ def curve_charts(run: Run) -> list[Chart]:
         latest = number(lines[0].points[-1][1]) if len(lines) == 1 else ""
         shown = "seconds a step, by stage" if title == "seconds" else title.replace("_", " ")
         charts.append(Chart(shown, line_chart(title, lines, restarts, from_zero=True), latest, legend))
+    return charts
+
+
+def _streaming_charts(run: Run, restarts: Sequence[Mark]) -> list[Chart]:
+    """Returns a chart for each metric of the training rows: of the steps since the last measurement, and of the run."""
+    charts = []
+    for name, points in run.curves.items():
+        if name.startswith("train/window/"):
+            metric = name.removeprefix("train/window/")
+            lines = [Line("window", points), Line("run", run.curves.get(f"train/run/{metric}", ()), 1)]
+            legend = [(line.label, line.colour) for line in lines]
+            title, note = f"Training {metric}", "Of training rows, as they were predicted before they were learnt."
+            charts.append(Chart(title, line_chart(title, lines, restarts), number(points[-1][1]), legend, note))
     return charts
 
 

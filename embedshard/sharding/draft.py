@@ -19,6 +19,7 @@ from embedshard.config.parts import (
     DrawsNegatives,
     InBatchSoftmaxConfig,
     ItemEmbeddingConfig,
+    SASRecConfig,
     SoftmaxConfig,
     TableShardingConfig,
     TwoTowerConfig,
@@ -245,7 +246,7 @@ def _vectors_per_row(config: Config, sample: LookupSample | None) -> float:
 
 def _output_width(config: Config) -> int:
     """Returns the numbers of a query or candidate; of a custom model they are not known."""
-    if isinstance(config.model, ItemEmbeddingConfig):
+    if isinstance(config.model, ItemEmbeddingConfig | SASRecConfig):
         return config.width(config.model.sequence)
     return config.tower_width(config.model.user) if isinstance(config.model, TwoTowerConfig) else 0
 

@@ -20,7 +20,8 @@ from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
 from embedshard.data.source import Inventory
 from embedshard.data.tokenizer_training import PreparationProgress
-from embedshard.evaluate.evaluator import Evaluator
+from embedshard.evaluate.evaluator import Evaluator, prediction_link
+from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
@@ -49,6 +50,7 @@ class Assembly:
     evaluator: Evaluator
     collator: Collator
     tally: Tally
+    streaming: StreamingMetrics | None = None
     managed: ManagedTables | None = None
 
     @property
@@ -127,8 +129,11 @@ def assemble(
     if dataset is None:
         dataset = open_dataset(config, world, resolved, progress, vocabularies, partitions)
     specs = table_specs(config, dataset.table_rows)
-    model = shard_model(build_model(config, specs), config, specs, world, plan, initialises=initialises)
+    model = shard_model(build_model(config, specs, world), config, specs, world, plan, initialises=initialises)
     objective = build_objective(config, specs, world).to(world.device)
+    streaming = _streaming(config, world)
+    if streaming is not None:
+        objective.add_module("streaming", streaming)  # what it has summed up is saved with what the objective estimates
     optimizers = Optimizers(model, config, specs, world)
     managed = _manage(config, world, specs, model, optimizers)
     tally = Tally(dataset.train[0].decoder)
@@ -141,11 +146,12 @@ def assemble(
         model=model,
         objective=objective,
         optimizers=optimizers,
-        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row),
+        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row, streaming),
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
         managed=managed,
+        streaming=streaming,
     )
 
 
@@ -164,3 +170,11 @@ def _manage(
     managed = ManagedTables(specs, vocabularies, config.data.lanes, world, config.seed)
     managed.attach(model, lambda: table_shards(model, optimizers))
     return managed
+
+
+def _streaming(config: Config, world: World) -> StreamingMetrics | None:
+    """Returns what measures the training rows, if anything does."""
+    if not config.train.metrics:
+        return None
+    is_odds = prediction_link(config) == "sigmoid"
+    return StreamingMetrics(config.train.metrics, list(config.data.label_columns), is_odds, world).to(world.device)

@@ -273,9 +273,11 @@ class _Training:
             self.reporter.counted(self.state.samples_seen, bad_rows)
         self.reporter.stepped(step, position.epoch, result.loss, self.samples_per_second)
         if due(step, self.parts.config.train.log_every_steps, False) or step == self.num_steps:
+            watched = self.parts.streaming.measure() if self.parts.streaming is not None else {}
             self.reporter.measured(
                 step,
                 {
+                    **{f"train/{name}": value for name, value in watched.items()},
                     "train/loss": result.loss,
                     "train/epoch": position.epoch,
                     "train/samples_per_second": self.samples_per_second,
@@ -305,6 +307,8 @@ class _Training:
         self.check_not_replaced()
         self.ledger.flush()
         self.quarantine.flush()
+        if parts.streaming is not None:
+            parts.streaming.gather()
         self.reporter.saving()
         self.checkpointer.save(
             self.state.step,
@@ -379,7 +383,7 @@ def _conclude(
     yardsticks = parts.yardsticks(compares=has_test, counts_ids=True)
     if has_test:
         training.stopwatch.restart()
-        metrics = parts.evaluator.evaluate(parts.model, "test", yardsticks.slices)
+        metrics = parts.evaluator.evaluate(parts.model, "test", yardsticks.slices, in_depth=True)
         training.stopwatch.lap("evaluate")
         reporter.measured(selected_step, {f"test/{name}": value for name, value in metrics.items()})
         comparison = yardsticks.compare("test")
@@ -390,6 +394,8 @@ def _conclude(
         "metrics": metrics,
         "baselines": comparison.metrics,
         "slices": parts.evaluator.slices.get("test", {}),
+        "column_slices": parts.evaluator.column_slices.get("test", {}),
+        "intervals": parts.evaluator.intervals.get("test", {}),
         "ids": yardsticks.ids,
         "selected_step": selected_step,
         "best_validation": state.best_value,

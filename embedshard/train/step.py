@@ -14,6 +14,7 @@ from torch import nn
 from embedshard.config import TableSpec
 from embedshard.data.batch import Batch
 from embedshard.errors import TrainingError
+from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.models.objectives.objective import Objective, l2_penalty
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.world import World
@@ -51,6 +52,7 @@ class Stepper:
         world: whose ranks step together.
         seed: of modules that draw from torch's global generator.
         describe_row: names a row of the data, given partition and row number.
+        streaming: measures the rows as they are predicted; None measures nothing.
     """
 
     def __init__(
@@ -62,9 +64,10 @@ class Stepper:
         world: World,
         seed: int,
         describe_row: Callable[[int, int], str],
+        streaming: StreamingMetrics | None = None,
     ) -> None:
         self._model, self._objective, self._optimizers = model, objective, optimizers
-        self._world, self._seed, self._describe_row = world, seed, describe_row
+        self._world, self._seed, self._describe_row, self._streaming = world, seed, describe_row, streaming
         self._penalties: Mapping[str, float] = {
             lookup.key: spec.l2_lookup for spec in specs if spec.l2_lookup for lookup in spec.lookups if lookup.slot is None
         }
@@ -104,6 +107,9 @@ class Stepper:
         total_loss, total_weight, rows, stops, saves, read, *tally = self._world.sum(numbers).tolist()
         if not math.isfinite(total_loss):
             raise TrainingError(self._not_finite(batch, _of_rows(weighted.detach(), output, batch)))
+        if self._streaming is not None:
+            logits_BL = output.logits_BL if hasattr(output, "logits_BL") else output.logits.unsqueeze(1)
+            self._streaming.update(logits_BL, batch.labels, batch.weights)
         if total_weight > 0:
             (loss_sum * (self._world.world_size / total_weight)).backward()
             self._optimizers.step()

@@ -9,8 +9,18 @@ rest is the test set (`split_ratings`). The last twentieth of the training rows,
 `histories`, for item2vec.yaml: a row a user, with the movies that the user rated in order of time, from all ratings; beside
 it movies.parquet with each movie's title and genres.
 
+`ctr`, for ctr.yaml: what a user liked, a label of 1 above 3 stars and of 0 below, with the user's and the movie's
+attributes; ratings of 3 stars are left out (Song et al. 2019, AutoInt). Of default_rng(0).permutation over the rows that are
+left, in file order, the first eight tenths train, the next tenth is the validation set, the last the test set.
+
+`next`, for sasrec.yaml: of the movies with five ratings or more that a user rated, in order of time, the last is the test
+row's item, the one before the validation row's, and the one before that the training row's, each with the movies before it
+as its history; the former two with 100 movies that the user has not rated (Kang and McAuley 2018). Movies are numbered anew,
+as movies.parquet says.
+
 Without --source the official files are fetched: for all protocols unless --protocol names one. A source is a folder
-with train.parquet and test.parquet (ncf), with ratings.parquet (ratings), or with movies.parquet too (histories).
+with train.parquet and test.parquet (ncf), with ratings.parquet (ratings), with movies.parquet too (histories), or with
+users.parquet as well (ctr).
 
     python pipelines/movielens/prepare.py --source ../shared/data/ncf-ml-1m
     python pipelines/movielens/prepare.py --source ../shared/data/ml-1m
@@ -36,9 +46,11 @@ NCF_FILES = "https://raw.githubusercontent.com/hexiangnan/neural_collaborative_f
 NCF_NAMES = ("ml-1m.train.rating", "ml-1m.test.negative")
 RATINGS_ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 NUM_NEGATIVES = 99
+NUM_RANDOM = 100
+FEWEST_RATINGS = 5
 VALIDATION_SHARE = 0.05
 SEED = 7
-PROTOCOLS = ("ncf", "ratings", "histories")
+PROTOCOLS = ("ncf", "ratings", "histories", "ctr", "next")
 
 
 def main() -> None:
@@ -57,8 +69,9 @@ def main() -> None:
             sets = prepare(protocol, arguments.source, root / "official")
             out = arguments.out or root / protocol
             counts = write_sets(sets, out)
-            if protocol == "histories":
-                pq.write_table(read_movies(arguments.source, root / "official"), out / "movies.parquet")
+            if protocol in ("histories", "next"):
+                movies = read_movies(arguments.source, root / "official")
+                pq.write_table(movies if protocol == "histories" else numbered(movies, sets), out / "movies.parquet")
             print(f"{out}: " + ", ".join(f"{name} {count:,} rows" for name, count in counts.items()))
             largest = {
                 name: pc.max(sets["train"][name]).as_py() for name in sets["train"].column_names if name.endswith("_id")
@@ -73,7 +86,8 @@ def protocols_of(source: Path | None) -> list[str]:
     if source is None:
         return list(PROTOCOLS)
     if (source / "ratings.parquet").exists():
-        return ["ratings", "histories"] if (source / "movies.parquet").exists() else ["ratings"]
+        others = ["histories", "next", *(["ctr"] if (source / "users.parquet").exists() else [])]
+        return ["ratings", *(others if (source / "movies.parquet").exists() else [])]
     if (source / "train.parquet").exists():
         return ["ncf"]
     raise OSError(f"{source} holds neither ratings.parquet (ratings) nor train.parquet and test.parquet (ncf)")
@@ -84,6 +98,14 @@ def prepare(protocol: str, source: Path | None, downloads: Path) -> dict[str, pa
     if protocol == "ratings":
         ratings = pq.read_table(source / "ratings.parquet") if source else read_archive(fetch(RATINGS_ARCHIVE, downloads))
         return split_ratings(ratings.select(["user_id", "movie_id", "rating"]))
+    if protocol == "ctr":
+        ratings = pq.read_table(source / "ratings.parquet") if source else read_archive(fetch(RATINGS_ARCHIVE, downloads))
+        return liked(ratings, read_users(source, downloads), read_movies(source, downloads))
+    if protocol == "next":
+        columns = ["user_id", "movie_id", "seq_pos"]
+        if source:
+            return next_items(pq.read_table(source / "ratings.parquet", columns=columns), "seq_pos")
+        return next_items(read_archive(fetch(RATINGS_ARCHIVE, downloads)), "time")
     if protocol == "histories":
         if source:
             columns = ["user_id", "movie_id", "seq_pos"]
@@ -147,6 +169,34 @@ def split_ratings(ratings: pa.Table) -> dict[str, pa.Table]:
     }
 
 
+# ----------------------------------------------------------------------------------------------------------------- ctr
+def liked(ratings: pa.Table, users: pa.Table, movies: pa.Table) -> dict[str, pa.Table]:
+    """Returns the training, validation and test set of ratings in file order, with attributes, as likes and dislikes."""
+    ratings = ratings.filter(pc.not_equal(ratings["rating"], 3))
+    columns = {name: ratings[name].cast(pa.int32()) for name in ("user_id", "movie_id")}
+    for table, key in ((users, "user_id"), (movies.select(["movie_id", "genres"]), "movie_id")):
+        places = pc.index_in(ratings[key].cast(pa.int64()), value_set=table[key].cast(pa.int64()).combine_chunks())
+        if places.null_count:
+            raise ValueError(f"{places.null_count} ratings have a {key} that has no attributes")
+        columns |= {name: table[name].take(places) for name in table.column_names if name != key}
+    rows = pa.table({**columns, "liked": pc.greater(ratings["rating"], 3).cast(pa.int8())})
+    order = np.random.default_rng(0).permutation(rows.num_rows)
+    first, second = rows.num_rows * 8 // 10, rows.num_rows * 9 // 10
+    parts = {"train": order[:first], "validation": order[first:second], "test": order[second:]}
+    return {name: rows.take(pa.array(part)) for name, part in parts.items()}
+
+
+def read_users(source: Path | None, downloads: Path) -> pa.Table:
+    """Returns user_id, gender, age, occupation and zip of each user."""
+    if source:
+        return pq.read_table(source / "users.parquet", columns=["user_id", "gender", "age", "occupation", "zip"])
+    with zipfile.ZipFile(fetch(RATINGS_ARCHIVE, downloads)) as archive:
+        lines = [line.split("::") for line in archive.read("ml-1m/users.dat").decode("latin-1").splitlines()]
+    user, gender, age, occupation, code = zip(*lines, strict=True)
+    numbers = {"user_id": map(int, user), "age": map(int, age), "occupation": map(int, occupation)}
+    return pa.table({**{name: list(values) for name, values in numbers.items()}, "gender": gender, "zip": code})
+
+
 # ----------------------------------------------------------------------------------------------------------- histories
 def histories(ratings: pa.Table, time: str) -> pa.Table:
     """Returns a row for each user: user_id, and the movies in order of time, ties in file order."""
@@ -155,6 +205,36 @@ def histories(ratings: pa.Table, time: str) -> pa.Table:
     first = np.append(np.flatnonzero(np.diff(users[order], prepend=users[order[0]] - 1)), len(order))
     movies = pa.ListArray.from_arrays(pa.array(first, pa.int32()), pa.array(ratings["movie_id"].to_numpy()[order]))
     return pa.table({"user_id": users[order[first[:-1]]], "movies": movies})
+
+
+# ---------------------------------------------------------------------------------------------------------------- next
+def next_items(ratings: pa.Table, time: str) -> dict[str, pa.Table]:
+    """Returns a row for each user and set: what came before an item, the item, and what the user has not rated."""
+    ids, counts = np.unique(ratings["movie_id"].to_numpy(), return_counts=True)
+    kept = ids[counts >= FEWEST_RATINGS]
+    ratings = ratings.filter(pc.is_in(ratings["movie_id"], value_set=pa.array(kept)))
+    users, movies = ratings["user_id"].to_numpy(), np.searchsorted(kept, ratings["movie_id"].to_numpy())
+    order = np.lexsort((ratings[time].to_numpy(), users))
+    known, first, lengths = np.unique(users[order], return_index=True, return_counts=True)
+    if lengths.min() < 4:
+        raise ValueError(f"user {known[lengths.argmin()]} has {lengths.min()} ratings; each needs four")
+    negatives = negatives_for(known, users, movies, NUM_RANDOM, SEED)
+    sets = {}
+    for back, name in ((3, "train"), (2, "validation"), (1, "test")):
+        kept_places = [movies[order[begin : begin + length - back]] for begin, length in zip(first, lengths, strict=True)]
+        offsets = np.append(0, np.cumsum(lengths - back)).astype(np.int32)
+        history = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(kept_places)))
+        columns = {"user_id": known, "history": history, "item_id": movies[order[first + lengths - back]]}
+        sets[name] = pa.table(columns if name == "train" else {**columns, "negatives": negatives})
+    sets["train"] = sets["train"].replace_schema_metadata({"movies": ",".join(map(str, kept.tolist()))})
+    return sets
+
+
+def numbered(movies: pa.Table, sets: dict[str, pa.Table]) -> pa.Table:
+    """Returns the movies that have a number, in order: item_id, movie_id, title, genres."""
+    kept = pa.array([int(text) for text in sets["train"].schema.metadata[b"movies"].split(b",")], pa.int64())
+    places = pc.index_in(kept, value_set=movies["movie_id"].cast(pa.int64()).combine_chunks())
+    return movies.take(places).add_column(0, "item_id", pa.array(np.arange(len(kept))))
 
 
 def read_movies(source: Path | None, downloads: Path) -> pa.Table:

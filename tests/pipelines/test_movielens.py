@@ -177,3 +177,61 @@ def run_pipeline(source, name, tmp_path, overrides):
             [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=2400, check=False
         )
         assert done.returncode == 0, done.stderr
+
+
+def attribute_source(folder):
+    ratings = {
+        "user_id": [1, 1, 2, 2, 2],
+        "movie_id": [10, 20, 10, 30, 20],
+        "rating": [5, 3, 1, 4, 2],
+        "seq_pos": [0, 1, 0, 1, 2],
+    }
+    pq.write_table(pa.table(ratings), folder / "ratings.parquet")
+    users = {"user_id": [2, 1], "gender": ["M", "F"], "age": [25, 1], "occupation": [3, 4], "zip": ["12345", "00001"]}
+    pq.write_table(pa.table(users), folder / "users.parquet")
+    movies = {"movie_id": [10, 20, 30], "title": ["A", "B", "C"], "genres": [["Drama"], ["War", "Drama"], []]}
+    pq.write_table(pa.table(movies), folder / "movies.parquet")
+
+
+def test_likes_have_the_users_and_the_movies_attributes(prepare, tmp_path):
+    attribute_source(tmp_path)
+    sets = prepare.prepare("ctr", tmp_path, tmp_path)
+    rows = sorted(
+        (row for table in sets.values() for row in table.to_pylist()), key=lambda row: (row["user_id"], row["movie_id"])
+    )
+    first = {
+        "user_id": 1,
+        "movie_id": 10,
+        "gender": "F",
+        "age": 1,
+        "occupation": 4,
+        "zip": "00001",
+        "genres": ["Drama"],
+        "liked": 1,
+    }
+    assert rows[0] == first
+    assert [(row["user_id"], row["movie_id"], row["liked"]) for row in rows[1:]] == [(2, 10, 0), (2, 20, 0), (2, 30, 1)]
+    assert [table.num_rows for table in sets.values()] == [3, 0, 1]
+
+
+def test_what_comes_next_is_held_out_from_the_end(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "FEWEST_RATINGS", 2)
+    monkeypatch.setattr(prepare, "NUM_RANDOM", 2)
+    # Movies 10 to 80 are rated twice or more, movie 99 once: it is no item. Times are not in file order.
+    rows = [(7, 10, 1), (7, 99, 0), (7, 20, 2), (7, 30, 4), (7, 40, 3), (7, 50, 5)]
+    rows += [(8, movie, 100 - movie) for movie in range(30, 90, 10)] + [(9, movie, movie) for movie in (60, 70, 80, 10, 20)]
+    ratings = pa.table(dict(zip(("user_id", "movie_id", "seq_pos"), zip(*rows, strict=True), strict=True)))
+    sets = prepare.next_items(ratings, "seq_pos")
+    movies = [10, 20, 30, 40, 50, 60, 70, 80]
+    raw = {
+        name: [[movies[place] for place in [*row["history"], row["item_id"]]] for row in table.to_pylist()]
+        for name, table in sets.items()
+    }
+    assert raw["test"][0] == [10, 20, 40, 30, 50]
+    assert raw["validation"][0] == [10, 20, 40, 30]
+    assert raw["train"] == [[10, 20, 40], [80, 70, 60, 50], [10, 20, 60]]
+    for name in ("validation", "test"):
+        for row, met in zip(sets[name].to_pylist(), raw["test"], strict=True):
+            assert not {movies[place] for place in row["negatives"]} & set(met)
+    titles = pa.table({"movie_id": [*movies, 99], "title": list("abcdefghx"), "genres": [[]] * 9})
+    assert prepare.numbered(titles, sets)["title"].to_pylist() == list("abcdefgh")

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import log_loss, mean_absolute_error, mean_squared_error, roc_auc_score
+from sklearn.metrics import average_precision_score, log_loss, mean_absolute_error, mean_squared_error, roc_auc_score
 
 from embedshard.errors import ConfigError, DataError, TrainingError
-from embedshard.evaluate.pointwise import PointwiseSums, weighted_auc
+from embedshard.evaluate.discrimination import average_precision, grouped_auc, weighted_auc
+from embedshard.evaluate.pointwise import PointwiseSums
 
-ALL = ["rmse", "mae", "log_loss", "auc"]
+ALL = ["rmse", "mae", "log_loss", "auc", "pr_auc", "normalised_entropy", "calibration"]
 
 
 def sums_of(logits, labels, weights=None, *, metrics=ALL, link="sigmoid", cuts=()):
@@ -49,6 +50,69 @@ def test_auc_counts_every_pair_and_ties_half(rows):
         assert streamed == pytest.approx(won / pairs)
 
 
+@given(rows=rows, groups=st.lists(st.integers(-1, 3), min_size=40, max_size=40))
+def test_grouped_auc_is_the_weighted_mean_over_groups_with_both_classes(rows, groups):
+    scores, labels, weights = (np.array(column, dtype=np.float64) for column in zip(*rows, strict=True))
+    groups = np.array(groups[: len(rows)])
+    total = weight = 0.0
+    known = 0
+    for group in range(4):
+        of = groups == group
+        auc = weighted_auc(scores[of], labels[of] == 1, weights[of]) if of.any() else math.nan
+        if not math.isnan(auc):
+            total, weight, known = total + auc * weights[of].sum(), weight + weights[of].sum(), known + 1
+    found, count = grouped_auc(scores, labels == 1, weights, groups)
+    assert count == known
+    assert found == pytest.approx(total / weight) if known else math.isnan(found)
+    sums = PointwiseSums(["gauc"], "sigmoid")
+    for part in (slice(0, len(rows) // 2), slice(len(rows) // 2, None)):
+        sums.update(scores[part], labels[part], weights[part], groups[part])
+    result = sums.result()
+    assert result["gauc"] == pytest.approx(found, nan_ok=True)
+    assert result.get("gauc_groups", 0) == known
+
+
+def test_average_precision_by_hand():
+    scores, labels = np.array([3.0, 2.0, 2.0, 1.0]), np.array([1.0, 0.0, 1.0, 1.0])
+    # Thresholds 3, 2, 1: precision 1/1, 2/3, 3/4; recall grows by a third each time.
+    assert average_precision(scores, labels == 1, np.ones(4)) == pytest.approx((1 + 2 / 3 + 3 / 4) / 3)
+    weighted = average_precision(scores, labels == 1, np.array([1.0, 2.0, 1.0, 2.0]))
+    assert weighted == pytest.approx((1 * 1 + 1 * 2 / 4 + 2 * 4 / 6) / 4)
+    assert math.isnan(average_precision(scores, np.zeros(4, dtype=bool), np.ones(4)))
+
+
+def test_normalised_entropy_and_calibration_by_hand():
+    logits, labels = np.log(np.array([3.0, 1.0, 1 / 3, 1 / 9])), np.array([1.0, 0.0, 0.0, 1.0])
+    weights = np.array([1.0, 2.0, 1.0, 0.0])
+    result = sums_of(logits, labels, weights, metrics=["normalised_entropy", "calibration", "log_loss"], cuts=(2,)).result()
+    losses = -np.log(np.array([0.75, 0.5, 0.5, 0.75]))
+    nothing = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
+    assert result["log_loss"] == pytest.approx(losses.mean())
+    assert result["normalised_entropy"] == pytest.approx(losses.mean() / nothing)
+    assert result["calibration"] == pytest.approx((0.75 + 2 * 0.5 + 0.25) / 1.0)
+    constant = sums_of(
+        np.full(4, math.log(1 / 3)), np.array([1.0, 0.0, 0.0, 0.0]), metrics=["normalised_entropy", "calibration"]
+    )
+    assert constant.result() == {"normalised_entropy": pytest.approx(1.0), "calibration": pytest.approx(1.0), "rows": 4}
+
+
+def test_normalised_entropy_and_calibration_are_torchrecs():
+    from torchrec.metrics.calibration import compute_calibration
+    from torchrec.metrics.ne import compute_ne, get_ne_states
+
+    rng = np.random.default_rng(0)
+    logits, labels, weights = rng.normal(size=300), (rng.random(300) < 0.2).astype(float), rng.random(300)
+    result = sums_of(logits, labels, weights, metrics=["normalised_entropy", "calibration"], cuts=(100,)).result()
+    tensors = [torch.from_numpy(array) for array in (labels, 1 / (1 + np.exp(-logits)), weights)]
+    states = get_ne_states(*tensors, eta=1e-12)
+    theirs = compute_ne(
+        *(states[name] for name in ("cross_entropy_sum", "weighted_num_samples", "pos_labels", "neg_labels")), 1e-12
+    )
+    assert result["normalised_entropy"] == pytest.approx(theirs.item())
+    shown = compute_calibration((tensors[2] * tensors[1]).sum(), (tensors[2] * tensors[0]).sum())
+    assert result["calibration"] == pytest.approx(shown.item())
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_all_metrics_agree_with_scikit_learn(seed):
     rng = np.random.default_rng(seed)
@@ -61,6 +125,7 @@ def test_all_metrics_agree_with_scikit_learn(seed):
     assert result["mae"] == pytest.approx(mean_absolute_error(labels, chance, sample_weight=weights))
     assert result["log_loss"] == pytest.approx(log_loss(labels, chance, sample_weight=weights))
     assert result["auc"] == pytest.approx(roc_auc_score(labels, logits, sample_weight=weights))
+    assert result["pr_auc"] == pytest.approx(average_precision_score(labels, logits, sample_weight=weights))
     assert result["rows"] == (weights > 0).sum()
 
 
@@ -139,6 +204,8 @@ def test_values_without_a_meaning_are_nan():
         (["log_loss"], -0.5, "label is -0.5"),
         (["log_loss"], math.nan, "label is nan"),
         (["auc"], 0.5, "label is 0.5; auc needs labels that are 0 or 1"),
+        (["pr_auc"], 2.0, "label is 2; pr_auc needs labels that are 0 or 1"),
+        (["calibration"], 2.0, r"label is 2; calibration needs labels that are in \[0, 1\]"),
         (["rmse"], math.nan, "label is nan"),
         (["mae"], math.inf, "label is inf"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["CrossEntropy", "Pointwise", "checked_classes"]
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,18 +17,28 @@ from embedshard.models.objectives.objective import Objective
 
 
 class Pointwise(Objective):
-    """Squared error (`mse`) or binary cross entropy (`bce`) between a row's logit and its label. Not collective."""
+    """Squared error (`mse`) or binary cross entropy (`bce`) between a row's logit and its label. Not collective.
 
-    def __init__(self, kind: Literal["mse", "bce"]) -> None:
+    Args:
+        kind: which.
+        label_weights: what each of several labels' losses counts in the row's; empty where there is one label.
+    """
+
+    def __init__(self, kind: Literal["mse", "bce"], label_weights: Sequence[float] = ()) -> None:
         super().__init__()
         self.kind = kind
+        self._label_weights = list(label_weights)
 
     def forward(self, output: Any, batch: Batch) -> torch.Tensor:
-        """Returns (B,) losses."""
-        labels = batch.labels[:, 0]
+        """Returns (B,) losses, each row's the weighted sum of its labels'."""
+        if not self._label_weights:
+            return self._losses(output.logits, batch.labels[:, 0])
+        return self._losses(output.logits_BL, batch.labels) @ batch.labels.new_tensor(self._label_weights)
+
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if self.kind == "mse":
-            return F.mse_loss(output.logits, labels, reduction="none")
-        return F.binary_cross_entropy_with_logits(output.logits, labels, reduction="none")
+            return F.mse_loss(logits, labels, reduction="none")
+        return F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
 
 class CrossEntropy(Objective):
