@@ -18,8 +18,9 @@ from embedshard.data.dataset import Dataset, open_dataset
 from embedshard.data.source import Source
 from embedshard.data.survey import Wanted, take_survey
 from embedshard.errors import ConfigError, DataError
-from embedshard.launch.local import evaluate_here, summarise_config
+from embedshard.launch.local import evaluate_here, summarise_config, train_in
 from embedshard.launch.planning import plan_here
+from embedshard.launch.request import TrainRequest
 from embedshard.launch.similar import similar_here
 from embedshard.storage import locate
 from embedshard.train.checkpoint import newest_intact
@@ -258,3 +259,31 @@ def test_the_command_writes_vocabularies_that_a_config_reads_as_files(rows, tmp_
     assert ready.losses == counted.losses
     kept = [RunDirectory(tmp_path / name).read_json("inventory.json")["vocabularies"] for name in ("ready", "counted")]
     assert kept[0] == kept[1], "the same ids in the same rows are the same vocabulary"
+
+
+def test_a_run_that_continues_another_looks_ids_up_by_the_vocabulary_that_the_former_counted(rows, tmp_path):
+    days = tmp_path / "days"
+    shutil.copytree(rows / "train", days / "day=1")
+    tree = loaded(rows).tree
+    tree["data"] = {"partitions": {"each": f"{days}/day=*"}, "lanes": 4}
+    tree["train"] = {"global_batch_size": 32}
+    tree["evaluate"] = {"metrics": []}
+    (tmp_path / "config.yaml").write_text(json.dumps(tree))
+
+    def trained(name, continues=None):
+        request = TrainRequest(config=tmp_path / "config.yaml", run_dir=tmp_path / name, continues=continues).resolved()
+        with open_world("cpu") as world:
+            train_in(world, request, {}, Reporter())
+        directory = RunDirectory(tmp_path / name)
+        return directory.read_json("inventory.json"), directory.read_json("result.json")
+
+    first, _ = trained("first")
+    shutil.copytree(rows / "test", days / "day=2")
+    second, result = trained("second", continues=tmp_path / "first")
+    assert second["names"] == ["day=2"]
+    assert second["vocabularies"] == first["vocabularies"]
+    files = [tmp_path / name / "vocabularies" / "item.parquet" for name in ("first", "second")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    known = set(pq.read_table(files[0])["id"].to_pylist())
+    items = pq.read_table(days / "day=2")["item"].to_pylist()
+    assert result["bad_rows"]["train"]["oov"]["item"] == sum(item not in known for item in items) > 0
