@@ -513,6 +513,28 @@ def checkpoint_diff(
         show_diff(found, Console(highlight=False))
 
 
+@checkpoint_app.command("resize")
+def checkpoint_resize(
+    run_dir: RunPath,
+    table: Annotated[str, typer.Option(metavar="NAME", help="One whose vocabulary is managed.", show_default=False)],
+    rows: Annotated[int, typer.Option(min=1, help="That ids can hold from now on.", show_default=False)],
+) -> None:
+    """Give a managed table more or fewer rows, in all checkpoints of a run. Its ids keep what they have learnt."""
+    from embedshard.launch.resize import resize_here
+
+    resize_here(
+        run_dir,
+        table,
+        rows,
+        os.environ,
+        lambda one: typer.echo(
+            f"step {one.step}: {one.rows_before:,} rows become {one.rows:,}; {one.kept:,} ids keep theirs, {one.lost:,} "
+            f"lose it"
+        ),
+    )
+    typer.echo(f"Train on: embedshard train --resume {run_dir}")
+
+
 @checkpoint_app.command("extract")
 def checkpoint_extract(
     run_dir: RunPath,

@@ -185,6 +185,32 @@ class Slots:
         """Returns the bucket of each id, among those of the whole table."""
         return self._bucket(self._hashes(ids))
 
+    def take_over(self, former: Slots, step: int) -> tuple[IntArray, IntArray]:
+        """Gives rows to the ids of another size of the same table, the most useful of a bucket first. All buckets are here.
+
+        Args:
+            former: has the ids.
+            step: after the last one.
+
+        Returns:
+            The rows that ids held, and those that they hold now.
+        """
+        assert (self.first, self.last) == (0, self.buckets), "all buckets are here"
+        slots = np.flatnonzero(former.ids != FREE)
+        buckets = former.bucket_of(former.ids[slots])
+        order = former._least_useful_first(slots, buckets, step)[::-1]
+        slots, buckets = slots[order], buckets[order]
+        by_bucket = np.argsort(buckets, kind="stable")
+        slots, buckets = slots[by_bucket], buckets[by_bucket]
+        sizes = np.bincount(buckets, minlength=self.buckets)
+        place = np.arange(len(slots)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        has_row = place < np.diff(self._bounds)[buckets]
+        taken, rows = slots[has_row], (self._bounds[buckets] + place)[has_row]
+        for name in ("ids", "counts", "last_steps"):
+            getattr(self, name)[rows] = getattr(former, name)[taken]
+        self.load()
+        return taken, rows
+
     # ------------------------------------------------------------------------------------------------------- eviction
     def _is_expired(self, slots: IntArray, step: int) -> npt.NDArray[np.bool_]:
         assert self._ttl_steps is not None, "asked where ids expire"
@@ -203,20 +229,24 @@ class Slots:
         slots = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + begins[of]
         may = (self.ids[slots] != FREE) & (self.last_steps[slots] < step)
         slots, of = slots[may], of[may]
-        counts, last_steps = self.counts[slots], self.last_steps[slots]
-        worth: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
-            "lru": (last_steps, counts),
-            "lfu": (counts, last_steps),
-            "distance_lfu": (counts / (step - last_steps), last_steps),
-        }
-        first, second = worth[self._eviction]
-        lives = np.ones(len(slots), dtype=np.bool_) if self._ttl_steps is None else ~self._is_expired(slots, step)
-        order = np.lexsort((slots, second, first, lives, of))
+        order = self._least_useful_first(slots, of, step)
         sizes = np.bincount(of, minlength=len(buckets))
         place = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         free = np.array([len(self._free[bucket]) for bucket in buckets.tolist()], dtype=np.int64)
         missing = np.maximum(needed - free, (self._bounds[buckets + 1] - begins) // _EVICTED_AT_ONCE)
         return self._evict(np.sort(slots[order][place < missing[of]]))
+
+    def _least_useful_first(self, slots: IntArray, of: IntArray, step: int) -> IntArray:
+        """Returns the order of rows that hold ids: by group, and in each group the least useful id first."""
+        counts, last_steps = self.counts[slots], self.last_steps[slots]
+        worth: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {
+            "lru": (last_steps, counts),
+            "lfu": (counts, last_steps),
+            "distance_lfu": (counts / np.maximum(step - last_steps, 1), last_steps),
+        }
+        first, second = worth[self._eviction]
+        lives = np.ones(len(slots), dtype=np.bool_) if self._ttl_steps is None else ~self._is_expired(slots, step)
+        return np.lexsort((slots, second, first, lives, of))
 
     def _evict(self, slots: IntArray) -> IntArray:
         """Takes rows from their ids; slots ascend."""

@@ -9,11 +9,15 @@ import pytest
 import torch
 
 from embedshard.config import Loaded, build_config
-from embedshard.errors import ConfigError, DataError
+from embedshard.errors import CheckpointError, ConfigError, DataError
 from embedshard.launch.rehearsing import LocalGroup
+from embedshard.launch.resize import resize_here
+from embedshard.launch.similar import vectors_here
 from embedshard.sharding.initialise import scattered_rows
 from embedshard.sharding.slots import FREE
 from embedshard.train.assembly import assemble
+from embedshard.train.audit import audit_run
+from embedshard.train.checkpoint import find_steps, newest_intact
 from embedshard.train.loop import train
 from embedshard.train.rehearsal import Rehearsal
 from embedshard.train.run_directory import RunDirectory
@@ -175,8 +179,6 @@ class Noting(Reporter):
 
 @pytest.mark.timeout(200)
 def test_resumes_exactly(drifting, tmp_path, saved_tensors, assert_same_tensors):
-    from embedshard.train.checkpoint import newest_intact
-
     tree = tree_of(drifting, {"ttl_steps": 9}, checkpoint={"every_steps": 10})
     tree["data"]["validation"] = tree["data"]["train"]
     noting = Noting()
@@ -247,3 +249,56 @@ def test_buffers_are_torchrecs_interface(drifting):
         half = rows.rebuild_with_output_id_range((0, ROWS // 2), [0, ROWS])
         assert half.open_slots().item() == ROWS // 2
         assert isinstance(rows.get_buffer("ids"), torch.Tensor)
+
+
+def vectors(path):
+    ids, vectors_of = vectors_here(path, {}, table="item")
+    return {id_: vector for id_, vector in zip(ids, vectors_of, strict=True) if id_ is not None}
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("rows", [61, 11])
+def test_another_number_of_rows(drifting, tmp_path, rows, saved_tensors):
+    tree = tree_of(drifting, checkpoint={"every_steps": 10, "keep": 2})
+    tree["data"]["validation"] = tree["data"]["train"]
+    with pytest.raises(KeyboardInterrupt):
+        run(tree, tmp_path / "run", StopAt(44))
+    _, before = saved_tensors(tmp_path / "run")
+    had = vectors(tmp_path / "run")
+    steps = find_steps(RunDirectory(tmp_path / "run").checkpoints)
+    done = resize_here(tmp_path / "run", "item", rows, {})
+    assert [one.step for one in done] == steps
+    _, after = saved_tensors(tmp_path / "run")
+    has = vectors(tmp_path / "run")
+    assert len(has) == done[-1].kept == (len(had) if rows > ROWS else rows)
+    assert done[-1].lost == len(had) - len(has)
+    for id_, vector in has.items():
+        assert np.array_equal(vector, had[id_])
+    assert torch.equal(after["tables/item/weight"][-1], before["tables/item/weight"][-1]), "unknown ids' row"
+    ids, old_ids = after["vocabularies/item/ids"].numpy(), before["vocabularies/item/ids"].numpy()
+    for row in np.flatnonzero(ids != FREE):
+        old = int(np.flatnonzero(old_ids == ids[row])[0])
+        for state in ("tables/item/momentum1", "tables/item:bias/weight", "vocabularies/item/counts"):
+            assert torch.equal(after[state][row], before[state][old])
+    kept_counts = after["vocabularies/item/counts"].sum()
+    assert kept_counts <= before["vocabularies/item/counts"].sum()
+    free = np.flatnonzero(ids == FREE)
+    assert not after["tables/item/momentum1"][free].any()
+    directory = RunDirectory.open(tmp_path / "run")
+    config = directory.load_config({}).config
+    with open_world("cpu") as world:
+        result = train(config, world, directory, Reporter(), newest_intact(directory.checkpoints))
+    assert result.step == 50
+    assert audit_run(directory, {}).is_proved
+
+
+def test_only_a_managed_table_can_be_resized(drifting, tmp_path):
+    tree = tree_of(drifting)
+    tree["tables"]["user"] = {"dim": 8, "vocabulary": {"kind": "hash", "rows": 30}}
+    directory = RunDirectory.create(tmp_path / "run", Loaded(build_config(tree, {}, "test"), tree, "test"))
+    with pytest.raises(ConfigError, match="'user' has the vocabulary 'hash'"):
+        resize_here(directory.folder, "user", 40, {})
+    with pytest.raises(ConfigError, match=r"there is no table 'itme'\. Did you mean 'item'"):
+        resize_here(directory.folder, "itme", 40, {})
+    with pytest.raises(CheckpointError, match=r"has no checkpoint yet\. Start it anew .* tables\.item\.vocabulary\.rows=40"):
+        resize_here(directory.folder, "item", 40, {})
