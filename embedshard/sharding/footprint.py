@@ -26,6 +26,7 @@ Floats = npt.NDArray[np.float64]
 _FLOAT = 4
 _LENGTH = 8  # of a row under a key, int64
 _WEIGHT = {"fp32": 4, "fp16": 2}
+_MANAGED_ROW = 72  # who holds a row: its id, counts, the index over ids, and the sketch of those without a row
 _BY_ROWS = ("row_wise", "table_row_wise", "grid_shard")
 
 
@@ -58,7 +59,7 @@ class RankMemory:
         activations: looked-up vectors and layers' outputs, with their gradients.
         communication: ids on their way, and lookups' outputs before they are sent.
         dense: replicated parameters, their gradients (DDP's buckets) and optimizer state; gradients of replicated tables.
-        process: program and decoded data, on a cpu machine.
+        process: program and decoded data, and who holds which row of managed tables, on a cpu machine.
     """
 
     weights: int
@@ -160,9 +161,12 @@ class _Ledger:
         self._vectors_out, self._vectors_in = np.zeros((world, 2)), np.zeros((world, 2))
         self._lookups = np.zeros(world)
         self._pooled = self._batch_ids = 0.0
+        self._managed_rows = 0
         self._skew: dict[str, TableSkew] = {}
 
     def add(self, spec: TableSpec, table: RecordedTable, demand: Demand) -> None:
+        if spec.managed_by == spec.name:
+            self._managed_rows += -(-spec.rows // self._cluster.world_size)
         self._pooled += self._local_batch * demand.vectors * spec.dim * _FLOAT
         self._batch_ids += self._local_batch * (demand.ids * demand.id_bytes + demand.keys * _LENGTH)
         shares = self._shares(table, demand)
@@ -228,7 +232,7 @@ class _Ledger:
                 activations=round(2 * (self._pooled + layers)),
                 communication=round(float(buffers[rank])),
                 dense=2 * dense.weight_bytes + dense.state_bytes + round(float(self._replicated[rank])),
-                process=dense.process_bytes,
+                process=dense.process_bytes + (self._managed_rows * _MANAGED_ROW if dense.process_bytes else 0),
             )
             for rank in range(self._cluster.world_size)
         ]
