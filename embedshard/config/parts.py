@@ -1302,3 +1302,5 @@ class TrackingConfig(Strict):
 
     tensorboard: bool = True
     """Whether curves are written for TensorBoard."""
+    private: bool = False
+    """Whether ids are kept out of `result.json` and the report: a hash stands for each of the hottest ones."""

@@ -69,6 +69,7 @@ def report_page(run: Run, now: datetime) -> str:
             metrics=views.metric_table(run),
             slices=views.slice_table(run),
             progressive=views.progressive_table(run),
+            managed=views.managed_tables(run),
             column_slices=views.column_slice_tables(run),
             intervals=views.intervals(run),
             ids=mapping(run.result.get("ids")),

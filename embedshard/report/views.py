@@ -18,6 +18,7 @@ __all__ = [
     "hottest_rows",
     "intervals",
     "labels",
+    "managed_tables",
     "metric_table",
     "progressive_table",
     "slice_table",
@@ -107,10 +108,35 @@ class Chart:
 class HotRow:
     """One of the rows of a table that are looked up most, with its share of the feature's lookups."""
 
-    row: int
+    row: int | None
     id: str | None
     count: int
     share: float | None
+
+
+@dataclass(frozen=True)
+class ManagedTable:
+    """What became of the ids of a managed table, and how full its buckets are.
+
+    Attributes:
+        name: the table's.
+        rows: that ids can hold.
+        used: rows that hold one at the end.
+        admitted: ids that were given a row, of 1,000 steps.
+        evicted: ids that lost theirs, of 1,000 steps.
+        unknown_share: of the lookups, those of ids without a row.
+        emptiest: share of the rows in use in the bucket that has the least.
+        fullest: in the one that has the most.
+    """
+
+    name: str
+    rows: int
+    used: int
+    admitted: float | None
+    evicted: float | None
+    unknown_share: float | None
+    emptiest: float | None
+    fullest: float | None
 
 
 # --------------------------------------------------------------------------------------------------------- what is best
@@ -219,7 +245,41 @@ def hottest_rows(feature: Mapping[str, Any]) -> list[HotRow]:
     for entry in feature.get("hottest") or []:
         row, count, *rest = entry
         raw = rest[0] if rest else None
-        found.append(HotRow(int(row), None if raw is None else str(raw), int(count), count / total if total else None))
+        found.append(
+            HotRow(
+                None if row is None else int(row),
+                None if raw is None else str(raw),
+                int(count),
+                count / total if total else None,
+            )
+        )
+    return found
+
+
+def managed_tables(run: Run) -> list[ManagedTable]:
+    """Returns the managed tables of a run that has ended; what happened at steps that were rolled back is left out."""
+    found = []
+    for name, kept in mapping(run.result.get("vocabularies")).items():
+        prefix, of_table = f"train/vocabulary/{name}/", mapping(kept)
+        steps = max((step for step, _ in run.curves.get(f"{prefix}admitted", ())), default=0)
+        admitted, evicted = (
+            1000 * sum(value for _, value in run.curves.get(prefix + what, ())) / steps if steps else None
+            for what in ("admitted", "evicted")
+        )
+        unknown = [value for _, value in run.curves.get(f"{prefix}unknown_share", ())]
+        fill = [used / size for used, size in of_table.get("buckets") or [] if size]
+        found.append(
+            ManagedTable(
+                name=str(name),
+                rows=integer(of_table.get("rows")) or 0,
+                used=integer(of_table.get("used")) or 0,
+                admitted=admitted,
+                evicted=evicted,
+                unknown_share=sum(unknown) / len(unknown) if unknown else None,
+                emptiest=min(fill, default=None),
+                fullest=max(fill, default=None),
+            )
+        )
     return found
 
 

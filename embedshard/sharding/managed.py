@@ -267,12 +267,15 @@ class ManagedTables:
             self._counts[table] = VocabularyCounts()
         return taken
 
-    def loads(self) -> dict[str, list[int]]:
-        """Returns how many rows of each bucket hold an id, by table. Collective."""
-        return {
-            table: [used for of_rank in self._world.gather_objects(rows.slots.num_used().tolist()) for used in of_rank]
-            for table, rows in self.by_table.items()
-        }
+    def described(self) -> dict[str, Any]:
+        """Returns, by table, its rows, how many hold an id, and the same of each bucket, as JSON. Collective."""
+        found = {}
+        for table, rows in self.by_table.items():
+            used = [one for of_rank in self._world.gather_objects(rows.slots.num_used().tolist()) for one in of_rank]
+            sizes = np.diff(bucket_bounds(rows.slots.rows, rows.slots.buckets)).tolist()
+            buckets = [list(pair) for pair in zip(used, sizes, strict=True)]
+            found[table] = {"rows": rows.slots.rows, "used": sum(used), "buckets": buckets}
+        return found
 
     def state(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...]]]:
         """Yields this rank's part of the state, live: (name, block, offset, shape of the whole). Not collective."""

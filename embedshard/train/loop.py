@@ -414,6 +414,7 @@ def _conclude(
         "former_steps": parts.dataset.former.steps,
         "warm_start": run.read_json("warm_start.json") or {},
         "bad_rows": _bad_rows(parts, state),
+        "vocabularies": {} if parts.managed is None else parts.managed.described(),
         "skipped_files": parts.dataset.skipped_files,
     }
     result["bytes_read"] = sum(parts.world.gather_objects(parts.dataset.bytes_read))

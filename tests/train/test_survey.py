@@ -54,6 +54,7 @@ def opened(make_config, folder, item_policy="oov", **changes):
         "tables": {"user": {"rows": USERS}, "item": {"rows": ITEMS}},
         "objective": {"kind": "bce"},
         "evaluate": {"metrics": ["recall@5", "log_loss"]},
+        "tracking": {},
     }  # fmt: skip
     for section, values in changes.items():
         tree[section] |= values
@@ -191,3 +192,14 @@ def test_rows_without_a_weight_weigh_one_unless_they_are_set_aside(make_config, 
     rows = [row for group in good_rows_of(folder, "oov") for row in group]
     assert (found.label_sum, found.label_weight) == (sum(row["clicked"] for row in rows), len(rows))
     assert set(found.interactions.weights.tolist()) == {1.0}
+
+
+def test_private_ids_are_hashed(make_config, folder):
+    told = {}
+    for is_private in (False, True):
+        loaded = opened(make_config, folder, tracking={"private": is_private})
+        told[is_private] = take_survey(loaded, EVERYTHING).ids_json(loaded)["features"]["user_id"]["hottest"]
+    assert [count for _, count, _ in told[True]] == [count for _, count, _ in told[False]]
+    assert [row for row, _, _ in told[True]] == [None] * len(told[True])
+    assert all(id_.startswith("#") and len(id_) == 13 for _, _, id_ in told[True])
+    assert len({id_ for _, _, id_ in told[True]}) == len(told[True])

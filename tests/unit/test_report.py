@@ -234,6 +234,25 @@ def test_hostile_words_are_shown_and_not_obeyed(finished):
     assert "<script" not in write_report([finished, finished], finished / "two.html").read_text()
 
 
+def test_managed_vocabularies_are_shown(finished):
+    held = {"rows": 40, "used": 29, "buckets": [[10, 10], [4, 10], [8, 10], [7, 10]]}
+    change_result(finished, vocabularies={"item": held})
+    told = {f"train/vocabulary/item/{name}": value for name, value in (("admitted", 30), ("evicted", 1.5))}
+    with (finished / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "attempt": 1} | told | {"train/vocabulary/item/unknown_share": 0.25}) + "\n")
+    row = next(row for row in page_of(finished).row("item") if "40" in row)
+    assert row == ["item", "40", "29", "0 %", "10,000", "500.0", "25.00 %", "40.00 %", "100.00 %"]
+
+
+def test_private_ids_are_hashed(finished):
+    hottest = [[None, 14, "#0123456789ab"], [None, 11, "#ba9876543210"]]
+    feature = EVERY_KEY["ids"]["features"]["item_id"] | {"hottest": hottest}
+    change_result(finished, ids=EVERY_KEY["ids"] | {"features": {"item_id": feature}})
+    text = page_of(finished).text
+    assert "#0123456789ab" in text
+    assert "row None" not in text
+
+
 def test_every_key_of_a_result_is_shown(finished):
     metrics = change_result(finished, **EVERY_KEY)["metrics"]
     change_result(finished, metrics={"recall@5": 0.5, "ndcg@5": 0.25})
