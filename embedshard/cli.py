@@ -326,6 +326,62 @@ def similar(
 
 
 @app.command()
+def export(
+    run_dir: RunPath,
+    out: Annotated[
+        str, typer.Argument(metavar="OUT", help="A new folder, or an earlier export: a path or a URI.", show_default=False)
+    ],
+    index: Annotated[str, typer.Option(metavar="KIND", help="flat, hnsw, ivf, or auto: by the number of items.")] = "auto",
+    verify: Annotated[bool, typer.Option(help="Replay held-out users through what was exported.")] = True,
+    tolerance: Annotated[float, typer.Option(min=0, help="How far a metric may be from the run's.")] = 1e-3,
+    index_tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Which share of the exact lists the index may miss.")
+    ] = 0.05,
+    checkpoint: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    device: Device = "cpu",
+) -> None:
+    """Write vectors, the dense part and an index of items out of a run, and verify them. Exit code 1 if they differ."""
+    from embedshard.launch.export import export_here, show
+
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    found = export_here(
+        run_dir, out, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify, metric_tolerance=tolerance,
+        index_tolerance=index_tolerance, device=device, say=lambda part: err.print(f"... {part}"),
+    )  # fmt: skip
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2))
+    else:
+        show(found, Console(highlight=False))
+    if found.manifest is None:
+        raise typer.Exit(1)
+
+
+@app.command()
+def recommend(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="An export: a path or a URI.", show_default=False)],
+    user: Annotated[str, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)],
+    count: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
+    metadata: Annotated[
+        str | None,
+        typer.Option(metavar="PARQUET", help="What is known of items: their ids' column and others.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Show the best items for a user, from an export alone, without those that the user has met."""
+    from embedshard.export.recommend import recommend as recommended
+    from embedshard.launch.recommend import show
+
+    found = recommended(out, user, count, metadata)
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, default=str))
+    else:
+        show(found, Console(highlight=False))
+
+
+@app.command()
 def report(
     run_dirs: Annotated[
         list[str],

@@ -11,6 +11,7 @@ __all__ = [
     "ConfigError",
     "DataError",
     "EmbedshardError",
+    "ExportError",
     "PeerError",
     "PlanError",
     "StorageError",
@@ -52,6 +53,10 @@ class PlanError(EmbedshardError):
 
 class CheckpointError(EmbedshardError):
     """A checkpoint is missing, unfinished, damaged, or belongs to another run."""
+
+
+class ExportError(EmbedshardError):
+    """An export is missing, unfinished or damaged, or a folder that is none stands in its place."""
 
 
 class StorageError(EmbedshardError):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["Evaluator", "Split", "prediction_link"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import nn
 
 from embedshard.config import LOSS, Config
 from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
+from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
 from embedshard.data.dataset import Dataset
@@ -170,10 +171,19 @@ class Evaluator:
 
     # ---------------------------------------------------------------------------------------------------------- both
     def _encode(self, encode: Any, columns: Columns, count: int) -> torch.Tensor:
-        vectors = [
-            encode(self._collator.batch(columns, first, last).to(self._world.device)) for first, last in self._spans(count)
-        ]
-        return torch.cat(vectors)
+        return torch.cat(list(self.encoded(encode, columns, count)))
+
+    @torch.no_grad()
+    def encoded(self, encode: Callable[[Batch], torch.Tensor], columns: Columns, count: int) -> Iterator[torch.Tensor]:
+        """Yields the (B, D) vectors of rows, a batch at a time, in their order. Collective.
+
+        Args:
+            encode: the model's `encode_queries` or `encode_candidates`, in the mode for evaluation.
+            columns: features by name; one that is absent is empty.
+            count: how many rows they have.
+        """
+        for first, last in self._spans(count):
+            yield encode(self._collator.batch(columns, first, last).to(self._world.device))
 
     def _spans(self, count: int) -> list[tuple[int, int]]:
         size = self._config.evaluate.batch_size

@@ -16,7 +16,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from embedshard.errors import EmbedshardError
-from embedshard.launch.run_tables import Id, ids_in, table_of
+from embedshard.export.ids import Id
+from embedshard.launch.run_tables import ids_in, table_of
 from embedshard.storage import PathOrUri, reaching
 from embedshard.train.checkpoint_reader import Checkpoint, open_step
 from embedshard.train.run_directory import RunDirectory

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = ["Extracted", "extract_here"]
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from embedshard.config.parts import HashVocabulary, WordNgramsVocabulary
 from embedshard.data.mapped_ids import integers
-from embedshard.data.vocabulary import HeldIds, Vocabulary
+from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import ConfigError, DataError
+from embedshard.export.vectors import all_vectors, vector_file
 from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
-from embedshard.storage import Location, PathOrUri, locate, reaching
+from embedshard.storage import PathOrUri, locate, reaching
 from embedshard.train.checkpoint_reader import Checkpoint
 from embedshard.train.run_directory import RunDirectory
 
@@ -112,8 +111,8 @@ def extract_here(
                 )
             asked, rows = asked.filter(pa.array(~is_unknown)), rows[~is_unknown]
     place = locate(out)
-    with reaching(place), _parquet(place) as write:
-        blocks = _all(checkpoint, name, vocabulary) if rows is None else _chosen(checkpoint, name, asked, rows)
+    with reaching(place), vector_file(place) as write:
+        blocks = all_vectors(checkpoint, name, vocabulary) if rows is None else _chosen(checkpoint, name, asked, rows)
         written = sum(write(*block) for block in blocks)
         if not written:
             kind = pa.int64() if asked is None else asked.type
@@ -165,19 +164,6 @@ def _rows_of(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
 
 
 # --------------------------------------------------------------------------------------------------------- their vectors
-def _all(checkpoint: Checkpoint, name: str, vocabulary: Vocabulary) -> Iterator[tuple[pa.Array, IntArray, Any]]:
-    """Yields ids, rows and vectors of all ids; the row for unknown ids is nobody's."""
-    for first, block in checkpoint.row_blocks(name, lambda first, last: first < vocabulary.rows):
-        last = min(first + len(block), vocabulary.rows)
-        for start in range(first, last, _ROWS_AT_ONCE):
-            stop = min(start + _ROWS_AT_ONCE, last)
-            rows = np.arange(start, stop, dtype=np.int64)
-            if isinstance(vocabulary, HeldIds):
-                rows = rows[vocabulary.is_held[start:stop]]
-            if len(rows):
-                yield pa.array(vocabulary.ids_of(rows)), rows, block[torch.from_numpy(rows - first)].float().numpy()
-
-
 def _chosen(checkpoint: Checkpoint, name: str, ids: pa.Array, rows: IntArray) -> Iterator[tuple[pa.Array, IntArray, Any]]:
     """Yields ids, rows and vectors of some rows; files that hold none of them are not read."""
     order = np.argsort(rows, kind="stable")
@@ -197,31 +183,3 @@ def _chosen(checkpoint: Checkpoint, name: str, ids: pa.Array, rows: IntArray) ->
             places = slice(start, min(start + _ROWS_AT_ONCE, end))
             here = ascending[places]
             yield ids.take(pa.array(order[places])), here, block[here - first].float().numpy()
-
-
-@contextmanager
-def _parquet(place: Location) -> Iterator[Any]:
-    """Opens a Parquet file that is there when all is written: yields what writes a block and returns how many it is."""
-    target = place.parent.join(f".{place.name}.part") if place.is_local else place
-    writer: list[pq.ParquetWriter] = []
-
-    def write(ids: pa.Array, rows: IntArray, vectors: npt.NDArray[np.float32]) -> int:
-        flat = pa.array(np.ascontiguousarray(vectors).ravel())
-        of_rows = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-        content = pa.table({"id": ids, "row": pa.array(rows), "vector": of_rows})
-        if not writer:
-            writer.append(pq.ParquetWriter(stream, content.schema))
-        writer[0].write_table(content)
-        return len(rows)
-
-    place.parent.make_dirs()
-    try:
-        with target.filesystem.open_output_stream(target.path) as stream:
-            yield write
-            if writer:
-                writer[0].close()
-        if target is not place:
-            target.filesystem.move(target.path, place.path)
-    except BaseException:
-        target.delete_file()
-        raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Id", "check_holds", "ids_in", "open_checkpoint_of", "table_of", "vocabulary_table"]
+__all__ = ["check_holds", "ids_in", "open_checkpoint_of", "table_of", "vocabulary_table"]
 
 import numpy as np
 
@@ -14,8 +14,6 @@ from embedshard.errors import CheckpointError, ConfigError, nearest
 from embedshard.storage import reaching
 from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
 from embedshard.train.run_directory import RunDirectory
-
-Id = int | str | None
 
 
 def table_of(run: RunDirectory, config: Config, table: str | None) -> tuple[str, str, Vocabulary]:

@@ -6,28 +6,23 @@ __all__ = ["Neighbour", "Similar", "show", "similar_here", "vectors_here"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from embedshard.config import Config
-from embedshard.data.vocabulary import HeldIds, Vocabulary
-from embedshard.errors import DataError, nearest
-from embedshard.launch.run_tables import Id, check_holds, ids_in, open_checkpoint_of, table_of
-from embedshard.storage import PathOrUri, locate
+from embedshard.data.vocabulary import HeldIds
+from embedshard.errors import DataError
+from embedshard.export.ids import Id, read_metadata, row_of
+from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
+from embedshard.storage import PathOrUri
 from embedshard.train.checkpoint_reader import Checkpoint
 from embedshard.train.run_directory import RunDirectory
-
-_OFFERED_IDS: Final = 100_000
-"""Of the first so many ids of a vocabulary the one most like an unknown one is offered."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +99,7 @@ def similar_here(
     table, owner, vocabulary = table_of(run, config, table)
     checkpoint = open_checkpoint_of(run, checkpoint_step)
     vocabulary = ids_in(checkpoint, owner, vocabulary)
-    row = _row_of(id_, owner, vocabulary)
+    row = row_of(id_, owner, vocabulary)
     cosines = _cosines(checkpoint, f"tables/{table}/weight", row, id_)
     cosines[[row, vocabulary.rows]] = -np.inf
     if isinstance(vocabulary, HeldIds):
@@ -114,7 +109,7 @@ def similar_here(
     best = best[np.isfinite(cosines[best])].astype(np.int64, copy=False)
     rows = np.concatenate([np.array([row], dtype=np.int64), best])
     ids = vocabulary.ids_of(rows)
-    known = {} if metadata is None else _metadata(metadata, config, owner, ids)
+    known = {} if metadata is None else read_metadata(metadata, _id_columns(config, owner), owner, ids)
     found = [
         Neighbour(id_of_row, int(number), 1.0 if place == 0 else float(cosines[number]), known.get(id_of_row, {}))
         for place, (id_of_row, number) in enumerate(zip(ids, rows, strict=True))
@@ -177,31 +172,6 @@ def _named(near: Neighbour) -> str:
     return f"row {near.row}" if near.id is None else str(near.id)
 
 
-def _row_of(id_: str, table: str, vocabulary: Vocabulary) -> int:
-    """Returns the row of an id as it was typed.
-
-    Raises:
-        DataError: if the vocabulary does not know it; names the known one that is most like it.
-    """
-    row = -1
-    if id_.removeprefix("-").isdecimal() and abs(int(id_)) < 2**63:
-        try:
-            row = int(vocabulary.map_integers(np.array([int(id_)], dtype=np.int64))[0])
-        except DataError:  # its ids are strings
-            row = -1
-    if row < 0:
-        try:
-            row = int(vocabulary.map_strings(pa.array([id_], pa.large_string()))[0])
-        except DataError:  # its ids are integers
-            row = -1
-    if row < 0:
-        first = vocabulary.ids_of(np.arange(min(vocabulary.rows, _OFFERED_IDS), dtype=np.int64))
-        hint = nearest(id_, (str(known) for known in first if isinstance(known, str)))
-        hint = hint if any(isinstance(known, str) for known in first) else "Give one of these"
-        raise DataError(f"'{id_}' is not among {vocabulary.describe()}, the ids of table '{table}'. {hint.rstrip('.')}.")
-    return row
-
-
 def _cosines(checkpoint: Checkpoint, name: str, row: int, id_: str) -> npt.NDArray[np.float32]:
     """Returns the cosine of every row with one, -inf for a row of zeros. One file of the checkpoint is held at a time."""
     check_holds(checkpoint, name)
@@ -222,23 +192,6 @@ def _cosines(checkpoint: Checkpoint, name: str, row: int, id_: str) -> npt.NDArr
     return cosines.numpy()
 
 
-def _metadata(path: str, config: Config, table: str, ids: list[Id]) -> dict[Id, dict[str, Any]]:
-    """Returns what a Parquet file knows of ids, a row each."""
-    location = locate(path)
-    try:
-        with location.open_input() as file:
-            content = pq.read_table(file)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"--metadata {location.uri} cannot be read: {error}. It must be a Parquet file.") from error
+def _id_columns(config: Config, table: str) -> list[str]:
     of_table = {name: feature for name, feature in config.features.items() if getattr(feature, "table", None) == table}
-    columns = [feature.column or name for name, feature in of_table.items()]
-    key = next((column for column in columns if column in content.column_names), content.column_names[0])
-    wanted = pa.array([id_ for id_ in ids if id_ is not None])
-    try:
-        content = content.filter(pc.is_in(content[key], value_set=wanted.cast(content[key].type)))
-    except pa.ArrowInvalid as error:
-        raise DataError(
-            f"--metadata {location.uri}: column '{key}' is {content[key].type}, the ids of table '{table}' are not. "
-            f"Name the column of the ids '{columns[0]}', or put it first."
-        ) from error
-    return {record.pop(key): record for record in content.to_pylist()}
+    return [feature.column or name for name, feature in of_table.items()]

@@ -1,0 +1,306 @@
+"""What an export is: the folder, its manifest, which is written last, and the hashes that are checked before use.
+
+An export without a manifest is none: its writing did not finish, or it did not pass verification. Nothing that is read here
+can run code.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "MANIFEST",
+    "VERIFICATION",
+    "ExportedIndex",
+    "ExportedTable",
+    "ExportedTower",
+    "FileHash",
+    "Manifest",
+    "OpenExport",
+    "hash_file",
+    "hash_files",
+    "open_export",
+    "plain",
+    "prepare_folder",
+    "write_manifest",
+]
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from embedshard.errors import ExportError
+from embedshard.storage import Location, PathOrUri, locate, reaching
+
+MANIFEST: Final = "manifest.json"
+VERIFICATION: Final = "verification.json"
+_MARKER: Final = "EMBEDSHARD_EXPORT"
+_FOLDERS: Final = ("tables", "vocabularies", "tokenizers")
+_FILES: Final = ("users.parquet", "items.parquet", "seen.parquet", "dense.safetensors", "items.faiss", VERIFICATION)
+_PREFIXES: Final = ("items-",)
+_NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
+_CHUNK: Final = 2**22
+_LARGEST_MANIFEST: Final = 2**28
+
+FileName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class FileHash(_Part):
+    """A file as it was written.
+
+    Attributes:
+        size: in bytes.
+        sha256: of all of them, in hexadecimal.
+    """
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class ExportedTable(_Part):
+    """A table's vectors.
+
+    Attributes:
+        file: with the columns `id`, `row` and `vector`; the last row, without an id, is that of unknown ids.
+        vectors: how many.
+        dim: of each.
+        dtype: that the table was trained in; the file is float32.
+        has_ids: whether rows have ids; those of hashed ids have none.
+    """
+
+    file: FileName
+    vectors: int
+    dim: int
+    dtype: str
+    has_ids: bool
+
+
+class ExportedTower(_Part):
+    """What a tower made of all users, or of all items.
+
+    Attributes:
+        file: with the columns `id`, `row` and `vector`.
+        vectors: how many.
+        dim: of each.
+        feature: that names the user or the item.
+        columns: of the data in which the id stands.
+        table: whose rows `row` are.
+        vocabulary: how an id becomes a row: the table's config, with the export's file for a path.
+        features: that the tower reads.
+    """
+
+    file: FileName
+    vectors: int
+    dim: int
+    feature: str
+    columns: list[str]
+    table: str
+    vocabulary: dict[str, Any]
+    features: list[str]
+
+
+class ExportedIndex(_Part):
+    """The FAISS index of the items' vectors, by inner product; a number in it is a place in the items' file.
+
+    Attributes:
+        file: as FAISS writes it.
+        kind: `flat` is exact.
+        settings: with which it was built and is searched.
+    """
+
+    file: FileName
+    kind: Literal["flat", "hnsw", "ivf"]
+    settings: dict[str, int]
+
+
+class Manifest(_Part):
+    """All of an export.
+
+    Attributes:
+        format: of the manifest.
+        embedshard: the version that wrote it.
+        written: when, in ISO 8601.
+        run: the run's folder, its name alone.
+        step: of the checkpoint.
+        attempt: that wrote the checkpoint.
+        data: the position in the data (`step`, `samples_seen`), the fingerprint of the training files and their partitions.
+        config: the run's, with its `${VAR}` as they were written.
+        metrics: the run's own, as in its result.json.
+        tables: by name.
+        dense: the file of the dense part.
+        user: the users' vectors.
+        item: the items' vectors.
+        seen: the file of the items (`item`, a row) that users (`user`, a row) have met and are not recommended.
+        index: of the items.
+        quantised: files of the items' vectors in fewer bits, by name.
+        verification: what was found when the export was read again.
+        notes: what is not in it, and why.
+        files: all of them but the manifest.
+    """
+
+    format: Literal[1] = 1
+    embedshard: str
+    written: str
+    run: str
+    step: int
+    attempt: str
+    data: dict[str, Any]
+    config: dict[str, Any]
+    metrics: dict[str, float | None]
+    tables: dict[str, ExportedTable]
+    dense: FileName | None
+    user: ExportedTower | None = None
+    item: ExportedTower | None = None
+    seen: FileName | None = None
+    index: ExportedIndex | None = None
+    quantised: dict[str, FileName] = {}
+    verification: dict[str, Any] | None = None
+    notes: list[str] = []
+    files: dict[FileName, FileHash]
+
+
+class OpenExport:
+    """An export that is whole as far as its manifest tells. Made by `open_export`.
+
+    Attributes:
+        folder: where it is.
+        manifest: what it is.
+    """
+
+    def __init__(self, folder: Location, manifest: Manifest) -> None:
+        self.folder, self.manifest = folder, manifest
+        self._checked: set[str] = set()
+
+    def file(self, name: str) -> Location:
+        """Returns a file of the export, after its size and SHA-256 were compared with the manifest's, once.
+
+        Raises:
+            ExportError: naming the file, if it is missing or another than was written.
+            StorageError: if it cannot be read.
+        """
+        place = self.folder.join(*name.split("/"))
+        if name in self._checked:
+            return place
+        expected = self.manifest.files.get(name)
+        if expected is None:
+            raise ExportError(f"{place.uri} is not among the files that {MANIFEST} lists. {_again(self.folder)}")
+        with reaching(place):
+            if not place.is_file():
+                raise ExportError(f"{place.uri} is missing; {MANIFEST} lists it. {_again(self.folder)}")
+            found = hash_file(place)
+        if found != expected:
+            what = (
+                f"{found.size:,} bytes, not {expected.size:,}"
+                if found.size != expected.size
+                else (f"the SHA-256 {found.sha256[:12]}..., not {expected.sha256[:12]}...")
+            )
+            raise ExportError(f"{place.uri} has {what}: it is not what was exported. {_again(self.folder)}")
+        self._checked.add(name)
+        return place
+
+
+def prepare_folder(out: PathOrUri | Location) -> Location:
+    """Makes the folder of an export, or empties that of an earlier one, finished or not; its manifest goes first.
+
+    Raises:
+        ExportError: if something else is there.
+        StorageError: if it cannot be written.
+    """
+    folder = locate(out)
+    with reaching(folder):
+        names = [] if folder.is_file() else folder.list_names()
+        if folder.is_file() or (names and _MARKER not in names):
+            shown = "is a file" if folder.is_file() else f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+            raise ExportError(
+                f"{folder.uri} {shown} and is no earlier export, so it is not written over. Name a new folder, or an export."
+            )
+        folder.make_dirs()
+        folder.join(MANIFEST).delete_file()
+        folder.join(_MARKER).write_text_atomically("An export of embedshard: it is whole if it has a manifest.json.\n")
+        for name in names:
+            if name in _FOLDERS:
+                folder.join(name).delete_tree()
+            elif name in _FILES or name.startswith(_PREFIXES):
+                folder.join(name).delete_file()
+    return folder
+
+
+def write_manifest(folder: Location, manifest: Manifest) -> None:
+    """Writes the manifest, by which the folder becomes an export.
+
+    Raises:
+        StorageError: if it cannot be written.
+    """
+    with reaching(folder):
+        folder.join(MANIFEST).write_text_atomically(manifest.model_dump_json(indent=2) + "\n")
+
+
+def open_export(out: PathOrUri | Location) -> OpenExport:
+    """Opens an export: reads its manifest; files are checked as they are used.
+
+    Raises:
+        ExportError: if it is none, did not finish, or its manifest is damaged.
+        StorageError: if it cannot be read.
+    """
+    folder = locate(out)
+    place = folder.join(MANIFEST)
+    with reaching(place):
+        if not place.is_file():
+            if not folder.exists():
+                raise ExportError(f"{folder.uri} is not there. Make it: embedshard export RUN_DIR {folder.uri}")
+            why = "holds no export"
+            if folder.join(_MARKER).exists():
+                why = "has no manifest, so its export did not finish or did not pass verification"
+                why += f" (see {VERIFICATION})" if folder.join(VERIFICATION).exists() else ""
+            raise ExportError(f"{folder.uri} {why}. {_again(folder)}")
+        if place.size() > _LARGEST_MANIFEST:
+            raise ExportError(f"{place.uri} has {place.size():,} bytes, more than a manifest ever has. {_again(folder)}")
+        content = place.read_bytes()
+    try:
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        detail = error.errors()[0]
+        where = ".".join(map(str, detail["loc"]))
+        raise ExportError(f"{place.uri} is damaged: {where or 'it'}: {detail['msg']}. {_again(folder)}") from error
+    return OpenExport(folder, manifest)
+
+
+def hash_files(folder: Location) -> dict[str, FileHash]:
+    """Returns the files of an export that is being written, by name, those in folders with the folder's."""
+    names = []
+    for name in folder.list_names():
+        if name in _FOLDERS:
+            names += [f"{name}/{below}" for below in folder.join(name).list_names()]
+        elif name in _FILES or name.startswith(_PREFIXES):
+            names.append(name)
+    return {name: hash_file(folder.join(*name.split("/"))) for name in names}
+
+
+def hash_file(place: Location) -> FileHash:
+    """Returns a file's size and SHA-256, read a part at a time."""
+    digest, size = hashlib.sha256(), 0
+    for chunk in _chunks(place):
+        digest.update(chunk)
+        size += len(chunk)
+    return FileHash(size=size, sha256=digest.hexdigest())
+
+
+def plain(value: Any) -> Any:
+    """Returns a value as JSON knows it: numbers that are not finite become null."""
+    return json.loads(json.dumps(value), parse_constant=lambda _: None)
+
+
+def _chunks(place: Location) -> Iterator[bytes]:
+    with place.open_input() as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _again(folder: Location) -> str:
+    return f"Export the run again: embedshard export RUN_DIR {folder.uri}"

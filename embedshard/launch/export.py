@@ -1,0 +1,344 @@
+"""Exports a run: writes all parts, reads them again, and makes them an export by a manifest if they are what the run was."""
+
+from __future__ import annotations
+
+__all__ = ["Exported", "export_here", "show"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from embedshard import __version__
+from embedshard.config import Config
+from embedshard.config.parts import ManagedVocabulary, TwoTowerConfig
+from embedshard.data.vocabulary import Vocabulary, load_vocabularies
+from embedshard.data.vocabulary_building import kept_vocabularies
+from embedshard.errors import ConfigError
+from embedshard.evaluate.held_out import SPLITS, Split
+from embedshard.evaluate.ranking import parse_metric
+from embedshard.export.index import build_index, choose_kind, save_index
+from embedshard.export.manifest import (
+    VERIFICATION,
+    ExportedIndex,
+    ExportedTower,
+    Manifest,
+    hash_files,
+    plain,
+    prepare_folder,
+    write_manifest,
+)
+from embedshard.export.parts import copy_vocabularies, kept_vocabulary, tables_in, write_dense, write_tables
+from embedshard.export.read import spread_vectors, vector_blocks
+from embedshard.export.towers import write_items, write_seen, write_users
+from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
+from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
+from embedshard.quantities import size
+from embedshard.storage import Location, PathOrUri, reaching
+from embedshard.train.assembly import Assembly, assemble
+from embedshard.train.checkpoint_reader import Checkpoint
+from embedshard.train.run_directory import RunDirectory
+from embedshard.train.snapshot import restore_model
+from embedshard.train.tracking import json_text
+from embedshard.world import open_world
+
+_RANKING = "recall@10"
+"""What users are replayed by where the run has no metric that ranks."""
+_TUNING_QUERIES, _LEAST_K = 256, 10
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        out: the folder.
+        step: of the checkpoint.
+        manifest: None where verification failed, and the folder is no export.
+        verification: what was found; None where nothing could be, or was not to be, replayed.
+    """
+
+    out: str
+    step: int
+    manifest: Manifest | None
+    verification: Verification | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns it as plain data."""
+        found = None if self.verification is None else self.verification.to_json()
+        files = {} if self.manifest is None else {name: file.size for name, file in self.manifest.files.items()}
+        notes = [] if self.manifest is None else self.manifest.notes
+        return {"out": self.out, "step": self.step, "exported": self.manifest is not None, "notes": notes,
+                "verification": plain(found), "files": files}  # fmt: skip
+
+
+def export_here(
+    run_dir: PathOrUri,
+    out: PathOrUri,
+    environment: Mapping[str, str],
+    *,
+    checkpoint_step: int | None = None,
+    index: str = "auto",
+    verifies: bool = True,
+    metric_tolerance: float = METRIC_TOLERANCE,
+    index_tolerance: float = INDEX_TOLERANCE,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Exported:
+    """Exports a checkpoint of a run into a folder that is new or an earlier export. In one process.
+
+    Args:
+        run_dir: the run's folder.
+        out: the export's.
+        environment: gives configs their `${VAR}`.
+        checkpoint_step: None takes the one that the run selected, else the newest.
+        index: `auto` or a kind.
+        verifies: whether held-out users are replayed. What fails has no manifest, and is no export.
+        metric_tolerance: how far a metric may be from the run's.
+        index_tolerance: which share of the exact lists the index may miss.
+        device: where the towers are computed.
+        say: is told what is being done.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    choose_kind(index, 0)
+    run = RunDirectory.open(run_dir)
+    loaded = run.load_config(environment)
+    config, checkpoint = loaded.config, open_checkpoint_of(run, checkpoint_step)
+    resolved, result = run.read_json("inventory.json") or {}, run.read_json("result.json") or {}
+    tokenizers, counted = resolved.get("tokenizers", {}), kept_vocabularies(config, run.vocabularies)
+    vocabularies = load_vocabularies(config, tokenizers, counted)
+    folder = prepare_folder(out)
+    with reaching(folder):
+        say("tables, dense part, vocabularies")
+        tables = write_tables(checkpoint, _owners(config, checkpoint, vocabularies), folder)
+        dense = write_dense(checkpoint, folder)
+        files = copy_vocabularies(config, counted, tokenizers, folder)
+        why_not = _why_no_towers(config)
+        own_metrics = plain(result.get("metrics", {})) if result.get("selected_step") == checkpoint.step else {}
+        if why_not:
+            towers = _Towers(notes=[why_not])
+        else:
+            with open_world(device) as world:
+                if world.world_size > 1:
+                    raise ConfigError(
+                        f"an export is written by one process, and {world.world_size} were started. Start one."
+                    )
+                say("data and model")
+                config = _that_ranks(config)
+                parts = assemble(config, world, resolved or None, vocabularies=run.vocabularies, initialises=False)
+                restore_model(checkpoint, parts.model, parts.managed)
+                towers = _write_towers(parts, folder, files, index, say)
+                if verifies:
+                    say("verification")
+                    tolerances = metric_tolerance, index_tolerance
+                    towers.verification = _verify(parts, folder, towers, own_metrics, tolerances)
+        found = towers.verification
+        if found is not None:
+            folder.join(VERIFICATION).write_text_atomically(json_text(plain(found.to_json()), indent=2) + "\n")
+            if not found.passed:
+                return Exported(folder.uri, checkpoint.step, None, found)
+        manifest = Manifest(
+            embedshard=__version__,
+            written=datetime.now(UTC).isoformat(timespec="seconds"),
+            run=run.folder.name,
+            step=checkpoint.step,
+            attempt=checkpoint.attempt,
+            data={
+                "step": checkpoint.step,
+                "samples_seen": checkpoint.state.get("train", {}).get("samples_seen"),
+                "fingerprint": checkpoint.state.get("data"),
+                "partitions": checkpoint.state.get("partitions"),
+            },
+            config=plain(loaded.tree),
+            metrics=own_metrics,
+            tables=tables,
+            dense=dense,
+            user=towers.user,
+            item=towers.item,
+            seen=towers.seen,
+            index=towers.index,
+            verification=None if found is None else plain(found.to_json()),
+            notes=towers.notes,
+            files=hash_files(folder),
+        )
+        write_manifest(folder, manifest)
+    return Exported(folder.uri, checkpoint.step, manifest, found)
+
+
+def show(found: Exported, console: Console) -> None:
+    """Prints what was written and what verification found."""
+    checked = found.verification
+    if checked is not None:
+        console.print(
+            f"Replayed {checked.queries:,} users of the {checked.split} set through the exported files, against "
+            f"{checked.against}: scores differ by at most {checked.score_error:.1e}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+        table = Table()
+        for heading in ("", "run", "export", "lost"):
+            table.add_column(heading, justify="left" if not heading else "right")
+        for name, values in checked.metrics.items():
+            lost = f"{values['run'] - values['export']:.1e}"
+            table.add_row(name, f"{values['run']:.4f}", f"{values['export']:.4f}", lost)
+        lists = {f"{checked.index['kind']} index": checked.index} if checked.index else {}
+        for name, recall in (lists | checked.quantised).items():
+            table.add_row(
+                f"{name}: of the exact lists of {checked.k}", "", f"{recall['recall']:.4f}", f"{recall['recall_lost']:.1e}"
+            )
+        console.print(table)
+    if found.manifest is None:
+        assert checked is not None, "nothing else keeps the manifest back"
+        for problem in checked.problems:
+            console.print(f"Out of tolerance: {problem}.", markup=False, soft_wrap=True, highlight=False)
+        console.print(f"{found.out} is no export: it has no manifest.", markup=False, soft_wrap=True, highlight=False)
+        return
+    manifest = found.manifest
+    for note in manifest.notes:
+        console.print(note, markup=False, soft_wrap=True, highlight=False)
+    total = size(sum(file.size for file in manifest.files.values()))
+    towers = [f"{tower.vectors:,} {name}" for name, tower in (("users", manifest.user), ("items", manifest.item)) if tower]
+    what = ", ".join([f"{len(manifest.tables)} tables", *towers])
+    console.print(f"Step {found.step}: {what}; {total} in {len(manifest.files)} files: {found.out}",
+                  markup=False, soft_wrap=True, highlight=False)  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------- what there is
+def _owners(config: Config, checkpoint: Checkpoint, vocabularies: Mapping[str, Vocabulary]) -> dict[str, Vocabulary | None]:
+    """Returns whose ids the rows of each table are; None of a tree's nodes, and where an id is the sum of two rows."""
+    found: dict[str, Vocabulary | None] = {}
+    for table in tables_in(checkpoint):
+        try:
+            owner = vocabulary_table(config, table)
+        except ConfigError:
+            found[table] = None
+            continue
+        is_composed = config.tables[owner].composition is not None
+        found[table] = None if is_composed else ids_in(checkpoint, owner, vocabularies[owner])
+    return found
+
+
+def _why_no_towers(config: Config) -> str:
+    """Returns why there are no vectors of users and items; nothing where there are."""
+    model = config.model
+    if not isinstance(model, TwoTowerConfig):
+        return f"Vectors of users and items are exported of a two_tower; this is a {model.kind}."
+    for role in ("user_id", "item_id"):
+        feature = config.identity(role)
+        if feature is None:
+            return f"There are no vectors of users and items: no id feature names the {role.removesuffix('_id')}."
+        table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
+        if isinstance(config.tables[table].vocabulary, ManagedVocabulary):
+            return f"No vectors of users and items: the rows of table '{table}' change hands, and nothing ranks by them."
+    if config.data.catalogue is None and config.item_features() != [config.identity("item_id")]:
+        return (
+            "There are no vectors of users and items: the item tower reads more than the id, and there is no data.catalogue."
+        )
+    return ""
+
+
+def _that_ranks(config: Config) -> Config:
+    """Returns the config, with a metric that ranks where it has none: the catalogue is opened for it."""
+    if any(parse_metric(name).ranks for name in config.evaluate.metrics):
+        return config
+    metrics = [*config.evaluate.metrics, _RANKING]
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": metrics})})
+
+
+# ----------------------------------------------------------------------------------------------------------- the towers
+@dataclass
+class _Towers:
+    """What came of the towers."""
+
+    user: ExportedTower | None = None
+    item: ExportedTower | None = None
+    seen: str | None = None
+    index: ExportedIndex | None = None
+    verification: Verification | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def _split(parts: Assembly) -> Split | None:
+    return next((split for split in reversed(SPLITS) if parts.evaluator.has(split)), None)
+
+
+@torch.no_grad()
+def _write_towers(
+    parts: Assembly, folder: Location, files: Mapping[str, str], index: str, say: Callable[[str], None]
+) -> _Towers:
+    model, sets = parts.model.module, parts.evaluator.sets
+    parts.model.eval()
+    say("items")
+    items = folder.join("items.parquet")
+    num_items, dim = write_items(parts, model, items)
+    say("users")
+    num_users, _ = write_users(parts, model, folder.join("users.parquet"))
+    written = _Towers(
+        user=_tower(parts.config, files, "users.parquet", sets.user_id, num_users, dim),
+        item=_tower(parts.config, files, "items.parquet", sets.item_id, num_items, dim),
+    )
+    if parts.config.evaluate.filter_seen:
+        say("items that users have met")
+        written.seen = "seen.parquet"
+        write_seen(parts, _split(parts), folder.join(written.seen))
+    say("index")
+    kind = choose_kind(index, num_items)
+    queries = spread_vectors(folder.join("users.parquet" if num_users else "items.parquet"), _TUNING_QUERIES)
+    built, settings = build_index(kind, lambda: vector_blocks(items), num_items, dim, queries, _LEAST_K)
+    save_index(built, folder.join("items.faiss"))
+    written.index = ExportedIndex(file="items.faiss", kind=kind, settings=settings)
+    if _split(parts) is None:
+        written.notes.append("Nothing was replayed: the run has neither a validation nor a test set.")
+    return written
+
+
+def _tower(config: Config, files: Mapping[str, str], file: str, feature: str, count: int, dim: int) -> ExportedTower:
+    table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
+    of_table = {name: one for name, one in config.features.items() if getattr(one, "table", None) == table}
+    names = [feature, *(name for name in of_table if name != feature)]
+    model = config.model
+    assert isinstance(model, TwoTowerConfig), "there are towers"
+    tower = model.user if file == "users.parquet" else model.item
+    return ExportedTower(
+        file=file, vectors=count, dim=dim, feature=feature, columns=[of_table[name].column or name for name in names],
+        table=table, vocabulary=kept_vocabulary(config, table, files), features=list(tower.features),
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def _verify(
+    parts: Assembly,
+    folder: Location,
+    towers: _Towers,
+    own_metrics: Mapping[str, float],
+    tolerances: tuple[float, float],
+) -> Verification | None:
+    split = _split(parts)
+    if split is None or towers.index is None:
+        return None
+    model, sets = parts.model.module, parts.evaluator.sets
+    ranked, is_whole = prepare(sets.ranked(split))
+    metrics = [name for name in parts.config.evaluate.metrics if parse_metric(name).ranks]
+    has_own = is_whole and split == "test" and all(name in own_metrics for name in metrics)
+
+    def encode(what: str) -> torch.Tensor:
+        if what == "queries":
+            return torch.cat(list(parts.evaluator.encoded(model.encode_queries, ranked.queries, len(ranked.users))))
+        catalogue = sets.catalogue
+        return torch.cat(list(parts.evaluator.encoded(model.encode_candidates, catalogue.columns, len(catalogue))))
+
+    return verify(
+        split, ranked, metrics, own_metrics if has_own else None, encode,
+        users=folder.join("users.parquet"),
+        items=folder.join("items.parquet"),
+        seen=None if towers.seen is None else folder.join(towers.seen),
+        index=(towers.index.kind, folder.join(towers.index.file)),
+        quantised={},
+        metric_tolerance=tolerances[0],
+        index_tolerance=tolerances[1],
+    )  # fmt: skip
