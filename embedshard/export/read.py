@@ -5,9 +5,10 @@ Shapes: Q given rows, N rows of a file, D dim.
 
 from __future__ import annotations
 
-__all__ = ["ids_at", "rows_of", "seen_by", "spread_vectors", "vector_blocks", "vectors_of"]
+__all__ = ["ids_at", "matrix", "rows_of", "seen_by", "spread_vectors", "vector_blocks", "vectors_of"]
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ def vector_blocks(place: Location) -> Iterator[FloatArray]:
     with place.open_input() as file:
         parquet = _opened(place, file)
         for group in range(parquet.num_row_groups):
-            yield _matrix(parquet.read_row_group(group, columns=["vector"])["vector"])
+            yield matrix(parquet.read_row_group(group, columns=["vector"])["vector"])
 
 
 def rows_of(place: Location) -> IntArray:
@@ -55,7 +56,7 @@ def vectors_of(place: Location, rows: IntArray) -> tuple[FloatArray, npt.NDArray
             counts = ends - begins
             if not counts.any():
                 continue
-            block = _matrix(parquet.read_row_group(group, columns=["vector"])["vector"])
+            block = matrix(parquet.read_row_group(group, columns=["vector"])["vector"])
             if vectors is None:
                 vectors = np.zeros((len(rows), block.shape[1]), dtype=np.float32)
             for at in np.flatnonzero(counts).tolist():
@@ -76,7 +77,7 @@ def spread_vectors(place: Location, wanted: int) -> FloatArray:
             rows = parquet.metadata.row_group(group).num_rows
             here = places[(places >= first) & (places < first + rows)] - first
             if len(here):
-                taken.append(_matrix(parquet.read_row_group(group, columns=["vector"])["vector"])[here])
+                taken.append(matrix(parquet.read_row_group(group, columns=["vector"])["vector"])[here])
             first += rows
     return np.concatenate(taken) if taken else np.zeros((0, 0), dtype=np.float32)
 
@@ -117,10 +118,10 @@ def _places(values: IntArray, order: IntArray, wanted: IntArray) -> tuple[IntArr
     return place, values[place] == wanted
 
 
-def _matrix(column: pa.ChunkedArray) -> FloatArray:
+def matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Returns a column of lists of one length as a matrix, (n, D)."""
     parts = [chunk.flatten().to_numpy().reshape(len(chunk), -1) for chunk in column.chunks if len(chunk)]
-    joined: FloatArray = np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
-    return joined
+    return np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
 
 
 def _opened(place: Location, file: pa.NativeFile) -> pq.ParquetFile:

@@ -7,7 +7,8 @@ __all__ = ["Exported", "export_here", "show"]
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -33,6 +34,7 @@ from embedshard.export.manifest import (
     write_manifest,
 )
 from embedshard.export.parts import copy_vocabularies, kept_vocabulary, tables_in, write_dense, write_tables
+from embedshard.export.quantised import QUANTISED, dequantised, write_quantised
 from embedshard.export.read import spread_vectors, vector_blocks
 from embedshard.export.towers import write_items, write_seen, write_users
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
@@ -163,6 +165,7 @@ def export_here(
             item=towers.item,
             seen=towers.seen,
             index=towers.index,
+            quantised=dict(towers.quantised),
             verification=None if found is None else plain(found.to_json()),
             notes=towers.notes,
             files=hash_files(folder),
@@ -259,6 +262,7 @@ class _Towers:
     item: ExportedTower | None = None
     seen: str | None = None
     index: ExportedIndex | None = None
+    quantised: dict[Literal["fp16", "int8"], str] = field(default_factory=dict)
     verification: Verification | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -292,6 +296,11 @@ def _write_towers(
     built, settings = build_index(kind, lambda: vector_blocks(items), num_items, dim, queries, _LEAST_K)
     save_index(built, folder.join("items.faiss"))
     written.index = ExportedIndex(file="items.faiss", kind=kind, settings=settings)
+    say("items in fewer bits")
+    for name in QUANTISED if num_items else ():
+        file = f"items-{name}.parquet"
+        write_quantised(name, items, folder.join(file))
+        written.quantised[name] = file
     if _split(parts) is None:
         written.notes.append("Nothing was replayed: the run has neither a validation nor a test set.")
     return written
@@ -338,7 +347,9 @@ def _verify(
         items=folder.join("items.parquet"),
         seen=None if towers.seen is None else folder.join(towers.seen),
         index=(towers.index.kind, folder.join(towers.index.file)),
-        quantised={},
+        quantised={
+            f"{name} items": partial(dequantised, name, folder.join(file)) for name, file in towers.quantised.items()
+        },
         metric_tolerance=tolerances[0],
         index_tolerance=tolerances[1],
     )  # fmt: skip

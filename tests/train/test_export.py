@@ -76,6 +76,18 @@ def test_an_export_holds_what_the_checkpoint_and_the_model_hold(trained, interac
     met = {row["user_id"] for row in rows_of(interactions, "train", "validation", "test")}
     assert sorted(users["id"].to_pylist()) == sorted(met)
     assert pq.read_table(out / "items.parquet")["id"].to_pylist() == list(range(30))
+    items = np.array(pq.read_table(out / "items.parquet")["vector"].to_pylist(), np.float32)
+    halves = pq.read_table(out / "items-fp16.parquet")
+    assert halves["vector"].type.value_type == pa.float16()
+    assert np.array_equal(np.array(halves["vector"].to_pylist(), np.float16), items.astype(np.float16))
+    in_bytes = pq.read_table(out / "items-int8.parquet")
+    assert in_bytes["vector"].type.value_type == pa.uint8()
+    scale, bias = (in_bytes[name].to_numpy()[:, None] for name in ("scale", "bias"))
+    given_back = np.array(in_bytes["vector"].to_pylist()) * scale + bias
+    assert (np.abs(given_back - items) <= 0.51 * scale + 1e-6).all()
+    assert np.abs(given_back - items).max() > 0
+    assert found.verification.quantised.keys() == {"fp16 items", "int8 items"}
+    assert all(0.8 < one["recall"] <= 1 for one in found.verification.quantised.values())
     listed = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == listed - {"manifest.json", "EMBEDSHARD_EXPORT"}
 
@@ -157,6 +169,18 @@ def test_an_unseen_user_is_told(trained, tmp_path):
         recommend(out, "anna", 5)
     with pytest.raises(DataError, match="user '77' was not in the data"):
         recommend(out, "77", 5)
+
+
+def test_users_without_a_row_are_replayed_as_one_and_recommended_nothing(trained, tmp_path):
+    out = tmp_path / "out"
+    changes = {
+        "tables": {"user": {"rows": 30}},
+        "features": {"user_id": {"kind": "id", "table": "user", "unknown": "oov"}},
+    }
+    assert export_here(trained(changes), out, {}).verification.passed
+    assert pq.read_table(out / "users.parquet")["id"].null_count == 1
+    with pytest.raises(DataError, match="no vector of user '35'"):
+        recommend(out, "35", 5)
 
 
 def test_hashed_ids_have_rows_and_users_are_found_by_their_hash(trained, interactions, tmp_path):
