@@ -35,6 +35,7 @@ _POINTS_PER_CELL: Final = 39  # below it FAISS warns that cells are not trained 
 _TRAINED_POINTS_PER_CELL: Final = 128
 _WANTED_RECALL: Final = 0.99
 _MOST_EFFORT: Final = 4096
+_SLACK: Final = 0.005
 
 
 def choose_kind(asked: str, num_items: int) -> Kind:
@@ -154,19 +155,27 @@ def _set_effort(
         order = np.argsort(-best_scores, axis=1, kind="stable")[:, :k]
         best_scores, best = np.take_along_axis(best_scores, order, 1), np.take_along_axis(best, order, 1)
         first += len(block)
-    name, most = ("nprobe", index.nlist) if kind == "ivf" else ("ef_search", _MOST_EFFORT)
-    effort = 1 if kind == "ivf" else 16
+    name, most, effort = ("nprobe", index.nlist, 1) if kind == "ivf" else ("ef_search", _MOST_EFFORT, 16)
+    recalls: dict[int, float] = {}
     while True:
-        effort = min(effort, most)
-        if kind == "ivf":
-            index.nprobe = effort
-        else:
-            index.hnsw.efSearch = effort
+        _look_as_hard(kind, index, effort)
         found, _ = look_up(index, queries, k)
-        hits = np.mean([np.isin(best[row], found[row]).mean() for row in range(len(queries))])
-        if hits >= _WANTED_RECALL or effort == most:
-            return {name: effort}
-        effort *= 2
+        recalls[effort] = float(np.mean([np.isin(best[row], found[row]).mean() for row in range(len(queries))]))
+        if recalls[effort] >= _WANTED_RECALL or effort == most:
+            break
+        effort = min(2 * effort, most)
+    # Where more no longer helps, as in a graph that does not lead everywhere, the least that finds as much.
+    enough = min(_WANTED_RECALL, max(recalls.values()) - _SLACK)
+    effort = next(effort for effort, recall in recalls.items() if recall >= enough)
+    _look_as_hard(kind, index, effort)
+    return {name: effort}
+
+
+def _look_as_hard(kind: Kind, index: Any, effort: int) -> None:
+    if kind == "ivf":
+        index.nprobe = effort
+    else:
+        index.hnsw.efSearch = effort
 
 
 def _sample(blocks: Iterator[FloatArray], num_items: int, wanted: int) -> FloatArray:

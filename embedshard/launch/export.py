@@ -165,7 +165,7 @@ def export_here(
             item=towers.item,
             seen=towers.seen,
             index=towers.index,
-            quantised=dict(towers.quantised),
+            quantised={str(name): file for name, file in towers.quantised.items()},
             verification=None if found is None else plain(found.to_json()),
             notes=towers.notes,
             files=hash_files(folder),
