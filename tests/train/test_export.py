@@ -255,6 +255,28 @@ def test_vectors_that_are_not_the_models_are_found(trained, tmp_path, monkeypatc
     assert found.verification.index["recall_lost"] == 0  # each by itself: the index is of the vectors that were written
 
 
+def test_an_index_that_misses_is_told_by_itself(trained, tmp_path, monkeypatch):
+    import embedshard.launch.export as module
+
+    build = module.build_index
+
+    def faulty(kind, blocks, *rest):
+        return build(kind, lambda: (np.roll(block, 7, axis=0) for block in blocks()), *rest)
+
+    monkeypatch.setattr(module, "build_index", faulty)
+    run, out = trained(), tmp_path / "out"
+    found = export_here(run, out, {})
+    assert found.manifest is None
+    (problem,) = found.verification.problems
+    assert problem.startswith("the flat index misses")
+    assert found.verification.score_error < 1e-6
+    assert not (out / "manifest.json").exists()
+    assert export_here(run, out, {}, index_tolerance=1.0).manifest is not None
+    unverified = export_here(run, out, {}, verifies=False)
+    assert unverified.verification is None
+    assert "verification.json" not in unverified.manifest.files
+
+
 def test_only_a_new_folder_or_an_export_is_written_over(trained, tmp_path):
     run, out = trained(), tmp_path / "out"
     out.mkdir()
