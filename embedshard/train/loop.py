@@ -99,7 +99,8 @@ def train(
     if is_new:
         start_warm(parts, run, reporter)
     elif resume_from is None and days.continues is not None:
-        restore(days.continues.checkpoint(), parts.model, parts.optimizers, parts.objective, parts.managed)
+        former = days.continues.checkpoint()
+        restore(former, parts.model, parts.optimizers, parts.objective, parts.managed, is_same_run=False)
         if parts.managed is not None:
             parts.managed.count_steps_anew()
     if resume_from is not None:
