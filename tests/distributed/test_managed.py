@@ -10,6 +10,7 @@ import torch
 
 from embedshard.config import Loaded, build_config
 from embedshard.errors import CheckpointError, ConfigError, DataError
+from embedshard.launch.checkpoint_diff import diff_here
 from embedshard.launch.rehearsing import LocalGroup
 from embedshard.launch.resize import resize_here
 from embedshard.launch.similar import vectors_here
@@ -263,11 +264,18 @@ def vectors(path):
 @pytest.mark.parametrize("rows", [61, 11])
 def test_another_number_of_rows(drifting, tmp_path, rows, saved_tensors):
     tree = tree_of(drifting, checkpoint={"every_steps": 10, "keep": 2})
+    tree["tables"]["user"]["vocabulary"]["rows"] = 50
     tree["data"]["validation"] = tree["data"]["train"]
     with pytest.raises(KeyboardInterrupt):
         run(tree, tmp_path / "run", StopAt(44))
     _, before = saved_tensors(tmp_path / "run")
     had = vectors(tmp_path / "run")
+    found = diff_here(tmp_path / "run", 30, 40, {})
+    item = next(table for table in found.tables if table.table == "item")
+    assert item.changed_hands > 0
+    assert item.moved + item.changed_hands <= ROWS + 1
+    assert {moved.id for moved in item.most_moved} <= {*had, None}
+    assert not any(tensor.name.startswith("vocabularies/") for tensor in found.tensors)
     steps = find_steps(RunDirectory(tmp_path / "run").checkpoints)
     done = resize_here(tmp_path / "run", "item", rows, {})
     assert [one.step for one in done] == steps
