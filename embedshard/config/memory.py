@@ -28,7 +28,7 @@ def check_table_memory(name: str, table: TableConfig, optimizer: str) -> None:
             f"{where}.kind: FBGEMM's tables on an SSD are trained by row-wise Adagrad here, and '{name}' by '{optimizer}'. "
             f"Choose the optimizer 'rowwise_adagrad', or memory.kind 'uvm_caching'"
         )
-    if memory.kind not in ("device", "auto") and "data_parallel" in table.sharding.asked:
+    if memory.kind != "device" and "data_parallel" in table.sharding.asked:
         raise ValueError(
             f"{where}.kind: a data_parallel table lies in the memory of every device, and memory.kind is '{memory.kind}'. "
             f"Leave data_parallel out of tables.{name}.sharding, or choose 'device'"

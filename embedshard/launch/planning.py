@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from embedshard.config import Config, load_config, table_specs
-from embedshard.config.parts import AutoVocabulary, TokenizerVocabulary
+from embedshard.config.parts import AutoVocabulary, ManagedVocabulary, TokenizerVocabulary
 from embedshard.data.lookup_sample import LookupSample, sample_lookups
 from embedshard.data.order import worlds_that_fit
 from embedshard.data.vocabulary import table_rows
@@ -273,7 +273,9 @@ class _Trial:
             return None
         changes: list[str] = []
         for name in self._large:
-            if config.tables[name].memory.kind == "device":
+            table = config.tables[name]
+            is_held = isinstance(table.vocabulary, ManagedVocabulary) or "data_parallel" in table.sharding.asked
+            if table.memory.kind == "device" and not is_held:
                 changes.append(f"tables.{name}.memory.kind=auto")
                 found = self._fitting(f"the host's memory behind a cache, which is slower, for {_listed(changes)}", changes)
                 if found is not None:

@@ -71,6 +71,7 @@ def kernels(found):
         ({"memory": {"kind": "uvm", "ssd_path": "/ssd"}}, "ssd_path is of memory.kind 'ssd', and it is 'uvm'"),
         ({"memory": {"kind": "ssd", "ssd_path": "/ssd"}, "optimizer": {"kind": "adagrad"}}, "and 'user' by 'adagrad'"),
         ({"memory": {"kind": "uvm"}, "sharding": {"types": ["data_parallel"]}}, "memory of every device"),
+        ({"memory": {"kind": "auto"}, "sharding": {"types": ["data_parallel"]}}, "choose 'device'"),
         ({"memory": {"kind": "auto"}, "vocabulary": {"kind": "managed"}}, "a managed vocabulary resets rows"),
     ],
 )
