@@ -31,10 +31,11 @@ __all__ = [
 ]
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from embedshard.config.composition import Composition
+from embedshard.config.memory import memory_of_bias
 from embedshard.config.parts import (
     DenseFeature,
     DrawsNegatives,
@@ -45,6 +46,7 @@ from embedshard.config.parts import (
     ManagedVocabulary,
     NCEConfig,
     SoftmaxConfig,
+    TableMemoryConfig,
     TableOptimizerConfig,
     TableShardingConfig,
     TwoTowerConfig,
@@ -101,6 +103,7 @@ class TableSpec:
         managed_by: the config's table whose managed vocabulary says which id holds which row; None where rows are fixed.
         composition: how an id becomes two rows; None where it becomes one.
         stochastic_rounding: whether updates of its fp16 weights are rounded at random.
+        memory: where its rows lie, on CUDA.
     """
 
     name: str
@@ -117,6 +120,7 @@ class TableSpec:
     managed_by: str | None = None
     composition: Composition | None = None
     stochastic_rounding: bool = False
+    memory: TableMemoryConfig = field(default_factory=TableMemoryConfig)
 
     @property
     def num_embeddings(self) -> int:
@@ -221,6 +225,7 @@ def table_specs(config: Config, rows: Mapping[str, int]) -> tuple[TableSpec, ...
                 managed_by=name if isinstance(table.vocabulary, ManagedVocabulary) else None,
                 composition=table.composition,
                 stochastic_rounding=table.stochastic_rounding,
+                memory=table.memory,
             )
         )
     if isinstance(config.model, ItemEmbeddingConfig):
@@ -256,6 +261,7 @@ def _pair_specs(config: Config, feature: str, words: TableSpec) -> list[TableSpe
         lookups=_with_slot(config, key, feature),
         sharding=sharding_of_bias(words.sharding),
         stochastic_rounding=False,
+        memory=memory_of_bias(words.memory),
     )
     return [contexts, biases]
 
@@ -297,6 +303,7 @@ def _bias_specs(config: Config, specs: Mapping[str, TableSpec]) -> list[TableSpe
                 sharding=sharding_of_bias(specs[feature.table].sharding),
                 managed_by=specs[feature.table].managed_by,
                 composition=specs[feature.table].composition,
+                memory=memory_of_bias(specs[feature.table].memory),
             )
         )
     return biases

@@ -85,6 +85,7 @@ __all__ = [
     "SoftmaxConfig",
     "Strict",
     "TableConfig",
+    "TableMemoryConfig",
     "TableOptimizerConfig",
     "TableOptimizerOverride",
     "TableShardingConfig",
@@ -600,6 +601,24 @@ class TableShardingConfig(Strict):
         return list(self.types) if self.type is None else [self.type]
 
 
+class TableMemoryConfig(Strict):
+    """In which memory a table's rows lie on CUDA. On a CPU there is one memory: `auto` and `device` mean it."""
+
+    kind: Literal["auto", "device", "uvm", "uvm_caching", "ssd"] = "device"
+    """`device`: in the GPU's. `uvm`: in the host's, read over the bus. `uvm_caching`: in the host's, the rows in use in a
+    cache on the GPU. `auto`: `device`, or `uvm_caching` for as few tables as it takes where the GPUs' memory does not hold
+    all. `ssd`: key-value placement in RocksDB, which `plan` can plan for."""
+    cache_ratio: float | None = Field(None, gt=0, lt=1)
+    """`auto`, `uvm_caching`, `ssd`: the share of its rows that the cache on the GPU holds; 0.2 where absent."""
+    ssd_path: str | None = None
+    """`ssd`: the folder where its rows lie."""
+
+    @property
+    def ratio(self) -> float:
+        """The share of the rows that a cache holds, if there is one."""
+        return 0.2 if self.cache_ratio is None else self.cache_ratio
+
+
 class TableConfig(Strict):
     """An embedding table: rows that features look up."""
 
@@ -624,6 +643,8 @@ class TableConfig(Strict):
     """Penalty on what a row looks up: this times the squared length of each pooled vector, added to the row's loss."""
     sharding: TableShardingConfig = TableShardingConfig()
     """How it may be cut."""
+    memory: TableMemoryConfig = TableMemoryConfig()
+    """In which memory it lies, on CUDA."""
 
     @field_validator("dim")
     @classmethod

@@ -10,6 +10,7 @@ from typing import Final
 
 from pydantic import Field, model_validator
 
+from embedshard.config.memory import check_table_memory
 from embedshard.config.parts import (
     BagFeature,
     Baseline,
@@ -250,6 +251,7 @@ class Config(Strict):
         for name, table in self.tables.items():
             optimizer = table.optimizer.kind or self.optimizer.tables.kind
             check_table_sharding(name, table, optimizer, self.sharding.planner, self.is_sequence_table(name))
+            check_table_memory(name, table, optimizer)
 
     def _check_tower(self, side: str, tower: TowerConfig, biases: Sequence[str]) -> None:
         for name in tower.features:

@@ -291,16 +291,16 @@ def open_dataset(
         DataError: if a file cannot be read, is not what the config says, or has changed since the run began.
         ConfigError: if vocabularies and tables disagree.
     """
-    tokenizers = _tokenizers(config, world, resolved, progress)
-    vocabularies = _vocabularies(config, world, resolved, tokenizers, progress, folder)
-    rows = table_rows(vocabularies)
-    specs = column_specs(config, "train")
-    statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
     former, own = Former.from_json((resolved or {}).get("former")), None
     if resolved is not None and "partitions" in resolved:
         own = [Inventory.from_json(partition) for partition in resolved["partitions"]]
     if partitions is None:
         partitions = world.from_rank_zero(lambda: find_partitions(config.data, waits=own is not None))
+    tokenizers = _tokenizers(config, world, resolved, progress, partitions)
+    vocabularies = _vocabularies(config, world, resolved, tokenizers, progress, folder, partitions)
+    rows = table_rows(vocabularies)
+    specs = column_specs(config, "train")
+    statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
     decoder = Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row)
     training = open_training_set(config, decoder, partitions, former, own)
     train, former_train = training.own, training.former
@@ -340,14 +340,18 @@ def _open_what_is_drawn(dataset: Dataset, world: World) -> None:
 
 
 def _tokenizers(
-    config: Config, world: World, resolved: Mapping[str, Any] | None, progress: PreparationProgress | None
+    config: Config,
+    world: World,
+    resolved: Mapping[str, Any] | None,
+    progress: PreparationProgress | None,
+    partitions: Sequence[Partition],
 ) -> dict[str, str]:
     """Returns the tokenizers that the run has kept, or new ones where it has none."""
     if resolved is not None:
         return dict(resolved.get("tokenizers", {}))
     if not any(isinstance(table.vocabulary, TokenizerVocabulary) for table in config.tables.values()):
         return {}
-    return world.from_rank_zero(lambda: train_tokenizers(config, progress))
+    return world.from_rank_zero(lambda: train_tokenizers(config, progress, partitions))
 
 
 def _vocabularies(
@@ -357,6 +361,7 @@ def _vocabularies(
     tokenizers: Mapping[str, str],
     progress: PreparationProgress | None,
     folder: Location | None,
+    partitions: Sequence[Partition],
 ) -> dict[str, Vocabulary]:
     """Returns all vocabularies: of counted ones those that the run has kept, or new ones where it has none. Collective."""
     tables = counted_tables(config)
@@ -370,7 +375,8 @@ def _vocabularies(
             prefix = "embedshard-vocabularies-"
             own = stack.enter_context(tempfile.TemporaryDirectory(prefix=prefix)) if world.is_rank_zero else None
             folder = locate(world.broadcast_object(own))
-        loaded = load_vocabularies(config, tokenizers, build_vocabularies(config, folder, world, progress))
+        counted = build_vocabularies(config, folder, world, progress, partitions=partitions)
+        loaded = load_vocabularies(config, tokenizers, counted)
         world.barrier()  # all have loaded them
         return loaded
 

@@ -99,7 +99,9 @@ def sample_lookups(config: Config, vocabularies: Mapping[str, Vocabulary]) -> Lo
         decoded_bytes=sum(source.decoded_bytes() for source in sources),
         features={name: FeatureLookups(found[name].lookups / sampled_rows, counts[name], found[name]) for name in tables},
         hottest_ids={
-            name: vocabularies[table].ids_of(np.array([row for row, _ in found[name].hottest], dtype=np.int64))
+            name: [None] * len(found[name].hottest)
+            if isinstance(vocabularies[table], ManagedIds)
+            else vocabularies[table].ids_of(np.array([row for row, _ in found[name].hottest], dtype=np.int64))
             if compositions[name] is None
             else [None] * len(found[name].hottest)
             for name, table in tables.items()

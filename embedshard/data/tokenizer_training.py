@@ -14,6 +14,7 @@ import pyarrow as pa
 from embedshard.config import Config
 from embedshard.config.parts import BpeVocabulary, TokenizerVocabulary, WordsVocabulary
 from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.partitions import Partition
 from embedshard.data.source import Source
 from embedshard.data.spacing import evenly_spaced
 from embedshard.data.statistics import Statistics
@@ -30,7 +31,9 @@ PreparationProgress = Callable[[str, int, int], None]
 """Hears what is made before training, how many rows were read for it, and of how many."""
 
 
-def train_tokenizers(config: Config, progress: PreparationProgress | None = None) -> dict[str, str]:
+def train_tokenizers(
+    config: Config, progress: PreparationProgress | None = None, partitions: Sequence[Partition] | None = None
+) -> dict[str, str]:
     """Returns the tokenizer of each table that has one, as JSON: read where it is ready, else trained.
 
     Rows that are set aside do not count.
@@ -38,6 +41,7 @@ def train_tokenizers(config: Config, progress: PreparationProgress | None = None
     Args:
         config: the config.
         progress: hears how far it is.
+        partitions: of the training set; None looks for them.
 
     Raises:
         DataError: if a file cannot be read, or there are no words.
@@ -47,15 +51,23 @@ def train_tokenizers(config: Config, progress: PreparationProgress | None = None
         vocabulary = table.vocabulary
         if isinstance(vocabulary, TokenizerVocabulary):
             is_ready = vocabulary.path is not None
-            found[name] = read_tokenizer(name, vocabulary) if is_ready else _train(config, name, vocabulary, progress)
+            found[name] = (
+                read_tokenizer(name, vocabulary) if is_ready else _train(config, name, vocabulary, progress, partitions)
+            )
     return found
 
 
-def _train(config: Config, table: str, vocabulary: TokenizerVocabulary, progress: PreparationProgress | None) -> str:
+def _train(
+    config: Config,
+    table: str,
+    vocabulary: TokenizerVocabulary,
+    progress: PreparationProgress | None,
+    partitions: Sequence[Partition] | None,
+) -> str:
     features = config.texts(table)
     decoder = Decoder(column_specs(config, "train"), load_vocabularies(config), Statistics(), config.data.on_bad_row)
     narrowed = decoder.narrowed(features)
-    sources = open_training(config, narrowed)
+    sources = open_training(config, narrowed, partitions)
     columns = list(dict.fromkeys(feature.column or name for name, feature in features.items()))
 
     def told(done: int, total: int) -> None:

@@ -35,13 +35,19 @@ class TrainingSet:
     held_out: Source | None
 
 
-def open_training(config: Config, decoder: Decoder) -> list[Source]:
-    """Opens all partitions of the training set that there are, without the rows that are held out for validation.
+def open_training(config: Config, decoder: Decoder, partitions: Sequence[Partition] | None = None) -> list[Source]:
+    """Opens all partitions of the training set, without the rows that are held out for validation.
+
+    Args:
+        config: the config.
+        decoder: turns columns into arrays.
+        partitions: those that there are; None looks for them.
 
     Raises:
         DataError: as `open_source` does, or if `data.validation_fraction` of the rows is none.
     """
-    return open_training_set(config, decoder, find_partitions(config.data), Former(), None).own
+    partitions = find_partitions(config.data) if partitions is None else partitions
+    return open_training_set(config, decoder, partitions, Former(), None).own
 
 
 def open_training_set(

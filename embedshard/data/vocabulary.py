@@ -118,6 +118,7 @@ class ManagedIds:
 
     def __init__(self, rows: int, vocabulary: ManagedVocabulary) -> None:
         self.rows, self._seed = rows, vocabulary.seed
+        self.ttl_steps = vocabulary.ttl_steps
         self.fingerprint = f"managed, seed {vocabulary.seed}"
 
     def map_integers(self, ids: IntArray | WordArray) -> IntArray:

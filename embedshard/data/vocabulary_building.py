@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from embedshard.config import Config
 from embedshard.config.parts import AutoVocabulary, DenseFeature
 from embedshard.data.decode import Decoder, column_specs
+from embedshard.data.partitions import Partition
 from embedshard.data.source import Source
 from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
@@ -45,6 +46,7 @@ def build_vocabularies(
     progress: PreparationProgress | None = None,
     memory_bytes: int = DEFAULT_MEMORY_BYTES,
     tables: Collection[str] | None = None,
+    partitions: Sequence[Partition] | None = None,
 ) -> dict[str, Location]:
     """Makes the vocabulary of each table that has an `auto` one: <folder>/<table>.parquet. Collective.
 
@@ -55,6 +57,7 @@ def build_vocabularies(
         progress: hears on rank 0 how far its share is.
         memory_bytes: that a process may take.
         tables: which; None is all that have an `auto` vocabulary.
+        partitions: of the training set, the same for all; None looks for them.
 
     Raises:
         DataError: if a file cannot be read, or a vocabulary has no ids.
@@ -68,7 +71,7 @@ def build_vocabularies(
             folder.make_dirs()
     kept = {}
     for table, vocabulary in wanted.items():
-        sources = _open(config, table)
+        sources = _open(config, table, partitions)
         kept[table] = folder.join(f"{table}.parquet")
         _build(config, table, vocabulary, sources, kept[table], world, progress, memory_bytes)
     return kept
@@ -106,11 +109,11 @@ def loaded_anew(config: Config, progress: PreparationProgress | None = None) -> 
         yield load_vocabularies(config, tokenizers, counted)
 
 
-def _open(config: Config, table: str) -> list[Source]:
+def _open(config: Config, table: str, partitions: Sequence[Partition] | None) -> list[Source]:
     """Opens the training set for the ids of one table."""
     names = [name for name, _ in _features(config, table)]
     decoder = Decoder(column_specs(config, "train"), load_vocabularies(config), Statistics(), config.data.on_bad_row)
-    return open_training(config, decoder.narrowed(names))
+    return open_training(config, decoder.narrowed(names), partitions)
 
 
 def _features(config: Config, table: str) -> list[tuple[str, Any]]:

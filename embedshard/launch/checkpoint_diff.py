@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from embedshard.config import bias_key
+from embedshard.config.parts import ManagedVocabulary
 from embedshard.errors import EmbedshardError
 from embedshard.export.ids import Id
 from embedshard.launch.run_tables import ids_in, table_of
@@ -23,6 +25,8 @@ from embedshard.train.checkpoint_reader import Checkpoint, open_step
 from embedshard.train.run_directory import RunDirectory
 
 _PREFIX, _SUFFIX = "tables/", "/weight"
+_VOCABULARIES = "vocabularies/"
+_NOBODY = -1  # in the place of an id where a row has none
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,7 @@ class TableDiff:
         max_distance: of a row's.
         mean_distance: of the moved rows'; 0 where none moved.
         most_moved: the rows that moved most, the most first.
+        changed_hands: rows of a managed table that hold another id, or none any more: they are not compared.
     """
 
     table: str
@@ -57,6 +62,7 @@ class TableDiff:
     max_distance: float
     mean_distance: float
     most_moved: tuple[MovedRow, ...]
+    changed_hands: int = 0
 
 
 @dataclass(frozen=True)
@@ -123,8 +129,15 @@ def diff_here(
     """
     run, second = RunDirectory.open(run_dir), RunDirectory.open(run_dir if other is None else other)
     with reaching(run.checkpoints):
-        found = diff_tables(open_step(run.checkpoints, before), open_step(second.checkpoints, after), count)
-    config = run.load_config(environment).config
+        config = run.load_config(environment).config
+        managed_by = {
+            spec: name
+            for name, table in config.tables.items()
+            if isinstance(table.vocabulary, ManagedVocabulary)
+            for spec in [name, *(bias_key(key) for key, feature in config.features.items() if _table(feature) == name)]
+        }
+        both = open_step(run.checkpoints, before), open_step(second.checkpoints, after)
+        found = diff_tables(*both, count, managed_by)
     tables = []
     for table in found.tables:
         try:
@@ -139,8 +152,20 @@ def diff_here(
     return replace(found, tables=tuple(tables))
 
 
-def diff_tables(before: Checkpoint, after: Checkpoint, count: int) -> Difference:
+def _table(feature: Any) -> str | None:
+    return getattr(feature, "table", None)
+
+
+def diff_tables(
+    before: Checkpoint, after: Checkpoint, count: int, managed_by: Mapping[str, str] | None = None
+) -> Difference:
     """Compares two checkpoints, a block of rows at a time. Each file of the first is read once where tables are cut by rows.
+
+    Args:
+        before: the first.
+        after: the second.
+        count: how many of the rows that moved most are named.
+        managed_by: of tables whose ids come and go, the config's table: rows that changed hands are not compared.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -154,7 +179,10 @@ def diff_tables(before: Checkpoint, after: Checkpoint, count: int) -> Difference
             met = f"{spec.dtype} {list(spec.shape)} and {there.dtype} {list(there.shape)}"
             others.append(f"{name} is {met}".replace("torch.", ""))
         elif name.startswith(_PREFIX) and name.endswith(_SUFFIX):
-            tables.append(_diff_table(before, after, name, count))
+            owner = (managed_by or {}).get(name.removeprefix(_PREFIX).removesuffix(_SUFFIX))
+            tables.append(_diff_table(before, after, name, count, _changed_hands(before, after, owner)))
+        elif name.startswith(_VOCABULARIES):
+            continue  # who holds which row is told with the table
         elif spec.shape != there.shape:
             others.append(f"{name} is {list(spec.shape)} and {list(there.shape)}")
         else:
@@ -163,12 +191,30 @@ def diff_tables(before: Checkpoint, after: Checkpoint, count: int) -> Difference
     return Difference(before.folder.uri, after.folder.uri, tuple(tables), tuple(tensors), tuple(others))
 
 
-def _diff_table(before: Checkpoint, after: Checkpoint, name: str, count: int) -> TableDiff:
+def _changed_hands(before: Checkpoint, after: Checkpoint, owner: str | None) -> torch.Tensor | None:
+    """Returns which rows hold another id in the second checkpoint, those of both sizes; None where ids stay."""
+    name = f"{_VOCABULARIES}{owner}/ids"
+    if owner is None or name not in before.tensors or name not in after.tensors:
+        return None
+    ids = []
+    for checkpoint in (before, after):
+        whole = torch.empty(checkpoint.tensors[name].shape, dtype=torch.int64)
+        checkpoint.read_into([(name, (0,), whole)])
+        ids.append(whole)
+    rows = min(len(each) for each in ids)
+    return (ids[0][:rows] != ids[1][:rows]) & (ids[0][:rows] != _NOBODY)
+
+
+def _diff_table(before: Checkpoint, after: Checkpoint, name: str, count: int, other_hands: torch.Tensor | None) -> TableDiff:
     rows_before, rows_after = before.tensors[name].shape[0], after.tensors[name].shape[0]
     rows, moved, greatest, total = min(rows_before, rows_after), 0, 0.0, 0.0
     nearest: list[tuple[float, int]] = []
     for first, old_RD, new_RD in _pairs(before, after, name, rows):
-        changed = torch.nonzero((old_RD != new_RD).any(dim=1)).flatten()
+        is_changed = (old_RD != new_RD).any(dim=1)
+        if other_hands is not None:
+            here = other_hands[first : first + len(is_changed)]
+            is_changed[: len(here)] &= ~here
+        changed = torch.nonzero(is_changed).flatten()
         if not len(changed):
             continue
         distances = torch.linalg.vector_norm(new_RD[changed].double() - old_RD[changed].double(), dim=1)
@@ -187,6 +233,7 @@ def _diff_table(before: Checkpoint, after: Checkpoint, name: str, count: int) ->
         max_distance=greatest,
         mean_distance=total / moved if moved else 0.0,
         most_moved=tuple(MovedRow(-row, distance) for distance, row in nearest),
+        changed_hands=0 if other_hands is None else int(other_hands.sum()),
     )
 
 
@@ -244,5 +291,10 @@ def show_diff(found: Difference, console: Console) -> None:
         others.add_row(tensor.name, f"{tensor.numbers:,}", f"{tensor.changed:,}", f"{tensor.max_change:.4g}")
     if found.tensors:
         console.print(others)
+    for one in found.tables:
+        if one.changed_hands:
+            console.print(
+                f"Table '{one.table}': {one.changed_hands:,} rows hold another id, or none: not compared.", markup=False
+            )
     for sentence in found.others:
         console.print(f"Not compared: {sentence}", markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from embedshard.config.parts import HashVocabulary, WordNgramsVocabulary
 from embedshard.data.mapped_ids import integers
-from embedshard.data.vocabulary import Vocabulary
+from embedshard.data.vocabulary import HeldIds, Vocabulary
 from embedshard.errors import ConfigError, DataError
 from embedshard.export.vectors import all_vectors, vector_file
 from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
@@ -127,6 +127,8 @@ def _typed(ids: Sequence[str], vocabulary: Vocabulary) -> pa.Array:
     are_numbers = all(text.removeprefix("-").isdecimal() and abs(int(text)) < 2**63 for text in ids)
     if are_numbers:
         numbers = pa.array([int(text) for text in ids], pa.int64())
+        if isinstance(vocabulary, HeldIds) and (vocabulary.map_integers(integers(numbers)) < 0).all():
+            return pa.array(list(ids), pa.large_string())  # digits are strings, too, and strings are held by their hashes
         try:
             vocabulary.map_integers(np.zeros(0, dtype=np.int64))
         except DataError:  # its ids are strings

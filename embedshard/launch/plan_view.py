@@ -15,6 +15,7 @@ from embedshard.launch.planning import PlanReport
 from embedshard.quantities import share, size
 from embedshard.sharding.demand import ASSUMED_BAG_LENGTH
 from embedshard.sharding.draft import Draft, Reason
+from embedshard.sharding.memory import memory_of
 from embedshard.sharding.plan import RESERVE
 
 _MOST_GROUPS = 8
@@ -32,6 +33,8 @@ def show(report: PlanReport, console: Console) -> None:
     for name, reason in draft.reasons.items():
         kind = draft.plan.tables[name].sharding_type
         console.print(f"  [bold]{escape(name)}[/] {kind}: {escape(_why(reason))}", highlight=False, soft_wrap=True)
+    for name, line in _memories(draft):
+        console.print(f"  [bold]{escape(name)}[/]: {escape(line)}", highlight=False, soft_wrap=True)
     console.print()
     console.print(_ranks(draft))
     for line in (*_traffic(draft), *_data(report)):
@@ -86,6 +89,22 @@ def _lazy(draft: Draft) -> Iterator[str]:
         )
 
 
+def _memories(draft: Draft) -> Iterator[tuple[str, str]]:
+    """Yields each table's memory and why, where it is a question: uvm_caching, 20 % in a cache on the GPUs (...), ..."""
+    for name, placed in draft.plan.tables.items():
+        lying, memory = draft.footprint.lying[name], memory_of(placed.kernel)
+        why = draft.reasons[name].memory if name in draft.reasons else None
+        if memory == "device" and why is None:
+            continue
+        where = [memory]
+        if placed.cache_ratio is not None:
+            where.append(f"{100 * placed.cache_ratio:.3g} % of its rows in a cache on the GPUs ({_size(lying.cache)})")
+        where += [f"{_size(lying.host)} on the host"] * bool(lying.host) + [f"{_size(lying.ssd)} on the SSD"] * bool(
+            lying.ssd
+        )
+        yield name, ", ".join(where) + (f", since {why}" if why else "")
+
+
 def _why(reason: Reason) -> str:
     text = reason.why
     if reason.estimated_ms is not None:
@@ -100,16 +119,24 @@ def _why(reason: Reason) -> str:
 def _ranks(draft: Draft) -> Table:
     has_process = any(rank.process for rank in draft.footprint.ranks)
     process = ["process"] if has_process else []
-    table = _table("rank", "weights", "state", "activations", "buffers", "dense", *process, "all", "used", left=("rank",))
+    has_host, has_ssd = (any(getattr(rank, name) for rank in draft.footprint.ranks) for name in ("host", "ssd"))
+    beyond = ["on the host"] * has_host + ["on the SSD"] * has_ssd
+    columns = ("rank", "weights", "state", "activations", "buffers", "dense", *process, "all", "used", *beyond)
+    table = _table(*columns, left=("rank",))
     for ranks in _alike(draft):
         rank = max((draft.footprint.ranks[number] for number in ranks), key=lambda found: found.total)
         cells = [rank.weights, rank.state, rank.activations, rank.communication, rank.dense]
         cells += [rank.process] if has_process else []
-        style = "red" if rank.total > draft.usable_bytes else None
+        host = max(draft.footprint.ranks[number].host for number in ranks)
+        ssd = max(draft.footprint.ranks[number].ssd for number in ranks)
+        is_over = draft.usable_host_bytes is not None and host > draft.usable_host_bytes
+        style = "red" if rank.total > draft.usable_bytes or is_over else None
         table.add_row(
             _runs(ranks),
             *(_size(cell) for cell in (*cells, rank.total)),
             f"{rank.total / draft.usable_bytes:.1%}",
+            *([_size(host)] if has_host else []),
+            *([_size(ssd)] if has_ssd else []),
             style=style,
         )
     return table
@@ -193,6 +220,13 @@ def _show_verdict(report: PlanReport, console: Console) -> None:
     totals = [rank.total for rank in draft.footprint.ranks]
     fullest = max(range(len(totals)), key=lambda rank: totals[rank])
     needs = f"rank {fullest} is the fullest and needs {_size(totals[fullest])} of {_size(draft.usable_bytes)}"
+    host = max(rank.host for rank in draft.footprint.ranks)
+    if host and draft.usable_host_bytes is not None:
+        needs += f"; on the host a rank needs {_size(host)} of {_size(draft.usable_host_bytes)}"
+    ssd = max(rank.ssd for rank in draft.footprint.ranks)
+    if ssd:
+        size_of_ssd = draft.cluster.ssd_bytes
+        needs += f"; on the SSD {_size(ssd)}" + ("" if size_of_ssd is None else f" of {_size(size_of_ssd)}")
     if draft.fits:
         console.print(f"[green]It fits[/]: {needs}.", highlight=False, soft_wrap=True)
         if draft.problem is not None:
@@ -204,7 +238,8 @@ def _show_verdict(report: PlanReport, console: Console) -> None:
     console.print(f"[red]It does not fit[/]: {needs}.", highlight=False, soft_wrap=True)
     if not report.suggestions:
         console.print(
-            "None of these alone helps: other sharding types, more workers, larger machines, smaller batches, fp16 tables, "
+            "None of these alone helps: other sharding types, more workers, larger machines, tables behind a cache in the "
+            "host's memory, smaller batches, fp16 tables, "
             "row-wise Adagrad, narrower tables.",
             soft_wrap=True,
         )

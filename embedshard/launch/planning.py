@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from embedshard.config import Config, load_config, table_specs
-from embedshard.config.parts import AutoVocabulary, TokenizerVocabulary
+from embedshard.config.parts import AutoVocabulary, ManagedVocabulary, TokenizerVocabulary
 from embedshard.data.lookup_sample import LookupSample, sample_lookups
 from embedshard.data.order import worlds_that_fit
 from embedshard.data.vocabulary import table_rows
@@ -21,6 +21,7 @@ from embedshard.data.vocabulary_building import loaded_anew
 from embedshard.errors import ConfigError, DataError, EmbedshardError
 from embedshard.sharding.draft import Draft, draft_plan
 from embedshard.sharding.hardware import Cluster, cluster_of, find_machine, named_machines
+from embedshard.sharding.memory import memory_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class PlanReport:
             "fits": draft.fits,
             "fullest_rank_bytes": fullest,
             "usable_bytes": draft.usable_bytes,
+            "usable_host_bytes": draft.usable_host_bytes,
             "hardware": {"name": draft.cluster.name, **draft.cluster.machine.model_dump()},
             "memory_bytes": draft.cluster.memory_bytes,
             "planner_problem": draft.problem,
@@ -75,6 +77,14 @@ class PlanReport:
                 {**asdict(rank), "total": rank.total, "lookups": lookups}
                 for rank, lookups in zip(draft.footprint.ranks, draft.footprint.lookups, strict=True)
             ],
+            "memory": {
+                name: {
+                    "kind": memory_of(table.kernel),
+                    "cache_ratio": table.cache_ratio,
+                    **asdict(draft.footprint.lying[name]),
+                }
+                for name, table in draft.plan.tables.items()
+            },
             "traffic": asdict(draft.footprint.traffic),
             "skew": {
                 name: {"lookups": {str(rank): ids for rank, ids in skew.lookups.items()}, "max_to_mean": skew.max_to_mean}
@@ -201,6 +211,7 @@ class _Trial:
             self._types(config),
             self._workers(config, self._draft.cluster, ()),
             self._hardware(),
+            self._memory(config),
             self._batch(config),
             self._halves(config),
             self._optimizer(config),
@@ -254,6 +265,21 @@ class _Trial:
             found = self._fitting(f"as many workers on {cluster.name}", (), cluster)
             if found is not None:
                 return Suggestion(found.what, ("--hardware", cluster.name), found.needs, found.usable)
+        return None
+
+    def _memory(self, config: Config) -> Suggestion | None:
+        """Returns that large tables may leave the GPUs' memory, one after the other."""
+        if self._draft.cluster.machine.device == "cpu":
+            return None
+        changes: list[str] = []
+        for name in self._large:
+            table = config.tables[name]
+            is_held = isinstance(table.vocabulary, ManagedVocabulary) or "data_parallel" in table.sharding.asked
+            if table.memory.kind == "device" and not is_held:
+                changes.append(f"tables.{name}.memory.kind=auto")
+                found = self._fitting(f"the host's memory behind a cache, which is slower, for {_listed(changes)}", changes)
+                if found is not None:
+                    return found
         return None
 
     def _elsewhere(self, config: Config) -> list[Suggestion]:

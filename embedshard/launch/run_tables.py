@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["check_holds", "ids_in", "open_checkpoint_of", "table_of", "vocabulary_table"]
 
 import numpy as np
+import numpy.typing as npt
 
 from embedshard.config import Config, bias_key, context_key
 from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig, WordNgramsVocabulary
@@ -83,10 +84,18 @@ def ids_in(checkpoint: Checkpoint, owner: str, vocabulary: Vocabulary) -> Vocabu
         return vocabulary
     name = f"vocabularies/{owner}/ids"
     check_holds(checkpoint, name)
-    ids = np.empty(vocabulary.rows, dtype=np.int64)
-    for (first,), block in checkpoint.blocks(name):
-        ids[first : first + len(block)] = block.numpy()
+    ids = _numbers(checkpoint, name)
+    if vocabulary.ttl_steps is not None:
+        unseen = checkpoint.step - 1 - _numbers(checkpoint, f"vocabularies/{owner}/last_steps")
+        ids[unseen > vocabulary.ttl_steps] = -1
     return vocabulary.held(ids)
+
+
+def _numbers(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.int64]:
+    numbers = np.empty(checkpoint.tensors[name].shape, dtype=np.int64)
+    for (first,), block in checkpoint.blocks(name):
+        numbers[first : first + len(block)] = block.numpy()
+    return numbers
 
 
 def check_holds(checkpoint: Checkpoint, name: str) -> None:

@@ -20,7 +20,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from embedshard.config import Config, TableSpec, table_specs
-from embedshard.config.parts import EvaluateConfig, InBatchSoftmaxConfig, ShardingConfig, TableShardingConfig
+from embedshard.config.parts import (
+    EvaluateConfig,
+    InBatchSoftmaxConfig,
+    ManagedVocabulary,
+    ShardingConfig,
+    TableShardingConfig,
+)
 from embedshard.config.placement import ALL_TYPES, changed_optimizer, impossible
 from embedshard.data.vocabulary import table_rows
 from embedshard.data.vocabulary_building import loaded_anew
@@ -208,9 +214,14 @@ def _variant(config: Config, sharding: str) -> Config:
         is_out = changed_optimizer(sharding, optimizer) or impossible(
             sharding, optimizer, table.dtype, config.is_sequence_table(name)
         )
+        is_out = is_out or _not_for_managed(sharding, isinstance(table.vocabulary, ManagedVocabulary))
         kind = "table_wise" if is_out else sharding
         tables[name] = table.model_copy(update={"sharding": TableShardingConfig.model_validate({"type": kind})})
     return config.model_copy(update={"tables": tables, "sharding": ShardingConfig(planner="explicit")})
+
+
+def _not_for_managed(sharding: str, is_managed: bool) -> str | None:
+    return "rows of a managed vocabulary change hands" if is_managed and sharding == "data_parallel" else None
 
 
 def _not_covered(config: Config, specs: Sequence[TableSpec], sharding: str, world_size: int) -> tuple[bool, str]:
@@ -231,6 +242,7 @@ def _not_covered(config: Config, specs: Sequence[TableSpec], sharding: str, worl
             why = changed_optimizer(kind, spec.optimizer.kind) or impossible(
                 kind, spec.optimizer.kind, spec.dtype, spec.is_sequence
             )
+            why = why or _not_for_managed(kind, spec.managed_by is not None)
             if why:
                 reasons.setdefault(why, []).append(spec.name)
     out = [name for name in names if any(name in tables for tables in reasons.values())]

@@ -31,6 +31,7 @@ from embedshard.models.summary import summarise
 from embedshard.sharding.demand import Demand, key_lengths, places_per_row, table_demands
 from embedshard.sharding.footprint import DenseCost, Footprint, footprint_of
 from embedshard.sharding.hardware import Cluster
+from embedshard.sharding.memory import CACHED, check_memory, in_memory
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import RESERVE, Planned, plan_tables, possible_types
 from embedshard.sharding.recorded import RecordedPlan, record_plan
@@ -53,6 +54,7 @@ class Reason:
         runner_up: the next best type for this table, the others as they are; None if there is none that fits.
         runner_up_ms: the same estimate with it.
         misfits: types that would not fit.
+        memory: why it lies in the memory that it lies in; None where there is but one, or the config leaves it at that.
     """
 
     why: str
@@ -60,6 +62,7 @@ class Reason:
     runner_up: str | None = None
     runner_up_ms: float | None = None
     misfits: tuple[str, ...] = ()
+    memory: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Draft:
         weight_bytes: of each table, whole.
         state_bytes: of each table's optimizer, whole.
         usable_bytes: of a rank's memory, the reserve taken off.
+        usable_host_bytes: the same, of its share of the memory of a GPU's host; None on a CPU.
         problem: what the planner said, if it found no place within the memory that there is.
     """
 
@@ -86,12 +90,18 @@ class Draft:
     weight_bytes: Mapping[str, int]
     state_bytes: Mapping[str, int]
     usable_bytes: int
+    usable_host_bytes: int | None
     problem: str | None
 
     @property
     def fits(self) -> bool:
-        """Whether every rank has the memory that it needs."""
-        return max(rank.total for rank in self.footprint.ranks) <= self.usable_bytes
+        """Whether every rank has the memory that it needs, of each kind."""
+        ranks, ssd = self.footprint.ranks, self.cluster.ssd_bytes
+        return (
+            max(rank.total for rank in ranks) <= self.usable_bytes
+            and (self.usable_host_bytes is None or max(rank.host for rank in ranks) <= self.usable_host_bytes)
+            and (ssd is None or max(rank.ssd for rank in ranks) <= ssd)
+        )
 
 
 def draft_plan(
@@ -127,6 +137,7 @@ def draft_plan(
         weight_bytes={spec.name: spec.weight_bytes for spec in specs},
         state_bytes={spec.name: spec.state_bytes for spec in specs},
         usable_bytes=int(cluster.memory_bytes * (1 - RESERVE)),
+        usable_host_bytes=int(cluster.host_memory_bytes * (1 - RESERVE)) if cluster.machine.device == "cuda" else None,
         problem=problem,
     )
 
@@ -136,6 +147,7 @@ class _Maker:
 
     def __init__(self, config: Config, specs: Sequence[TableSpec], cluster: Cluster, sample: LookupSample | None) -> None:
         device = torch.device(cluster.machine.device)
+        check_memory(specs, device, is_training=False)
         self._config, self._specs, self._cluster = config, specs, cluster
         self._batch_size = config.train.global_batch_size // cluster.world_size
         self._lengths = key_lengths(config, specs, sample, self._batch_size)
@@ -157,21 +169,37 @@ class _Maker:
         whole = sum(spec.weight_bytes + spec.state_bytes for spec in self._specs)
         for factor in _OF_AN_EVEN_SHARE:
             try:
-                return self._planned(self._specs, int(whole * factor) // self._cluster.world_size), str(problem)
+                share = int(whole * factor) // self._cluster.world_size
+                return self._planned(self._specs, max(share, self._usable), share), str(problem)
             except PlanError:
                 continue
         raise problem
 
-    def _planned(self, specs: Sequence[TableSpec], usable: int) -> Planned:
+    def _planned(self, specs: Sequence[TableSpec], usable: int, beyond: int | None = None) -> Planned:
         if usable <= 0:
             raise PlanError("the dense part and its activations alone take a rank's memory.")
         planner = self._config.sharding.planner
         return plan_tables(
-            self._model, specs, self._sharders, planner, self._cluster, self._batch_size, self._lengths, usable
+            self._model, specs, self._sharders, planner, self._cluster, self._batch_size, self._lengths, usable, beyond
         )
 
     def reasons(self, plan: RecordedPlan, planned: Planned, fits: bool) -> dict[str, Reason]:
-        return {spec.name: self._reason(spec, plan, planned, fits) for spec in self._specs}
+        return {
+            spec.name: replace(self._reason(spec, plan, planned, fits), memory=self._memory(spec, plan))
+            for spec in self._specs
+        }
+
+    def _memory(self, spec: TableSpec, plan: RecordedPlan) -> str | None:
+        if self._cluster.machine.device == "cpu" or spec.memory.kind == "device":
+            return None
+        if spec.memory.kind != "auto":
+            return "the config says so"
+        if plan.tables[spec.name].kernel not in CACHED:
+            return "the GPUs' memory has room for it"
+        return (
+            "the GPUs' memory has no room for all tables; of those that may leave it, the fewest do, most bytes for each "
+            "lookup first"
+        )
 
     def _reason(self, spec: TableSpec, plan: RecordedPlan, planned: Planned, fits: bool) -> Reason:
         kind = plan.tables[spec.name].sharding_type
@@ -198,7 +226,8 @@ class _Maker:
     def _rating(self, spec: TableSpec, plan: RecordedPlan, kind: str) -> float | None:
         """Returns the planner's estimate of the plan with one table cut otherwise; None if that fits nowhere."""
         specs = [
-            _only(other, kind if other.name == spec.name else plan.tables[other.name].sharding_type) for other in self._specs
+            _only(other, kind if other.name == spec.name else plan.tables[other.name].sharding_type, plan)
+            for other in self._specs
         ]
         try:
             return self._planned(specs, self._usable).estimated_ms
@@ -206,8 +235,10 @@ class _Maker:
             return None
 
 
-def _only(spec: TableSpec, kind: str) -> TableSpec:
+def _only(spec: TableSpec, kind: str, plan: RecordedPlan) -> TableSpec:
     sharding = TableShardingConfig.model_validate({"types": [kind], "allow_changed_optimizer": True})
+    if spec.memory.kind == "auto":
+        spec = in_memory(spec, "uvm_caching" if plan.tables[spec.name].kernel in CACHED else "device")
     return replace(spec, sharding=sharding)
 
 

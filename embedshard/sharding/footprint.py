@@ -11,7 +11,6 @@ __all__ = ["DenseCost", "Footprint", "RankMemory", "TableSkew", "Traffic", "foot
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,13 +18,13 @@ import numpy.typing as npt
 from embedshard.config import TableSpec
 from embedshard.sharding.demand import Demand
 from embedshard.sharding.hardware import Cluster
+from embedshard.sharding.memory import Lying, lying
 from embedshard.sharding.recorded import RecordedPlan, RecordedTable
 
 Floats = npt.NDArray[np.float64]
 
 _FLOAT = 4
 _LENGTH = 8  # of a row under a key, int64
-_WEIGHT = {"fp32": 4, "fp16": 2}
 _MANAGED_ROW = 72  # who holds a row: its id, counts, the index over ids, and the sketch of those without a row
 _BY_ROWS = ("row_wise", "table_row_wise", "grid_shard")
 
@@ -60,6 +59,8 @@ class RankMemory:
         communication: ids on their way, and lookups' outputs before they are sent.
         dense: replicated parameters, their gradients (DDP's buckets) and optimizer state; gradients of replicated tables.
         process: program and decoded data, and who holds which row of managed tables, on a cpu machine.
+        host: of tables in the memory of a GPU's host; beside the rest, not part of `total`.
+        ssd: of tables on an SSD; the same.
     """
 
     weights: int
@@ -68,10 +69,12 @@ class RankMemory:
     communication: int
     dense: int
     process: int
+    host: int = 0
+    ssd: int = 0
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """All of it that is in the memory of the rank's device."""
         return self.weights + self.state + self.activations + self.communication + self.dense + self.process
 
 
@@ -116,12 +119,14 @@ class Footprint:
         traffic: of the busiest.
         lookups: ids that each rank looks up in a step.
         skew: of each table, by name.
+        lying: where each table lies, all its shards together, by name.
     """
 
     ranks: tuple[RankMemory, ...]
     traffic: Traffic
     lookups: tuple[float, ...]
     skew: Mapping[str, TableSkew]
+    lying: Mapping[str, Lying]
 
 
 def footprint_of(
@@ -157,12 +162,14 @@ class _Ledger:
         world = cluster.world_size
         self._cluster, self._batch, self._local_batch, self._wire = cluster, batch, batch // world, wire
         self._weights, self._state, self._buffers, self._replicated = (np.zeros(world) for _ in range(4))
+        self._host, self._ssd = np.zeros(world), np.zeros(world)
         self._ids_in, self._ids_out = np.zeros((world, 2)), np.zeros((world, 2))  # from and to: own machine, others
         self._vectors_out, self._vectors_in = np.zeros((world, 2)), np.zeros((world, 2))
         self._lookups = np.zeros(world)
         self._pooled = self._batch_ids = 0.0
         self._managed_rows = 0
         self._skew: dict[str, TableSkew] = {}
+        self._lying: dict[str, Lying] = {}
 
     def add(self, spec: TableSpec, table: RecordedTable, demand: Demand) -> None:
         if spec.managed_by == spec.name:
@@ -172,8 +179,12 @@ class _Ledger:
         shares = self._shares(table, demand)
         lookups: dict[int, float] = {}
         for shard, share in zip(table.shards, shares, strict=True):
-            self._weights[shard.rank] += shard.num_rows * shard.num_columns * _WEIGHT[spec.dtype]
-            self._state[shard.rank] += _state_bytes(spec.optimizer.kind, shard.num_rows, shard.num_columns)
+            piece = lying(spec, table.kernel, table.cache_ratio, shard.num_rows, shard.num_columns)
+            self._weights[shard.rank] += piece.device_weights
+            self._state[shard.rank] += piece.device_state
+            self._host[shard.rank] += piece.host
+            self._ssd[shard.rank] += piece.ssd
+            self._lying[spec.name] = self._lying.get(spec.name, Lying(0, 0)) + piece
             ids = self._batch * demand.ids * share
             lookups[shard.rank] = lookups.get(shard.rank, 0.0) + ids
             self._lookups[shard.rank] += ids
@@ -233,10 +244,12 @@ class _Ledger:
                 communication=round(float(buffers[rank])),
                 dense=2 * dense.weight_bytes + dense.state_bytes + round(float(self._replicated[rank])),
                 process=dense.process_bytes + (self._managed_rows * _MANAGED_ROW if dense.process_bytes else 0),
+                host=round(float(self._host[rank])),
+                ssd=round(float(self._ssd[rank])),
             )
             for rank in range(self._cluster.world_size)
         ]
-        return Footprint(tuple(ranks), self._traffic(dense), tuple(self._lookups.tolist()), self._skew)
+        return Footprint(tuple(ranks), self._traffic(dense), tuple(self._lookups.tolist()), self._skew, self._lying)
 
     def _traffic(self, dense: DenseCost) -> Traffic:
         world, machine = self._cluster.world_size, self._cluster.machine
@@ -255,13 +268,3 @@ class _Ledger:
             between=float(self._ids_out[busiest, 1] + vectors[busiest, 1]) + (reduced if is_spread else 0.0),
             milliseconds=1e3 * seconds,
         )
-
-
-def _state_bytes(optimizer: str, rows: int, columns: int) -> int:
-    numbers: dict[str, Any] = {
-        "sgd": 0,
-        "rowwise_adagrad": rows,
-        "adagrad": rows * columns,
-        "adam": 2 * rows * columns,
-    }
-    return _FLOAT * int(numbers[optimizer])

@@ -21,6 +21,7 @@ from embedshard.errors import ConfigError, nearest
 from embedshard.world import World
 
 _GIB = 1024**3
+_UNKNOWN_SSD = 2**60  # bytes, more than any
 _CGROUP = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -35,6 +36,8 @@ class Machine(Strict):
     """GiB of one GPU."""
     host_memory: float | None = Field(None, gt=0)
     """GiB of the machine; that of this machine where absent."""
+    ssd: float | None = Field(None, gt=0)
+    """GiB of the machine's SSD for tables that lie there; not counted where absent."""
     device_bandwidth: float | None = Field(None, gt=0)
     """GB/s between a GPU and its memory."""
     host_bandwidth: float = Field(gt=0)
@@ -84,23 +87,43 @@ class Cluster:
         return self._host_bytes // self.local_world_size
 
     @property
+    def host_memory_bytes(self) -> int:
+        """A worker's share of the machine's memory."""
+        return self._host_bytes // self.local_world_size
+
+    @property
+    def ssd_bytes(self) -> int | None:
+        """A worker's share of the machine's SSD, where it is known."""
+        return None if self.machine.ssd is None else int(self.machine.ssd * _GIB) // self.local_world_size
+
+    @property
     def _host_bytes(self) -> int:
         return host_memory_bytes() if self.machine.host_memory is None else int(self.machine.host_memory * _GIB)
 
-    def topology(self, usable_bytes: int | None = None) -> Topology:
+    def topology(
+        self,
+        usable_bytes: int | None = None,
+        usable_host_bytes: int | None = None,
+        usable_ssd_bytes: int | None = None,
+    ) -> Topology:
         """Returns what TorchRec's planner knows of it. Bandwidths there are bytes a millisecond.
 
         Args:
             usable_bytes: of a worker's memory, for tables and what they move; all of it where None.
+            usable_host_bytes: of its share of the host's memory, where it has a GPU; all of it where None.
+            usable_ssd_bytes: of its share of the SSD, the same.
         """
         usable, machine = self.memory_bytes if usable_bytes is None else usable_bytes, self.machine
+        host = self.host_memory_bytes if usable_host_bytes is None else usable_host_bytes
+        ssd = self.ssd_bytes if usable_ssd_bytes is None else usable_ssd_bytes
         is_cuda, per_ms = machine.device == "cuda", 1e9 / 1e3
         return Topology(
             world_size=self.world_size,
             local_world_size=self.local_world_size,
             compute_device=machine.device,
             hbm_cap=usable if is_cuda else 0,
-            ddr_cap=self._host_bytes // self.local_world_size if is_cuda else usable,
+            ddr_cap=host if is_cuda else usable,
+            ssd_cap=(_UNKNOWN_SSD if ssd is None else ssd) if is_cuda else 0,
             hbm_mem_bw=(machine.device_bandwidth or machine.host_bandwidth) * per_ms,
             ddr_mem_bw=machine.host_bandwidth * per_ms,
             intra_host_bw=machine.within_machine * per_ms,

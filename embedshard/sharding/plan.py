@@ -1,8 +1,8 @@
 """From a config to a plan: which table is cut how and lies where.
 
 In a world of one each table lies whole on the one rank. In a larger world TorchRec's planner chooses within what each
-table allows, or the config says it (`explicit.py`). Kernels are `fused` always, but for data-parallel tables: what the
-planner may pick on a CPU otherwise, it cannot price.
+table allows, or the config says it (`explicit.py`). Kernels are `fused` but for data-parallel tables and those whose memory
+is not the GPU's (`memory.py`): the planner is told the kernel of each, since on a CPU it may pick one that it cannot price.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.distributed._shard.metadata import ShardMetadata
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
-from torchrec.distributed.planner import EmbeddingShardingPlanner
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.perf_models import NoopPerfModel
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError, ShardingOption
@@ -48,6 +48,16 @@ from embedshard.errors import PlanError
 from embedshard.models.embeddings import table_modules, table_weights
 from embedshard.sharding.explicit import Placement, leaves_empty_pieces, place_tables
 from embedshard.sharding.hardware import Cluster, this_cluster
+from embedshard.sharding.memory import (
+    CACHED,
+    OFF_DEVICE,
+    cache_params,
+    fewest_spilled,
+    in_memory,
+    kernels_allowed,
+    key_value_params,
+    lying,
+)
 from embedshard.sharding.recorded import RecordedPlan
 from embedshard.world import World
 
@@ -58,7 +68,7 @@ RESERVE: Final = 0.15
 class AnyTypeSharder(EmbeddingBagCollectionSharder):
     """TorchRec's sharder, which on a CPU offers fewer sharding types than work there; this one offers all.
 
-    It offers one kernel for each: `fused`, which alone keeps a table's optimizer, and `dense` for data-parallel tables.
+    It offers the fused kernels, which alone keep a table's optimizer, and `dense` for data-parallel tables.
     """
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
@@ -66,16 +76,16 @@ class AnyTypeSharder(EmbeddingBagCollectionSharder):
         return list(ALL_TYPES)
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Returns the one kernel of a sharding type."""
-        return [_kernel(sharding_type)]
+        """Returns the kernels of a sharding type."""
+        return _kernels(sharding_type, compute_device_type)
 
 
 class SequenceSharder(EmbeddingCollectionSharder):
     """TorchRec's sharder of sequences, with the same kernels as `AnyTypeSharder` has."""
 
     def compute_kernels(self, sharding_type: str, compute_device_type: str) -> list[str]:
-        """Returns the one kernel of a sharding type."""
-        return [_kernel(sharding_type)]
+        """Returns the kernels of a sharding type."""
+        return _kernels(sharding_type, compute_device_type)
 
 
 Sharders = Sequence[ModuleSharder[Any]]
@@ -118,7 +128,8 @@ def make_plan(
     Raises:
         PlanError: if the tables cannot be placed within what the config allows, or a binding plan does not apply.
     """
-    if recorded is not None and recorded.applies(specs, planner, world.world_size, world.local_world_size):
+    local = world.local_world_size
+    if recorded is not None and recorded.applies(specs, planner, world.world_size, local, world.device.type):
         return recorded.to_torchrec(model, world.device.type)
     found, problem = world.broadcast_object(
         _planned(model, specs, sharders, planner, this_cluster(world), batch_size) if world.is_rank_zero else None
@@ -137,6 +148,7 @@ def plan_tables(
     batch_size: int,
     lengths: Mapping[str, float] | None = None,
     usable_bytes: int | None = None,
+    beyond_bytes: int | None = None,
 ) -> Planned:
     """Returns the plan for a cluster, which need not be there.
 
@@ -149,26 +161,35 @@ def plan_tables(
         batch_size: rows of one rank.
         lengths: mean ids a row under each key; 1 where absent.
         usable_bytes: of a rank's memory, for tables and what they move; all but a reserve where None. An explicit plan
-            does not ask.
+            asks for tables whose memory is `auto` alone.
+        beyond_bytes: of a rank's share of the host's memory, and of the SSD, beside a GPU's; what there is where None.
 
     Raises:
         PlanError: if the tables cannot be placed within what the config allows.
     """
-    if planner == "explicit" or cluster.world_size == 1:
-        places = place_tables(specs, cluster.world_size, cluster.local_world_size)
-        return Planned(
-            ShardingPlan(
-                {
-                    path: EmbeddingModuleShardingPlan(
-                        {name: _parameter(weight, places[name], cluster) for name, weight in table_weights(module).items()}
-                    )
-                    for path, module in table_modules(model)
-                }
-            )
-        )
     usable = int(cluster.memory_bytes * (1 - RESERVE)) if usable_bytes is None else usable_bytes
-    topology = cluster.topology(usable)
     lengths = lengths or {}
+    if cluster.machine.device == "cpu":
+        specs = [in_memory(spec, "device") if spec.memory.kind == "auto" else spec for spec in specs]
+    if planner == "explicit" or cluster.world_size == 1:
+        return Planned(_explicit(model, specs, cluster, usable, lengths))
+    host = int(cluster.host_memory_bytes * (1 - RESERVE)) if beyond_bytes is None else beyond_bytes
+    topology = cluster.topology(usable, host, beyond_bytes)
+    return fewest_spilled(
+        specs, lengths, lambda told: _chosen(model, told, sharders, cluster, topology, batch_size, lengths)
+    )
+
+
+def _chosen(
+    model: nn.Module,
+    specs: Sequence[TableSpec],
+    sharders: Sharders,
+    cluster: Cluster,
+    topology: Topology,
+    batch_size: int,
+    lengths: Mapping[str, float],
+) -> Planned:
+    """Returns what TorchRec's planner chooses for tables whose memory is told."""
     chosen: list[ShardingOption] = []
 
     def note(options: list[ShardingOption]) -> list[ShardingOption]:
@@ -179,13 +200,7 @@ def plan_tables(
         topology=topology,
         batch_size=batch_size,
         storage_reservation=FixedPercentageStorageReservation(0.0),  # it is taken off already
-        constraints={
-            spec.name: ParameterConstraints(
-                sharding_types=possible_types(spec, cluster),
-                pooling_factors=[lengths.get(lookup.key, 1.0) for lookup in spec.lookups],
-            )
-            for spec in specs
-        },
+        constraints={spec.name: _constraints(spec, cluster, lengths) for spec in specs},
         callbacks=[note],
         debug=False,
     )
@@ -197,6 +212,54 @@ def plan_tables(
             f"Allow more sharding types (tables.NAME.sharding.types), or use more workers."
         ) from error
     return Planned(plan, float(NoopPerfModel(topology).rate(chosen)))
+
+
+def _constraints(spec: TableSpec, cluster: Cluster, lengths: Mapping[str, float]) -> ParameterConstraints:
+    (kernel,) = kernels_allowed(spec, cluster.machine.device)
+    return ParameterConstraints(
+        sharding_types=possible_types(spec, cluster),
+        compute_kernels=[kernel, EmbeddingComputeKernel.DENSE.value],  # which data-parallel tables have alone
+        pooling_factors=[lengths.get(lookup.key, 1.0) for lookup in spec.lookups],
+        cache_params=cache_params(kernel, spec.memory.ratio),
+        key_value_params=key_value_params(spec, kernel),
+    )
+
+
+def _explicit(
+    model: nn.Module, specs: Sequence[TableSpec], cluster: Cluster, usable: int, lengths: Mapping[str, float]
+) -> ShardingPlan:
+    """Returns the plan where ranks are said, or there is one: `auto` tables leave the GPUs' memory as far as it takes."""
+    places = place_tables(specs, cluster.world_size, cluster.local_world_size)
+
+    def attempt(told: Sequence[TableSpec]) -> list[TableSpec]:
+        taken = [0] * cluster.world_size
+        for spec in told:
+            place = places[spec.name]
+            (kernel,) = kernels_allowed(spec, cluster.machine.device)
+            ratio = spec.memory.ratio if kernel in CACHED else None
+            share = lying(spec, kernel, ratio, spec.num_embeddings, spec.dim)
+            copies = len(place.ranks) if place.sharding_type == ShardingType.DATA_PARALLEL.value else 1
+            for rank in place.ranks:
+                taken[rank] += (share.device_weights + share.device_state) * copies // len(place.ranks)
+        if max(taken) > usable:
+            raise PlanError(f"tables take {max(taken):,} bytes of a rank's {usable:,}.")
+        return list(told)
+
+    try:
+        told = {spec.name: spec for spec in fewest_spilled(specs, lengths, attempt)}
+    except PlanError:  # as small as it gets: whether it fits is for the footprint to say
+        told = {spec.name: in_memory(spec, "uvm_caching") if spec.memory.kind == "auto" else spec for spec in specs}
+    return ShardingPlan(
+        {
+            path: EmbeddingModuleShardingPlan(
+                {
+                    name: _parameter(weight, places[name], cluster, told[name])
+                    for name, weight in table_weights(module).items()
+                }
+            )
+            for path, module in table_modules(model)
+        }
+    )
 
 
 def _planned(
@@ -223,9 +286,11 @@ def possible_types(spec: TableSpec, cluster: Cluster) -> list[str]:
     return list(dict.fromkeys("table_wise" if is_out[kind] else kind for kind in allowed))
 
 
-def _parameter(weight: torch.Tensor, place: Placement, cluster: Cluster) -> ParameterSharding:
-    """Returns what TorchRec wants to know of a table."""
-    kind = place.sharding_type
+def _parameter(weight: torch.Tensor, place: Placement, cluster: Cluster, spec: TableSpec) -> ParameterSharding:
+    """Returns what TorchRec wants to know of a table whose memory is told."""
+    kind, (kernel,) = place.sharding_type, kernels_allowed(spec, cluster.machine.device)
+    if kind == ShardingType.DATA_PARALLEL.value:
+        kernel = EmbeddingComputeKernel.DENSE.value
     sizes, offsets = calculate_shard_sizes_and_offsets(
         weight,
         world_size=cluster.world_size,
@@ -243,12 +308,15 @@ def _parameter(weight: torch.Tensor, place: Placement, cluster: Cluster) -> Para
     ]
     return ParameterSharding(
         sharding_type=kind,
-        compute_kernel=_kernel(kind),
+        compute_kernel=kernel,
         ranks=list(place.ranks),
         sharding_spec=None if kind == ShardingType.DATA_PARALLEL.value else EnumerableShardingSpec(pieces),
+        cache_params=cache_params(kernel, spec.memory.ratio),
+        key_value_params=key_value_params(spec, kernel),
     )
 
 
-def _kernel(sharding_type: str) -> str:
-    is_replicated = sharding_type == ShardingType.DATA_PARALLEL.value
-    return (EmbeddingComputeKernel.DENSE if is_replicated else EmbeddingComputeKernel.FUSED).value
+def _kernels(sharding_type: str, device_type: str) -> list[str]:
+    if sharding_type == ShardingType.DATA_PARALLEL.value:
+        return [EmbeddingComputeKernel.DENSE.value]
+    return [EmbeddingComputeKernel.FUSED.value, *(OFF_DEVICE if device_type == "cuda" else ())]

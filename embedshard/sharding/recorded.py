@@ -11,7 +11,7 @@ __all__ = ["RecordedPlan", "RecordedShard", "RecordedTable", "describe_table", "
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -31,6 +31,7 @@ from embedshard.config.placement import DEFAULT_TYPES
 from embedshard.errors import PlanError
 from embedshard.models.embeddings import table_modules, table_weights
 from embedshard.sharding.explicit import leaves_empty_pieces
+from embedshard.sharding.memory import CACHED, OFF_DEVICE, cache_params, kernels_allowed, memory_of
 from embedshard.storage import locate
 
 _FORMAT: Final = "embedshard plan"
@@ -65,11 +66,13 @@ class RecordedTable:
         sharding_type: TorchRec's word.
         kernel: TorchRec's word.
         shards: in TorchRec's order; of a replicated table one for each rank.
+        cache_ratio: the share of its rows that a cache on the GPU holds; None where it has none.
     """
 
     sharding_type: str
     kernel: str
     shards: tuple[RecordedShard, ...]
+    cache_ratio: float | None = None
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -133,8 +136,9 @@ class RecordedPlan:
     def _against(self, spec: TableSpec, planner: str) -> list[str]:
         """Returns in what a table's place is not what the config asks for; where it could not be cut, whole is right."""
         table, asked = self.tables[spec.name], spec.sharding
-        if self.workers == 1:
-            return []
+        found = [] if table.is_replicated else _memory_against(spec, table)
+        if self.workers == 1 or found:
+            return found
         allowed = [str(asked.type)] if planner == "explicit" else [str(kind) for kind in asked.types or DEFAULT_TYPES]
         pieces = {"row_wise": self.workers, "table_row_wise": self.local_workers, "grid_shard": self.local_workers}
         if any(leaves_empty_pieces(spec.num_embeddings, pieces[kind]) for kind in allowed if kind in pieces):
@@ -146,13 +150,21 @@ class RecordedPlan:
             return [f"table '{spec.name}': ranks {_shown(list(table.ranks))} in the plan, {_shown(asked.ranks)} asked for"]
         return []
 
-    def applies(self, specs: Sequence[TableSpec], planner: str, workers: int, local_workers: int) -> bool:
-        """Returns whether it is the plan of this config and world.
+    def applies(
+        self, specs: Sequence[TableSpec], planner: str, workers: int, local_workers: int, device_type: str = "cuda"
+    ) -> bool:
+        """Returns whether it is the plan of this config and world, and can be had on the device.
 
         Raises:
             PlanError: naming each difference, if it is not and is binding.
         """
         found = self.differences(specs, planner, workers, local_workers)
+        if device_type == "cpu":
+            found += [
+                f"table '{name}': {memory_of(table.kernel)} in the plan, which needs CUDA; this is a CPU"
+                for name, table in self.tables.items()
+                if table.kernel in OFF_DEVICE
+            ]
         if found and self.is_binding:
             raise PlanError(
                 f"{self.source} was made for another config or other workers:\n"
@@ -186,6 +198,7 @@ class RecordedPlan:
             compute_kernel=table.kernel,
             ranks=list(table.ranks),
             sharding_spec=None if table.is_replicated else EnumerableShardingSpec(pieces),
+            cache_params=cache_params(table.kernel, table.cache_ratio),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -199,6 +212,7 @@ class RecordedPlan:
                 name: {
                     "sharding_type": table.sharding_type,
                     "kernel": table.kernel,
+                    **({} if table.cache_ratio is None else {"cache_ratio": table.cache_ratio}),
                     "shards": [
                         {"rank": shard.rank, "rows": list(shard.rows), "columns": list(shard.columns)}
                         for shard in table.shards
@@ -248,6 +262,7 @@ class RecordedPlan:
                             RecordedShard(int(shard["rank"]), _span(shard["rows"]), _span(shard["columns"]))
                             for shard in table["shards"]
                         ),
+                        cache_ratio=None if table.get("cache_ratio") is None else float(table["cache_ratio"]),
                     )
                     for name, table in value["tables"].items()
                 },
@@ -269,10 +284,15 @@ class RecordedPlan:
             rows, columns = int(described["rows"]), int(described["dim"])
             area = sum(shard.num_rows * shard.num_columns for shard in table.shards)
             copies = self.workers if table.is_replicated else 1
-            if table.kernel != ("dense" if table.is_replicated else "fused"):
+            if table.kernel not in (("dense",) if table.is_replicated else ("fused", *OFF_DEVICE)):
                 raise PlanError(
                     f"{self.source}: table '{name}' has kernel '{table.kernel}', under which its own optimizer would not "
                     f"train it. Make the plan anew."
+                )
+            if (table.cache_ratio is not None) != (table.kernel in CACHED) or not 0 < (table.cache_ratio or 0.5) < 1:
+                raise PlanError(
+                    f"{self.source}: table '{name}' has kernel '{table.kernel}' and cache_ratio {table.cache_ratio}: a "
+                    f"share between 0 and 1 belongs to {' and '.join(CACHED)}, and to no other. Make the plan anew."
                 )
             is_inside = all(
                 0 <= shard.rows[0] < shard.rows[1] <= rows
@@ -309,7 +329,7 @@ def record_plan(plan: ShardingPlan, specs: Iterable[TableSpec], workers: int, lo
         if table.is_replicated:
             whole = ((0, spec.num_embeddings), (0, spec.dim))
             shards = tuple(RecordedShard(rank, *whole) for rank in range(workers))
-            table = RecordedTable(table.sharding_type, table.kernel, shards)
+            table = replace(table, shards=shards)
         described[spec.name], tables[spec.name] = describe_table(spec), table
     return RecordedPlan(workers, local_workers, described, tables)
 
@@ -317,9 +337,11 @@ def record_plan(plan: ShardingPlan, specs: Iterable[TableSpec], workers: int, lo
 def _recorded(sharding: ParameterSharding) -> RecordedTable:
     spec = sharding.sharding_spec
     shards = [] if spec is None else cast(EnumerableShardingSpec, spec).shards
+    cache = sharding.cache_params if sharding.compute_kernel in CACHED else None
     return RecordedTable(
         sharding_type=sharding.sharding_type,
         kernel=sharding.compute_kernel,
+        cache_ratio=None if cache is None else cache.load_factor,
         shards=tuple(
             RecordedShard(
                 rank=rank,
@@ -346,6 +368,17 @@ def read_plan(path: Path) -> RecordedPlan:
     except (OSError, ValueError) as error:
         raise PlanError(f"{path} cannot be read as JSON: {error}. Make the plan anew.") from error
     return RecordedPlan.from_json(value, str(path))
+
+
+def _memory_against(spec: TableSpec, table: RecordedTable) -> list[str]:
+    """Returns in what a table's memory is not what the config asks for."""
+    allowed, where = kernels_allowed(spec), f"table '{spec.name}'"
+    if table.kernel not in allowed:
+        shown = ", ".join(memory_of(kernel) for kernel in allowed)
+        return [f"{where}: memory {memory_of(table.kernel)} in the plan, the config allows {shown}"]
+    if table.cache_ratio is not None and table.cache_ratio != spec.memory.ratio:
+        return [f"{where}: cache_ratio {table.cache_ratio} in the plan, {spec.memory.ratio} in the config"]
+    return []
 
 
 def _span(value: Any) -> tuple[int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["make_sharders", "round_at_random", "shard_model"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,10 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, Shardin
 
 from embedshard.config import Config, TableSpec
 from embedshard.errors import ConfigError
+from embedshard.sharding.cache import keep_apart
 from embedshard.sharding.initialise import initialise_tables
 from embedshard.sharding.lazy_adam import pose_as_sgd, take_over
+from embedshard.sharding.memory import check_memory
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, SequenceSharder, Sharders, make_plan
 from embedshard.sharding.recorded import RecordedPlan
@@ -46,13 +49,15 @@ def shard_model(
 
     Raises:
         PlanError: if there is no plan within what the config allows, or the recorded one is another config's.
-        ConfigError: if the communication's precision is not to be had on this device.
+        ConfigError: if the communication's precision, or a table's memory, is not to be had on this device.
     """
+    check_memory(specs, world.device, is_training=True)
     attach_table_optimizers(model, specs)
     sharders = make_sharders(config, world.device)
     batch_size = config.train.global_batch_size // world.world_size
     plan = make_plan(model, specs, sharders, config.sharding.planner, world, batch_size, recorded)
     round_at_random(plan, specs)
+    keep_apart(model, plan)
     if world.device.type == "cpu":
         pose_as_sgd(model)
     sharded = DistributedModelParallel(
@@ -105,7 +110,10 @@ def make_sharders(config: Config, device: torch.device) -> Sharders:
                 "Leave it out, or train on CUDA."
             )
     # Rounding at random makes the result depend on more than (config, data, seed): only a table that asks for it does.
-    fused, codecs = {"stochastic_rounding": False}, _codecs(config, device)
+    fused: dict[str, Any] = {"stochastic_rounding": False}
+    if device.type == "cuda" and any(table.memory.kind in ("auto", "uvm_caching") for table in config.tables.values()):
+        fused["gather_uvm_cache_stats"] = True
+    codecs = _codecs(config, device)
     return (
         AnyTypeSharder(fused_params=fused, qcomm_codecs_registry=codecs),
         SequenceSharder(fused_params=fused, qcomm_codecs_registry=codecs),

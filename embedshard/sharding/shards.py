@@ -92,7 +92,14 @@ def num_column_blocks(model: DistributedModelParallel) -> dict[str, int]:
 
 
 def weight_shards(model: DistributedModelParallel) -> Iterator[Shard]:
-    """Yields this rank's blocks of tables' weights that are not empty, in the order of parameters' names. Not collective."""
+    """Yields this rank's blocks of tables' weights that are not empty, in the order of parameters' names. Not collective.
+
+    A table behind a cache is written back and its cache emptied first: what is read is the newest, and what is written
+    stays. The views are good until the next lookup.
+    """
+    for kernel in fused_kernels(model):
+        kernel.flush()
+        kernel.purge()
     replicated = replicated_tables(model)
     for key, value in sorted(model.state_dict().items()):
         if isinstance(value, ShardedTensor):

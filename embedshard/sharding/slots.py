@@ -283,7 +283,7 @@ class Slots:
         looking = np.arange(len(ids))
         while len(looking):
             slots = self._index[places[looking]]
-            is_it = (slots >= 0) & (self.ids[slots] == ids[looking])
+            is_it = (slots >= 0) & (self.ids[np.maximum(slots, 0)] == ids[looking])
             found[looking[is_it]] = places[looking[is_it]]
             looking = looking[~is_it & (slots != _EMPTY)]
             places[looking] = (places[looking] + 1) & mask

@@ -25,6 +25,7 @@ from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
+from embedshard.sharding.cache import CacheRates
 from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.recorded import RecordedPlan, record_plan
@@ -50,6 +51,7 @@ class Assembly:
     evaluator: Evaluator
     collator: Collator
     tally: Tally
+    caches: CacheRates
     streaming: StreamingMetrics | None = None
     managed: ManagedTables | None = None
 
@@ -150,6 +152,7 @@ def assemble(
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
+        caches=CacheRates(model, world),
         managed=managed,
         streaming=streaming,
     )

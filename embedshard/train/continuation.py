@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from embedshard.config import Config, Loaded, differences
-from embedshard.config.parts import EachPartition, HierarchicalSoftmaxConfig
+from embedshard.config.parts import EachPartition, HierarchicalSoftmaxConfig, ManagedVocabulary
 from embedshard.data.partitions import Former
 from embedshard.data.source import Inventory
 from embedshard.errors import CheckpointError, ConfigError
@@ -28,7 +28,8 @@ _FILE: Final = "continued_from.json"
 _FREE_TO_CHANGE: Final = (
     "name", "seed", "data", "train", "evaluate", "checkpoint", "tracking", "sharding",
     "features.*.column", "features.*.unknown", "features.*.null", "features.*.missing",
-    "tables.*.vocabulary.path", "tables.*.init", "tables.*.init_from", "tables.*.l2_lookup", "tables.*.sharding",
+    "tables.*.vocabulary.path", "tables.*.vocabulary.buckets", "tables.*.init", "tables.*.init_from",
+    "tables.*.l2_lookup", "tables.*.sharding",
     "tables.*.optimizer.lr", "tables.*.optimizer.eps", "tables.*.optimizer.betas",
     "optimizer.tables.lr", "optimizer.tables.eps", "optimizer.tables.betas",
     "optimizer.dense.lr", "optimizer.dense.clip_norm", "optimizer.schedule",
@@ -184,6 +185,13 @@ def _check_config(former: RunDirectory, loaded: Loaded, environment: Mapping[str
         for path, now, was in differences(ours, theirs)
         if not is_below(path, _FREE_TO_CHANGE)
     ]
+    for name, table in loaded.config.tables.items():
+        was = saved.config.tables[name].vocabulary if name in saved.config.tables else None
+        if not isinstance(table.vocabulary, ManagedVocabulary) or not isinstance(was, ManagedVocabulary):
+            continue
+        before, now = was.buckets or saved.config.data.lanes, table.vocabulary.buckets or loaded.config.data.lanes
+        if before != now:
+            changed.append(f"  tables.{name}.vocabulary.buckets: {before} in the run, {now} now (data.lanes, if not given)")
     if changed:
         raise ConfigError(
             f"{former.folder.uri} cannot be continued with this config, under which its weights mean something else:\n"

@@ -77,7 +77,8 @@ class Days:
         progressive = Progressive(self._config, parts.collator, self._world)
         source = dataset.train[position.partition]
         # With files of its own: the reader reads the partition ahead, in its thread.
-        values = progressive.evaluate(parts.model, source.of(source.inventory))
+        with parts.caches.left_out():
+            values = progressive.evaluate(parts.model, source.of(source.inventory))
         number = position.partition + 1
         about = {"partition": number, "name": dataset.names[position.partition], "step": state.step}
         state.progressive.append(about | values)

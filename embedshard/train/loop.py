@@ -99,7 +99,8 @@ def train(
     if is_new:
         start_warm(parts, run, reporter)
     elif resume_from is None and days.continues is not None:
-        restore(days.continues.checkpoint(), parts.model, parts.optimizers, parts.objective, parts.managed)
+        former = days.continues.checkpoint()
+        restore(former, parts.model, parts.optimizers, parts.objective, parts.managed, is_same_run=False)
         if parts.managed is not None:
             parts.managed.count_steps_anew()
     if resume_from is not None:
@@ -286,6 +287,7 @@ class _Training:
                     **({"train/quarantined": bad_rows.quarantined} if bad_rows.quarantined else {}),
                     **{f"train/oov/{name}": count / bad_rows.ids[name] for name, count in bad_rows.oov.items() if count},
                     **_vocabulary_metrics(self.parts.managed),
+                    **{f"train/cache/{name}": rate for name, rate in self.parts.caches.measure().items()},
                 },
             )
 
@@ -296,7 +298,8 @@ class _Training:
             return False
         if not (is_end or due(state.step, config.evaluate.every_steps, position.is_epoch_end)):
             return False
-        values = self.parts.evaluator.evaluate(self.parts.model, "validation")
+        with self.parts.caches.left_out():
+            values = self.parts.evaluator.evaluate(self.parts.model, "validation")
         self.reporter.measured(state.step, {f"validation/{name}": value for name, value in values.items()})
         selected = config.evaluate.select or config.evaluate.metrics[0]
         min_delta = config.train.early_stopping.min_delta if config.train.early_stopping else 0.0

@@ -50,8 +50,18 @@ def restore(
     optimizers: Optimizers,
     objective: Objective,
     managed: ManagedTables | None = None,
+    *,
+    is_same_run: bool = True,
 ) -> None:
     """Fills this rank's shards and everything replicated from a checkpoint of any world. Not collective.
+
+    Args:
+        checkpoint: of any world.
+        model: sharded.
+        optimizers: of it.
+        objective: with what it estimates.
+        managed: tables whose ids come and go.
+        is_same_run: whether metrics of training rows go on too; not where a run continues another.
 
     Raises:
         CheckpointError: if a piece is damaged, missing, or of another shape or type.
@@ -67,7 +77,7 @@ def restore(
             *_whole("tables", optimizers.adam_steps()),
             *_whole("dense", _dense_parameters(model)),
             *_whole("dense_optimizer", optimizers.dense_state()),
-            *_whole("objective", dict(objective.named_buffers())),
+            *_whole("objective", _buffers(objective, with_streaming=is_same_run)),
             *_vocabularies(managed),
         ],
     )
@@ -91,6 +101,12 @@ def _go_on(checkpoint: Checkpoint, managed: ManagedTables) -> None:
             f"{checkpoint.folder.uri}: a managed vocabulary makes no sense: {error}. This is a bug of embedshard, or the "
             f"config's vocabulary.seed or vocabulary.buckets is another than the checkpoint's: report it, or set them back."
         ) from error
+
+
+def _buffers(objective: Objective, *, with_streaming: bool) -> dict[str, torch.Tensor]:
+    """Returns what the objective keeps; metrics of the training rows are of one run, and another begins its own."""
+    buffers = dict(objective.named_buffers())
+    return buffers if with_streaming else {name: b for name, b in buffers.items() if not name.startswith("streaming.")}
 
 
 def _vocabularies(managed: ManagedTables | None) -> Iterator[Piece]:

@@ -216,6 +216,8 @@ def next_items(ratings: pa.Table, time: str) -> dict[str, pa.Table]:
     users, movies = ratings["user_id"].to_numpy(), np.searchsorted(kept, ratings["movie_id"].to_numpy())
     order = np.lexsort((ratings[time].to_numpy(), users))
     known, first, lengths = np.unique(users[order], return_index=True, return_counts=True)
+    if not len(kept):
+        raise ValueError(f"no movie has {FEWEST_RATINGS} ratings, which protocol 'next' asks of each")
     if lengths.min() < 4:
         raise ValueError(f"user {known[lengths.argmin()]} has {lengths.min()} ratings; each needs four")
     negatives = negatives_for(known, users, movies, NUM_RANDOM, SEED)

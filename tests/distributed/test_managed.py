@@ -10,14 +10,18 @@ import torch
 
 from embedshard.config import Loaded, build_config
 from embedshard.errors import CheckpointError, ConfigError, DataError
+from embedshard.launch.checkpoint_diff import diff_here
 from embedshard.launch.rehearsing import LocalGroup
 from embedshard.launch.resize import resize_here
 from embedshard.launch.similar import vectors_here
+from embedshard.launch.verify import verify_plans
+from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.sharding.initialise import scattered_rows
 from embedshard.sharding.slots import FREE
 from embedshard.train.assembly import assemble
 from embedshard.train.audit import audit_run
 from embedshard.train.checkpoint import find_steps, newest_intact
+from embedshard.train.continuation import keep_continuation, take_over
 from embedshard.train.loop import train
 from embedshard.train.rehearsal import Rehearsal
 from embedshard.train.run_directory import RunDirectory
@@ -260,11 +264,18 @@ def vectors(path):
 @pytest.mark.parametrize("rows", [61, 11])
 def test_another_number_of_rows(drifting, tmp_path, rows, saved_tensors):
     tree = tree_of(drifting, checkpoint={"every_steps": 10, "keep": 2})
+    tree["tables"]["user"]["vocabulary"]["rows"] = 50
     tree["data"]["validation"] = tree["data"]["train"]
     with pytest.raises(KeyboardInterrupt):
         run(tree, tmp_path / "run", StopAt(44))
     _, before = saved_tensors(tmp_path / "run")
     had = vectors(tmp_path / "run")
+    found = diff_here(tmp_path / "run", 30, 40, {})
+    item = next(table for table in found.tables if table.table == "item")
+    assert item.changed_hands > 0
+    assert item.moved + item.changed_hands <= ROWS + 1
+    assert {moved.id for moved in item.most_moved} <= {*had, None}
+    assert not any(tensor.name.startswith("vocabularies/") for tensor in found.tensors)
     steps = find_steps(RunDirectory(tmp_path / "run").checkpoints)
     done = resize_here(tmp_path / "run", "item", rows, {})
     assert [one.step for one in done] == steps
@@ -302,3 +313,52 @@ def test_only_a_managed_table_can_be_resized(drifting, tmp_path):
         resize_here(directory.folder, "itme", 40, {})
     with pytest.raises(CheckpointError, match=r"has no checkpoint yet\. Start it anew .* tables\.item\.vocabulary\.rows=40"):
         resize_here(directory.folder, "item", 40, {})
+
+
+@pytest.mark.timeout(300)
+def test_verify_covers_it(drifting):
+    config = build_config(tree_of(drifting), {}, "test")
+    found = verify_plans(config, steps=6, worlds=(1, 2), types=("row_wise", "data_parallel"))
+    by_status = {status: [case for case in found.cases if case.status == status] for status in ("pass", "fail", "n/a")}
+    assert not by_status["fail"]
+    assert any("change hands" in case.describe() for case in by_status["n/a"])
+    assert by_status["pass"]
+
+
+@pytest.mark.timeout(200)
+def test_continues_with_the_ids_it_has(drifting, tmp_path):
+    folder = tmp_path / "days"
+    for day in (1, 2):
+        write_drifting(folder / f"day={day}", rows=240)
+    tree = tree_of(drifting, {"ttl_steps": 8})
+    tree["data"] = {"partitions": [str(folder / "day=1" / "*.parquet")], "lanes": 4, "label": "clicked", "shuffle": False}
+    tree["train"] = {"global_batch_size": 24, "epochs": 1}
+    run(tree, tmp_path / "first")
+    before = RunDirectory.open(tmp_path / "first")
+    both = json.loads(json.dumps(tree))
+    both["data"]["partitions"].append(str(folder / "day=2" / "*.parquet"))
+    other = json.loads(json.dumps(both))
+    other["data"]["lanes"] = 8
+    with pytest.raises(ConfigError, match=r"tables\.item\.vocabulary\.buckets: 4 in the run, 8 now"):
+        take_over(before, Loaded(build_config(other, {}, "test"), other, "test"), {})
+    both["train"]["metrics"] = ["auc"]  # begins with this run, though the former had none
+    loaded = Loaded(build_config(both, {}, "test"), both, "test")
+    continues, _ = take_over(before, loaded, {})
+    directory = RunDirectory.create(tmp_path / "second", loaded)
+    keep_continuation(directory, continues)
+    with open_world("cpu") as world:
+        train(loaded.config, world, directory, Reporter())
+    ids, _ = vectors_here(tmp_path / "second", {}, table="item")
+    assert len([id_ for id_ in ids if id_ is not None]) > 3
+    last = newest_intact(directory.checkpoints)
+    steps = torch.empty(last.tensors["vocabularies/item/last_steps"].shape, dtype=torch.int64)
+    last.read_into([("vocabularies/item/last_steps", (0,), steps)])
+    assert steps.max() == last.step - 1, "steps are this run's"
+
+
+def test_ids_with_the_same_low_bits_are_told_apart_by_log_q():
+    estimate = FrequencyEstimate(None, 2**10, None)
+    ids = torch.arange(100) << 22
+    estimate.update(ids)
+    assert (estimate.probability(ids) < 0.05).all()
+    assert FrequencyEstimate(200, 2**10, None).buckets == 200

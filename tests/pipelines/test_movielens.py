@@ -100,8 +100,12 @@ def test_histories_are_the_movies_of_a_user_in_order_of_time(prepare, tmp_path, 
     movies = pa.table({"movie_id": [10, 11], "title": ["a", "b"], "genres": [["x"], []]})
     pq.write_table(movies, tmp_path / "movies.parquet")
     monkeypatch.setenv("EMBEDSHARD_DATA", str(tmp_path / "data"))
-    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path)])
-    prepare.main()
+    for protocol in ("ratings", "histories"):
+        monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path), "--protocol", protocol])
+        prepare.main()
+    monkeypatch.setattr(sys, "argv", ["prepare.py", "--source", str(tmp_path), "--protocol", "next"])
+    with pytest.raises(SystemExit, match="no movie has 5 ratings"):
+        prepare.main()
     written = tmp_path / "data" / "movielens" / "histories"
     assert pq.read_table(written / "train").to_pylist() == [
         {"user_id": 2, "movies": [11, 12, 10]}, {"user_id": 7, "movies": [20, 30]}, {"user_id": 9, "movies": [30]},

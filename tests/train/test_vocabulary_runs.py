@@ -15,6 +15,7 @@ from embedshard.cli import app
 from embedshard.config import Loaded, build_config
 from embedshard.data.check import check_data
 from embedshard.data.dataset import Dataset, open_dataset
+from embedshard.data.partitions import Partition
 from embedshard.data.source import Source
 from embedshard.data.survey import Wanted, take_survey
 from embedshard.errors import ConfigError, DataError
@@ -287,3 +288,16 @@ def test_a_run_that_continues_another_looks_ids_up_by_the_vocabulary_that_the_fo
     known = set(pq.read_table(files[0])["id"].to_pylist())
     items = pq.read_table(days / "day=2")["item"].to_pylist()
     assert result["bad_rows"]["train"]["oov"]["item"] == sum(item not in known for item in items) > 0
+
+
+def test_only_the_partitions_of_the_run_are_counted(tmp_path):
+    write_rows(tmp_path / "day=1", 60, 3, 20)
+    (tmp_path / "day=2").mkdir()
+    (tmp_path / "day=2" / "part-0.parquet").write_bytes(b"PAR1 is being written")
+    config = loaded(tmp_path, data={"partitions": {"each": f"{tmp_path}/day=*"}, "lanes": 4}, evaluate={}).config
+    whole = Partition("day=1", (f"{tmp_path}/day=1",))
+    with open_world("cpu") as world:
+        dataset = open_dataset(config, world, None, partitions=[whole])
+    met = set(pq.read_table(tmp_path / "day=1")["item"].to_pylist())
+    assert dataset.table_rows["item"] == len(met)
+    assert dataset.names == ["day=1"]

@@ -166,3 +166,13 @@ def test_extreme_ids():
     rows = slots.meet(ids, np.ones(4, dtype=np.int64), 0).rows
     assert len(set(rows.tolist())) == 4
     assert (rows < ROWS).all()
+
+
+def test_a_rank_of_one_row():
+    slots = Slots(2, 2, 0, 1, min_count=1, eviction="lru", ttl_steps=None, seed=0)
+    ids = np.arange(200, dtype=np.int64)
+    mine = ids[slots.bucket_of(ids) == 0]
+    for step, id_ in enumerate(mine.tolist()):
+        met = slots.meet(np.array([id_]), np.array([1]), step)
+        assert met.rows.tolist() == [0]
+        assert met.evicted.tolist() == ([0] if step else [])

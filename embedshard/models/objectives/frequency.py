@@ -4,8 +4,11 @@ from __future__ import annotations
 
 __all__ = ["FrequencyEstimate"]
 
+import numpy as np
 import torch
 from torch import nn
+
+from embedshard.data.hashing import hash_integers
 
 
 class FrequencyEstimate(nn.Module):
@@ -16,17 +19,18 @@ class FrequencyEstimate(nn.Module):
     so every rank holds the same, whatever the world. Part of the checkpoint.
 
     Args:
-        rows: ids are 0 .. rows - 1.
+        rows: ids are 0 .. rows - 1; None where they are any numbers of at least 0, which are hashed to the counters.
         buckets: counters; with fewer than rows, an id counts in bucket `id % buckets`.
         half_life_steps: updates after which a count weighs half; None: never less.
     """
 
     _RESCALE = 64.0  # binary orders by which weights may grow before all are scaled down, exactly
 
-    def __init__(self, rows: int, buckets: int, half_life_steps: float | None) -> None:
+    def __init__(self, rows: int | None, buckets: int, half_life_steps: float | None) -> None:
         super().__init__()
         self.half_life_steps = half_life_steps
-        self.buckets = min(rows, buckets)
+        self.buckets = buckets if rows is None else min(rows, buckets)
+        self._is_hashed = rows is None
         self.counts: torch.Tensor
         self.scalars: torch.Tensor
         self.register_buffer("counts", torch.zeros(self.buckets, dtype=torch.float64))
@@ -48,7 +52,7 @@ class FrequencyEstimate(nn.Module):
                 total, taken, exponent = total * 2.0**-self._RESCALE, taken + self._RESCALE, exponent - self._RESCALE
         weight = 2.0**exponent
         valid = ids[ids >= 0]
-        occurrences = torch.bincount(valid % self.buckets, minlength=self.buckets)
+        occurrences = torch.bincount(self._places(valid), minlength=self.buckets)
         self.counts.add_(occurrences, alpha=weight)
         self.scalars.copy_(torch.tensor([total + weight * len(valid), updates + 1, taken], dtype=torch.float64))
 
@@ -59,4 +63,10 @@ class FrequencyEstimate(nn.Module):
         Args:
             ids: (N,) int64; below 0 gives some other id's share.
         """
-        return self.counts[ids.clamp(min=0) % self.buckets] / self.scalars[0].clamp(min=1e-300)
+        return self.counts[self._places(ids.clamp(min=0))] / self.scalars[0].clamp(min=1e-300)
+
+    def _places(self, ids: torch.Tensor) -> torch.Tensor:
+        if not self._is_hashed:
+            return ids % self.buckets
+        hashes = hash_integers(ids.cpu().numpy(), 0) % np.uint64(self.buckets)
+        return torch.from_numpy(hashes.astype(np.int64)).to(ids.device)

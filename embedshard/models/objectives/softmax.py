@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
+from embedshard.data.vocabulary import UNKNOWN_ID
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import KEPT_ELEMENTS, Objective, OwnHits, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
@@ -129,7 +130,9 @@ class InBatchSoftmax(Objective):
         super().__init__()
         self._config, self._item_id, self._world = config, item_id, world
         self.frequency = (
-            FrequencyEstimate(num_items, config.log_q_buckets, config.log_q_half_life_steps)
+            FrequencyEstimate(
+                None if num_items == UNKNOWN_ID else num_items, config.log_q_buckets, config.log_q_half_life_steps
+            )
             if config.log_q == "streaming"
             else None
         )
