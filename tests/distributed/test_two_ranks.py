@@ -46,6 +46,7 @@ PROGRAM = """
         json.dump({"losses": losses, "shards": shards, "metrics": metrics}, file)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # `world` holds the group: a thread of gloo that wants the interpreter while that ends would abort it
 """
 
 
@@ -74,6 +75,7 @@ RUN = """
     train(load_config(folder / "config.yaml", {}).config, world, run, BreakOff(), newest_intact(run.checkpoints))
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # `world` holds the group: a thread of gloo that wants the interpreter while that ends would abort it
 """
 
 
@@ -121,6 +123,7 @@ FROM_RANK_ZERO = """
         json.dump({**found, "ran": ran}, file)
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # `world` holds the group: a thread of gloo that wants the interpreter while that ends would abort it
 """
 
 
@@ -141,6 +144,7 @@ OPEN = """
             file.write(f"{type(error).__name__}: {error}")
     dist.barrier()
     dist.destroy_process_group()
+    os._exit(0)  # `world` holds the group: a thread of gloo that wants the interpreter while that ends would abort it
 """
 
 
