@@ -20,6 +20,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.config import TableSpec
 from embedshard.data.batch import Batch
+from embedshard.errors import ConfigError
 
 _DATA_TYPE = {"fp32": DataType.FP32, "fp16": DataType.FP16}
 
@@ -44,6 +45,9 @@ class EmbeddingLookup(nn.Module):
     Args:
         specs: the tables.
 
+    Raises:
+        ConfigError: if a table has a name that torch keeps for itself.
+
     Attributes:
         to_rows: turns ids into rows where they are not rows already, given whether this is training. Set from outside.
     """
@@ -51,6 +55,12 @@ class EmbeddingLookup(nn.Module):
     def __init__(self, specs: Sequence[TableSpec]) -> None:
         super().__init__()
         self.to_rows: Callable[[Batch, bool], Batch] | None = None
+        for spec in specs:
+            if hasattr(nn.ModuleDict, spec.name):
+                raise ConfigError(
+                    f"tables.{spec.name}: torch's ModuleDict, which holds the tables, keeps '{spec.name}' for itself. "
+                    f"Name the table otherwise, such as '{spec.name}_table'."
+                )
         pooled = [spec for spec in specs if not spec.is_sequence]
         self.plain = _bags([spec for spec in pooled if not spec.weighted], is_weighted=False)
         self.weighted = _bags([spec for spec in pooled if spec.weighted], is_weighted=True)

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from embedshard.config import build_config, table_specs
 from embedshard.config.parts import ConvEncoder, FlattenEncoder, PooledEncoder, RecurrentEncoder
+from embedshard.errors import ConfigError
+from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.layers import Dropout, padded
 from embedshard.models.text_classifier import make_encoder
 
@@ -139,3 +142,13 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate):
     assert (found == 0).float().mean(dim=0).std() < 4 * math.sqrt(rate * (1 - rate) / 400), "no column is dropped more often"
     layer = nn.Sequential(Dropout(rate, 1, 1)).eval()[0]
     assert layer(torch.ones(2, 2), batch([0, 1], 0)).equal(torch.ones(2, 2))
+
+
+def test_a_table_may_not_have_a_name_that_torch_keeps(make_config):
+    tables = {"user": {"rows": 40, "dim": 8}, "items": {"rows": 30, "dim": 8}}
+    features = {"user_id": {"kind": "id", "table": "user"}, "item_id": {"kind": "id", "table": "items"}}
+    tree = make_config().tree | {"tables": tables, "features": features}
+    tree["model"] = {"kind": "two_tower", "user": {"features": ["user_id"]}, "item": {"features": ["item_id"]}}
+    config = build_config(tree, {}, "test")
+    with pytest.raises(ConfigError, match=r"tables\.items: torch's ModuleDict.* Name the table otherwise"):
+        EmbeddingLookup(table_specs(config, {"user": 40, "items": 30}))
