@@ -20,7 +20,7 @@ __all__ = [
 
 from typing import get_args
 
-from embedshard.config.parts import ShardingType, TableConfig, TableShardingConfig
+from embedshard.config.parts import ManagedVocabulary, ShardingType, TableConfig, TableShardingConfig
 
 ALL_TYPES: tuple[ShardingType, ...] = get_args(ShardingType)
 COLUMN_TYPES = ("column_wise", "table_column_wise", "grid_shard")
@@ -47,7 +47,7 @@ def changed_optimizer(sharding_type: str, optimizer: str) -> str | None:
     return None
 
 
-def impossible(sharding_type: str, optimizer: str, dtype: str, is_sequence: bool) -> str | None:
+def impossible(sharding_type: str, optimizer: str, dtype: str, is_sequence: bool, is_managed: bool) -> str | None:
     """Returns why a table cannot be trained under a sharding type at all, if so."""
     if is_sequence and sharding_type not in SEQUENCE_TYPES:
         if sharding_type == "data_parallel":
@@ -59,6 +59,8 @@ def impossible(sharding_type: str, optimizer: str, dtype: str, is_sequence: bool
         return "data_parallel trains a table by a dense Adam, which moves every row at each step, also those not looked up"
     if dtype != "fp32":
         return f"data_parallel trains a table by a dense optimizer, which would compute and keep its state in {dtype}"
+    if is_managed:
+        return "rows of a managed vocabulary change hands, which the dense optimizer of data_parallel does not follow"
     return None
 
 
@@ -80,7 +82,7 @@ def check_table_sharding(name: str, table: TableConfig, optimizer: str, planner:
             f"give '{where}.types', what the planner may choose"
         )
     for kind in sharding.asked:
-        if why := impossible(kind, optimizer, table.dtype, is_sequence):
+        if why := impossible(kind, optimizer, table.dtype, is_sequence, isinstance(table.vocabulary, ManagedVocabulary)):
             raise ValueError(f"{where}: {why}. Choose another type, such as row_wise")
         why = changed_optimizer(kind, optimizer)
         if why and not sharding.allow_changed_optimizer:

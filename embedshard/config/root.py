@@ -550,7 +550,7 @@ class Config(Strict):
         for name in sorted(managed):
             table, where = self.tables[name], f"tables.{name}.vocabulary: a managed one"
             assert isinstance(table.vocabulary, ManagedVocabulary), "chosen by it"
-            buckets = table.vocabulary.buckets or self.data.lanes
+            buckets = self.num_buckets(name)
             if (table.known_rows or 0) < buckets:
                 raise ValueError(
                     f"{where} shares its rows out among {buckets} buckets, and there are {table.known_rows}. Give it more "
@@ -560,8 +560,6 @@ class Config(Strict):
                 raise ValueError(
                     f"{where} begins without ids, so there are no rows for the vectors of init_from. Leave it out"
                 )
-            if "data_parallel" in table.sharding.asked:
-                raise ValueError(f"{where} gives rows to new ids, which data_parallel does not follow. Choose another type")
             if any(isinstance(feature, TextFeature) and feature.table == name for feature in self.features.values()):
                 raise ValueError(f"{where} is for ids, and a text is looked up there. Choose 'words' or 'bpe'")
         if not managed:
@@ -648,6 +646,12 @@ class Config(Strict):
             if self._knows_user_and_item() and not self._is_managed():
                 found.append(BiasBaseline(kind="bias"))
         return found
+
+    def num_buckets(self, table: str) -> int:
+        """The virtual buckets of a table whose vocabulary is managed."""
+        vocabulary = self.tables[table].vocabulary
+        assert isinstance(vocabulary, ManagedVocabulary), "asked of such a table"
+        return vocabulary.buckets or self.data.lanes
 
     def pooled_width(self, names: Sequence[str]) -> int:
         """The size of features' vectors side by side."""

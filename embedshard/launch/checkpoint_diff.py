@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["MovedRow", "TableDiff", "TensorDiff", "diff_here", "diff_tables", "show_diff"]
 
 import heapq
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -15,18 +15,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from embedshard.config import bias_key
-from embedshard.config.parts import ManagedVocabulary
-from embedshard.errors import EmbedshardError
+from embedshard.config import Config
+from embedshard.errors import ConfigError, EmbedshardError
 from embedshard.export.ids import Id
-from embedshard.launch.run_tables import ids_in, table_of
+from embedshard.launch.run_tables import ids_in, table_of, vocabulary_table
+from embedshard.sharding.slots import FREE
 from embedshard.storage import PathOrUri, reaching
 from embedshard.train.checkpoint_reader import Checkpoint, open_step
 from embedshard.train.run_directory import RunDirectory
 
 _PREFIX, _SUFFIX = "tables/", "/weight"
 _VOCABULARIES = "vocabularies/"
-_NOBODY = -1  # in the place of an id where a row has none
 
 
 @dataclass(frozen=True)
@@ -130,14 +129,8 @@ def diff_here(
     run, second = RunDirectory.open(run_dir), RunDirectory.open(run_dir if other is None else other)
     with reaching(run.checkpoints):
         config = run.load_config(environment).config
-        managed_by = {
-            spec: name
-            for name, table in config.tables.items()
-            if isinstance(table.vocabulary, ManagedVocabulary)
-            for spec in [name, *(bias_key(key) for key, feature in config.features.items() if _table(feature) == name)]
-        }
         both = open_step(run.checkpoints, before), open_step(second.checkpoints, after)
-        found = diff_tables(*both, count, managed_by)
+        found = diff_tables(*both, count, lambda table: _owner(config, table))
     tables = []
     for table in found.tables:
         try:
@@ -152,12 +145,15 @@ def diff_here(
     return replace(found, tables=tuple(tables))
 
 
-def _table(feature: Any) -> str | None:
-    return getattr(feature, "table", None)
+def _owner(config: Config, table: str) -> str | None:
+    try:
+        return vocabulary_table(config, table)
+    except ConfigError:  # of a tree's nodes
+        return None
 
 
 def diff_tables(
-    before: Checkpoint, after: Checkpoint, count: int, managed_by: Mapping[str, str] | None = None
+    before: Checkpoint, after: Checkpoint, count: int, owner_of: Callable[[str], str | None] = lambda table: None
 ) -> Difference:
     """Compares two checkpoints, a block of rows at a time. Each file of the first is read once where tables are cut by rows.
 
@@ -165,7 +161,8 @@ def diff_tables(
         before: the first.
         after: the second.
         count: how many of the rows that moved most are named.
-        managed_by: of tables whose ids come and go, the config's table: rows that changed hands are not compared.
+        owner_of: the config's table whose ids a table's rows are: where they come and go, rows that changed hands are not
+            compared.
 
     Raises:
         CheckpointError: if a file is damaged.
@@ -179,7 +176,7 @@ def diff_tables(
             met = f"{spec.dtype} {list(spec.shape)} and {there.dtype} {list(there.shape)}"
             others.append(f"{name} is {met}".replace("torch.", ""))
         elif name.startswith(_PREFIX) and name.endswith(_SUFFIX):
-            owner = (managed_by or {}).get(name.removeprefix(_PREFIX).removesuffix(_SUFFIX))
+            owner = owner_of(name.removeprefix(_PREFIX).removesuffix(_SUFFIX))
             tables.append(_diff_table(before, after, name, count, _changed_hands(before, after, owner)))
         elif name.startswith(_VOCABULARIES):
             continue  # who holds which row is told with the table
@@ -196,13 +193,9 @@ def _changed_hands(before: Checkpoint, after: Checkpoint, owner: str | None) -> 
     name = f"{_VOCABULARIES}{owner}/ids"
     if owner is None or name not in before.tensors or name not in after.tensors:
         return None
-    ids = []
-    for checkpoint in (before, after):
-        whole = torch.empty(checkpoint.tensors[name].shape, dtype=torch.int64)
-        checkpoint.read_into([(name, (0,), whole)])
-        ids.append(whole)
+    ids = [checkpoint.read(name) for checkpoint in (before, after)]
     rows = min(len(each) for each in ids)
-    return (ids[0][:rows] != ids[1][:rows]) & (ids[0][:rows] != _NOBODY)
+    return (ids[0][:rows] != ids[1][:rows]) & (ids[0][:rows] != FREE)
 
 
 def _diff_table(before: Checkpoint, after: Checkpoint, name: str, count: int, other_hands: torch.Tensor | None) -> TableDiff:
@@ -255,10 +248,7 @@ def _pairs(
     """Yields blocks of rows of both; a tensor without axes is one block."""
     spec = before.tensors[name]
     if rows is None:
-        both = [torch.empty((), dtype=spec.dtype) for _ in range(2)]
-        for checkpoint, tensor in zip((before, after), both, strict=True):
-            checkpoint.read_into([(name, (), tensor)])
-        yield 0, both[0], both[1]
+        yield 0, before.read(name), after.read(name)
         return
     for first, old in before.row_blocks(name, lambda first, last: first < rows):
         kept = old[: rows - first]

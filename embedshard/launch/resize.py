@@ -66,7 +66,7 @@ def resize_here(
         for step in steps:
             with Checkpointer(run.checkpoints, 0, 1, f"{attempt.attempt:04d}", mode="blocking") as checkpointer:
                 checkpoint = open_step(run.checkpoints, step)
-                buckets = vocabulary.buckets or config.data.lanes
+                buckets = config.num_buckets(table)
                 done.append(resize_checkpoint(checkpoint, checkpointer, vocabulary, specs, table, buckets, config.seed))
             told(done[-1])
     run.save_config(loaded)

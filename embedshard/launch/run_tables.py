@@ -12,6 +12,7 @@ from embedshard.config.parts import DenseFeature, ItemEmbeddingConfig, WordNgram
 from embedshard.data.vocabulary import ManagedIds, Vocabulary, load_vocabularies
 from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import CheckpointError, ConfigError, nearest
+from embedshard.sharding.slots import FREE
 from embedshard.storage import reaching
 from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
 from embedshard.train.run_directory import RunDirectory
@@ -83,19 +84,11 @@ def ids_in(checkpoint: Checkpoint, owner: str, vocabulary: Vocabulary) -> Vocabu
     if not isinstance(vocabulary, ManagedIds):
         return vocabulary
     name = f"vocabularies/{owner}/ids"
-    check_holds(checkpoint, name)
-    ids = _numbers(checkpoint, name)
+    ids: npt.NDArray[np.int64] = checkpoint.read(name).numpy()
     if vocabulary.ttl_steps is not None:
-        unseen = checkpoint.step - 1 - _numbers(checkpoint, f"vocabularies/{owner}/last_steps")
-        ids[unseen > vocabulary.ttl_steps] = -1
+        unseen = checkpoint.step - 1 - checkpoint.read(f"vocabularies/{owner}/last_steps").numpy()
+        ids[unseen > vocabulary.ttl_steps] = FREE
     return vocabulary.held(ids)
-
-
-def _numbers(checkpoint: Checkpoint, name: str) -> npt.NDArray[np.int64]:
-    numbers = np.empty(checkpoint.tensors[name].shape, dtype=np.int64)
-    for (first,), block in checkpoint.blocks(name):
-        numbers[first : first + len(block)] = block.numpy()
-    return numbers
 
 
 def check_holds(checkpoint: Checkpoint, name: str) -> None:

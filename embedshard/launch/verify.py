@@ -212,16 +212,15 @@ def _variant(config: Config, sharding: str) -> Config:
     for name, table in config.tables.items():
         optimizer = table.optimizer.kind or config.optimizer.tables.kind
         is_out = changed_optimizer(sharding, optimizer) or impossible(
-            sharding, optimizer, table.dtype, config.is_sequence_table(name)
+            sharding,
+            optimizer,
+            table.dtype,
+            config.is_sequence_table(name),
+            isinstance(table.vocabulary, ManagedVocabulary),
         )
-        is_out = is_out or _not_for_managed(sharding, isinstance(table.vocabulary, ManagedVocabulary))
         kind = "table_wise" if is_out else sharding
         tables[name] = table.model_copy(update={"sharding": TableShardingConfig.model_validate({"type": kind})})
     return config.model_copy(update={"tables": tables, "sharding": ShardingConfig(planner="explicit")})
-
-
-def _not_for_managed(sharding: str, is_managed: bool) -> str | None:
-    return "rows of a managed vocabulary change hands" if is_managed and sharding == "data_parallel" else None
 
 
 def _not_covered(config: Config, specs: Sequence[TableSpec], sharding: str, world_size: int) -> tuple[bool, str]:
@@ -240,9 +239,8 @@ def _not_covered(config: Config, specs: Sequence[TableSpec], sharding: str, worl
             continue
         for kind in spec.sharding.asked if sharding == AS_CONFIGURED else [sharding]:
             why = changed_optimizer(kind, spec.optimizer.kind) or impossible(
-                kind, spec.optimizer.kind, spec.dtype, spec.is_sequence
+                kind, spec.optimizer.kind, spec.dtype, spec.is_sequence, spec.managed_by is not None
             )
-            why = why or _not_for_managed(kind, spec.managed_by is not None)
             if why:
                 reasons.setdefault(why, []).append(spec.name)
     out = [name for name in names if any(name in tables for tables in reasons.values())]

@@ -17,6 +17,7 @@ __all__ = [
     "Recurrent",
     "mlp",
     "padded",
+    "side_by_side",
 ]
 
 from collections.abc import Sequence
@@ -42,6 +43,11 @@ def mlp(width: int, sizes: Sequence[int]) -> nn.Sequential:
 
 
 # ------------------------------------------------------------------------------------------------------------- dropout
+def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Returns (B, all widths) of each (B, width); of one part alone itself, and no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
 class Dropout(nn.Module):
     """Dropout whose draws are a function of (seed, layer, step, row): the same in every world and after every resumption.
 

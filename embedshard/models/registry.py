@@ -36,7 +36,6 @@ from embedshard.config.parts import (
     TwoTowerConfig,
     WideAndDeepConfig,
 )
-from embedshard.data.vocabulary import UNKNOWN_ID
 from embedshard.errors import ConfigError
 from embedshard.models.dcn_v2 import DCNv2
 from embedshard.models.deepfm import DeepFM
@@ -140,9 +139,11 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
         case CrossEntropyConfig():
             return CrossEntropy(config.objective)
         case InBatchSoftmaxConfig():
-            return InBatchSoftmax(config.objective, *_item(config, specs), world)
+            item, item_id = _item(config, specs)
+            return InBatchSoftmax(config.objective, item.num_ids if item.managed_by is None else None, item_id, world)
         case SampledSoftmaxConfig():
-            return SampledSoftmax(config.objective, *_item(config, specs), world)
+            item, item_id = _item(config, specs)
+            return SampledSoftmax(config.objective, item.num_ids, item_id, world)
         case BPRConfig():
             return BPR(config.objective, _item(config, specs)[1], world)
         case NegativeSamplingConfig():
@@ -151,11 +152,10 @@ def build_objective(config: Config, specs: Sequence[TableSpec], world: World) ->
             return CosineContrastive(config.objective, _item(config, specs)[1], world)
 
 
-def _item(config: Config, specs: Sequence[TableSpec]) -> tuple[int, str]:
+def _item(config: Config, specs: Sequence[TableSpec]) -> tuple[TableSpec, str]:
     item_id = config.identity("item_id")
     assert item_id is not None, "the config checks that the objective knows the item"
-    spec = next(spec for spec in specs if item_id in (lookup.key for lookup in spec.lookups))
-    return (UNKNOWN_ID if spec.managed_by is not None else spec.num_ids), item_id
+    return next(spec for spec in specs if item_id in (lookup.key for lookup in spec.lookups)), item_id
 
 
 def _custom(config: Config, custom: CustomModelConfig, specs: Sequence[TableSpec]) -> nn.Module:

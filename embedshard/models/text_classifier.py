@@ -9,7 +9,6 @@ __all__ = ["TextClassifier", "make_encoder"]
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 
 from embedshard.config import Config, TableSpec
@@ -33,6 +32,7 @@ from embedshard.models.layers import (
     MeanPooling,
     Recurrent,
     mlp,
+    side_by_side,
 )
 from embedshard.models.output import ClassOutput
 
@@ -88,5 +88,4 @@ class TextClassifier(nn.Module):
         for name in self._features:
             place = self._dense.index(name) if name in self._dense else None
             parts.append(lookups[name] if place is None else batch.dense[:, place : place + 1])
-        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # of one it would be a copy
-        return ClassOutput(self.head(self.dropout(joined, batch)), lookups)
+        return ClassOutput(self.head(self.dropout(side_by_side(parts), batch)), lookups)

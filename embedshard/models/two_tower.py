@@ -17,7 +17,7 @@ from embedshard.config import Config, TableSpec, bias_key, negative_key, num_neg
 from embedshard.config.parts import DenseFeature, TowerConfig, TwoTowerConfig
 from embedshard.data.batch import Batch, Draws
 from embedshard.models.embeddings import EmbeddingLookup
-from embedshard.models.layers import POOLINGS, mlp
+from embedshard.models.layers import POOLINGS, mlp, side_by_side
 from embedshard.models.output import RetrievalOutput
 
 
@@ -31,8 +31,7 @@ class Tower(nn.Module):
 
     def forward(self, vectors: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns (B, D) from each feature's (B, width)."""
-        is_sum = self._by_sum or len(vectors) == 1  # joined, one vector would be a copy of itself
-        joined = sum(vectors[1:], start=vectors[0]) if is_sum else torch.cat(list(vectors), dim=1)
+        joined = sum(vectors[1:], start=vectors[0]) if self._by_sum else side_by_side(vectors)
         return joined if self.mlp is None else self.mlp(joined)
 
 

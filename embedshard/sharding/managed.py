@@ -175,7 +175,7 @@ class ManagedTables:
     Args:
         specs: all its tables.
         vocabularies: of those that are managed, by the config's table.
-        default_buckets: where a vocabulary does not say.
+        buckets: of each of them.
         world: whose ranks share the buckets.
         seed: of the rows' first values.
 
@@ -187,7 +187,7 @@ class ManagedTables:
         self,
         specs: Sequence[TableSpec],
         vocabularies: Mapping[str, ManagedVocabulary],
-        default_buckets: int,
+        buckets: Mapping[str, int],
         world: World,
         seed: int,
     ) -> None:
@@ -201,11 +201,10 @@ class ManagedTables:
         self._counts = {table: VocabularyCounts() for table in vocabularies}
         for table, vocabulary in vocabularies.items():
             rows = next(spec.rows for spec in specs if spec.name == table)
-            buckets = vocabulary.buckets or default_buckets
-            bounds = np.arange(world.world_size + 1, dtype=np.int64) * buckets // world.world_size
+            bounds = np.arange(world.world_size + 1, dtype=np.int64) * buckets[table] // world.world_size
             self._bounds[table] = bounds
             first, last = int(bounds[world.rank]), int(bounds[world.rank + 1])
-            self.by_table[table] = ManagedRows(vocabulary, rows, buckets, first, last)
+            self.by_table[table] = ManagedRows(vocabulary, rows, buckets[table], first, last)
         self._shards: Callable[[], Iterator[Shard]] | None = None
         self._own_shards: list[Shard] = []
         self._met_step = -1

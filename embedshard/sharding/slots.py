@@ -107,10 +107,10 @@ class Slots:
 
     def load(self) -> None:
         """Makes what is found from the state anew, after the state was filled."""
-        used = np.flatnonzero(self.ids != FREE)
+        free = self.ids == FREE
+        used = np.flatnonzero(~free)
         self._index = np.full(max(8, 1 << (2 * len(self.ids)).bit_length()), _EMPTY, dtype=np.int64)
         self._deleted = 0
-        free = self.ids == FREE
         self._free = [
             np.flatnonzero(free[begin:end])[::-1] + begin for begin, end in zip(self._bounds, self._bounds[1:], strict=False)
         ]
@@ -198,12 +198,10 @@ class Slots:
         assert (self.first, self.last) == (0, self.buckets), "all buckets are here"
         slots = np.flatnonzero(former.ids != FREE)
         buckets = former.bucket_of(former.ids[slots])
-        order = former._least_useful_first(slots, buckets, step)[::-1]
+        order = former._least_useful_first(slots, buckets, step)
         slots, buckets = slots[order], buckets[order]
-        by_bucket = np.argsort(buckets, kind="stable")
-        slots, buckets = slots[by_bucket], buckets[by_bucket]
         sizes = np.bincount(buckets, minlength=self.buckets)
-        place = np.arange(len(slots)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        place = sizes[buckets] - 1 - _places_in_groups(sizes)  # the most useful is the first
         has_row = place < np.diff(self._bounds)[buckets]
         taken, rows = slots[has_row], (self._bounds[buckets] + place)[has_row]
         for name in ("ids", "counts", "last_steps"):
@@ -226,12 +224,11 @@ class Slots:
         """
         begins, sizes = self._bounds[buckets], self._bounds[buckets + 1] - self._bounds[buckets]
         of = np.repeat(np.arange(len(buckets)), sizes)
-        slots = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes) + begins[of]
+        slots = _places_in_groups(sizes) + begins[of]
         may = (self.ids[slots] != FREE) & (self.last_steps[slots] < step)
         slots, of = slots[may], of[may]
         order = self._least_useful_first(slots, of, step)
-        sizes = np.bincount(of, minlength=len(buckets))
-        place = np.arange(len(of)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        place = _places_in_groups(np.bincount(of, minlength=len(buckets)))
         free = np.array([len(self._free[bucket]) for bucket in buckets.tolist()], dtype=np.int64)
         missing = np.maximum(needed - free, (self._bounds[buckets + 1] - begins) // _EVICTED_AT_ONCE)
         return self._evict(np.sort(slots[order][place < missing[of]]))
@@ -327,3 +324,8 @@ class Slots:
             self.sightings[bucket] //= 2
             self.sighted[bucket] //= 2
         return estimates
+
+
+def _places_in_groups(sizes: IntArray) -> IntArray:
+    """Returns 0, 1, ... for each group, one group after another."""
+    return np.arange(int(sizes.sum()), dtype=np.int64) - np.repeat(np.cumsum(sizes) - sizes, sizes)

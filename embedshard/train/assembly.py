@@ -170,7 +170,8 @@ def _manage(
     }
     if not vocabularies:
         return None
-    managed = ManagedTables(specs, vocabularies, config.data.lanes, world, config.seed)
+    buckets = {name: config.num_buckets(name) for name in vocabularies}
+    managed = ManagedTables(specs, vocabularies, buckets, world, config.seed)
     managed.attach(model, lambda: table_shards(model, optimizers))
     return managed
 

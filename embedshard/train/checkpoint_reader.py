@@ -119,6 +119,19 @@ class Checkpoint:
         except DamageError as error:
             raise CheckpointError(f"{error}. {offer(self.folder)}") from error
 
+    def read(self, name: str) -> torch.Tensor:
+        """Returns a tensor whole. Not collective.
+
+        Raises:
+            CheckpointError: if there is no such tensor, or a file is damaged.
+        """
+        if name not in self.tensors:
+            raise CheckpointError(f"{self.folder.uri} does not hold '{name}'. {nearest(name, self.tensors)}")
+        spec = self.tensors[name]
+        tensor = torch.empty(spec.shape, dtype=spec.dtype)
+        self.read_into([(name, (0,) * tensor.dim(), tensor)])
+        return tensor
+
     def blocks(self, name: str) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
         """Yields the pieces of a tensor with where they begin in it, a file at a time. Not collective.
 

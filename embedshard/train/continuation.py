@@ -186,10 +186,10 @@ def _check_config(former: RunDirectory, loaded: Loaded, environment: Mapping[str
         if not is_below(path, _FREE_TO_CHANGE)
     ]
     for name, table in loaded.config.tables.items():
-        was = saved.config.tables[name].vocabulary if name in saved.config.tables else None
-        if not isinstance(table.vocabulary, ManagedVocabulary) or not isinstance(was, ManagedVocabulary):
+        was = saved.config.tables.get(name)
+        if was is None or not all(isinstance(each.vocabulary, ManagedVocabulary) for each in (was, table)):
             continue
-        before, now = was.buckets or saved.config.data.lanes, table.vocabulary.buckets or loaded.config.data.lanes
+        before, now = (each.config.num_buckets(name) for each in (saved, loaded))
         if before != now:
             changed.append(f"  tables.{name}.vocabulary.buckets: {before} in the run, {now} now (data.lanes, if not given)")
     if changed:

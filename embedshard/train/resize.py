@@ -19,7 +19,8 @@ from embedshard.config import TableSpec
 from embedshard.config.parts import ManagedVocabulary
 from embedshard.errors import CheckpointError
 from embedshard.sharding.initialise import scattered_rows
-from embedshard.sharding.slots import FREE, Slots, sketch_width
+from embedshard.sharding.managed import ManagedRows
+from embedshard.sharding.slots import FREE, sketch_width
 from embedshard.train.checkpoint import Checkpoint, Checkpointer, Piece
 
 IntArray = npt.NDArray[np.int64]
@@ -73,22 +74,10 @@ def resize_checkpoint(
     if name not in checkpoint.tensors:
         raise CheckpointError(f"{checkpoint.folder.uri} holds no managed vocabulary of table '{table}'.")
     old_rows, rows = checkpoint.tensors[name].shape[0], specs[table].rows
-    old, new = (
-        Slots(
-            rows=size,
-            buckets=buckets,
-            first=0,
-            last=buckets,
-            min_count=vocabulary.admission.min_count,
-            eviction=vocabulary.eviction,
-            ttl_steps=vocabulary.ttl_steps,
-            seed=vocabulary.seed,
-        )
-        for size in (old_rows, rows)
-    )
+    old, new = (ManagedRows(vocabulary, size, buckets, 0, buckets).slots for size in (old_rows, rows))
     for kind in ("ids", "counts", "last_steps"):
-        getattr(old, kind)[:] = _whole(checkpoint, f"vocabularies/{table}/{kind}").numpy()
-    sightings = _whole(checkpoint, f"vocabularies/{table}/sightings").numpy()
+        getattr(old, kind)[:] = checkpoint.read(f"vocabularies/{table}/{kind}").numpy()
+    sightings = checkpoint.read(f"vocabularies/{table}/sightings").numpy()
     if len(sightings) != buckets:
         raise CheckpointError(
             f"{checkpoint.folder.uri}: table '{table}' has {len(sightings)} buckets there and {buckets} in the config. Use "
@@ -97,7 +86,7 @@ def resize_checkpoint(
     old.load()
     moved_from, moved_to = new.take_over(old, checkpoint.step)
     new.sightings[:] = _refolded(sightings, sketch_width(rows, buckets))
-    new.sighted[:] = _whole(checkpoint, f"vocabularies/{table}/sighted").numpy()
+    new.sighted[:] = checkpoint.read(f"vocabularies/{table}/sighted").numpy()
 
     def pieces() -> Iterator[Piece]:
         for tensor, spec in checkpoint.tensors.items():
@@ -105,7 +94,7 @@ def resize_checkpoint(
             if prefix == "vocabularies" and owner == table:
                 continue
             if prefix == "tables" and owner in specs and spec.shape[:1] == (old_rows + 1,):
-                yield from _moved(_whole(checkpoint, tensor), tensor, specs[owner], moved_from, moved_to, seed)
+                yield from _moved(checkpoint.read(tensor), tensor, specs[owner], moved_from, moved_to, seed)
                 continue
             for offset, block in checkpoint.blocks(tensor):
                 yield Piece(tensor, block, offset, spec.shape)
@@ -143,10 +132,3 @@ def _refolded(sightings: npt.NDArray[np.int16], width: int) -> npt.NDArray[np.in
         return np.tile(sightings, (1, 1, width // old_width))
     folded = sightings.reshape(buckets, depth, old_width // width, width).astype(np.int64).sum(axis=2)
     return np.minimum(folded, np.iinfo(np.int16).max).astype(np.int16)
-
-
-def _whole(checkpoint: Checkpoint, name: str) -> torch.Tensor:
-    spec = checkpoint.tensors[name]
-    tensor = torch.empty(spec.shape, dtype=spec.dtype)
-    checkpoint.read_into([(name, (0,) * tensor.dim(), tensor)])
-    return tensor

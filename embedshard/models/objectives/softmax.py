@@ -23,7 +23,6 @@ from torch.autograd.function import once_differentiable
 
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
-from embedshard.data.vocabulary import UNKNOWN_ID
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import KEPT_ELEMENTS, Objective, OwnHits, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
@@ -121,18 +120,16 @@ class InBatchSoftmax(Objective):
 
     Args:
         config: as in the config.
-        num_items: rows of the item's table, the one for unknown ids included.
+        num_items: rows of the item's table, the one for unknown ids included; None where ids are any numbers.
         item_id: the feature that names the item.
         world: whose ranks train together.
     """
 
-    def __init__(self, config: InBatchSoftmaxConfig, num_items: int, item_id: str, world: World) -> None:
+    def __init__(self, config: InBatchSoftmaxConfig, num_items: int | None, item_id: str, world: World) -> None:
         super().__init__()
         self._config, self._item_id, self._world = config, item_id, world
         self.frequency = (
-            FrequencyEstimate(
-                None if num_items == UNKNOWN_ID else num_items, config.log_q_buckets, config.log_q_half_life_steps
-            )
+            FrequencyEstimate(num_items, config.log_q_buckets, config.log_q_half_life_steps)
             if config.log_q == "streaming"
             else None
         )
