@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 OPEN = """
-    import json, sys
+    import json, os, sys
     import torch, torch.distributed as dist
     from embedshard.config import load_config
     from embedshard.data.dataset import open_dataset
@@ -32,7 +32,6 @@ OPEN = """
         json.dump({**found, "heard": heard}, file)
     dist.barrier()
     dist.destroy_process_group()
-    import os
     os._exit(0)  # `world` holds the group: a thread of gloo that wants the interpreter while that ends would abort it
 """
 
