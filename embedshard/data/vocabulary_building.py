@@ -109,7 +109,7 @@ def loaded_anew(config: Config, progress: PreparationProgress | None = None) -> 
         yield load_vocabularies(config, tokenizers, counted)
 
 
-def _open(config: Config, table: str, partitions: Sequence[Partition] | None) -> list[Source]:
+def _open(config: Config, table: str, partitions: Sequence[Partition] | None = None) -> list[Source]:
     """Opens the training set for the ids of one table."""
     names = [name for name, _ in _features(config, table)]
     decoder = Decoder(column_specs(config, "train"), load_vocabularies(config), Statistics(), config.data.on_bad_row)
