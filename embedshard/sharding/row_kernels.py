@@ -1,0 +1,152 @@
+"""Compiled loops over the rows of a table on a CPU: finding the distinct ones of a batch, and moving them.
+
+What torch needs a dozen passes for is one here, without a tensor in between. Numba compiles a loop when it is first called,
+and keeps the machine code in a folder (`NUMBA_CACHE_DIR`, else beside this file, else the user's cache). All loops let go of
+Python's lock. Where torch has a fast loop (`index_select`, `embedding_bag`), that is used (`row_tables.py`).
+
+Shapes: V ids, U distinct ids, R rows of the table, D numbers of a vector, G bags.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NO_STATE", "Rule", "State", "group_rows", "move_rows", "vectors_of_bags"]
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Final, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+State = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+NO_STATE: Final[State] = (np.zeros(0, np.float32), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
+"""For `move_rows`: the state of a rule that has none."""
+
+
+class Rule(IntEnum):
+    """How rows are moved, g being the gradient of a row.
+
+    Attributes:
+        SGD: weight -= lr * g.
+        ADAGRAD: sum += g^2; weight -= lr * g / (sqrt(sum) + eps).
+        ROWWISE_ADAGRAD: sum += mean(g^2), one number a row; weight -= lr * g / (sqrt(sum) + eps).
+        ADAM: mean += (1 - beta1) * (g - mean); square = beta2 * square + (1 - beta2) * g^2;
+            weight -= lr * mean / (sqrt(square) + eps), the bias correction being part of lr.
+    """
+
+    SGD = 0
+    ADAGRAD = 1
+    ROWWISE_ADAGRAD = 2
+    ADAM = 3
+
+
+def _compiled(function: _Function) -> _Function:
+    """Has a loop compiled at its first call; kept for other processes where there is a folder to write to."""
+    try:
+        compiled: _Function = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:  # numba's, where neither its folder nor the user's can be written to
+        compiled = numba.njit(nogil=True)(function)
+    return compiled
+
+
+@_compiled
+def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int:
+    """Finds out where in sorted ids a new row begins.
+
+    Args:
+        keys: of each id, ascending: `id << bits | place`, (V,) int64.
+        bits: for the place.
+        places: (V,) int64; it becomes the places.
+        rows: (V,) int64; it begins with the distinct ids, then.
+        begins: (V + 1,) int64; it begins with where those of each distinct id begin, and V.
+
+    Returns:
+        How many ids are distinct.
+    """
+    count, former, mask = 0, np.int64(-1), (np.int64(1) << bits) - 1
+    for at in range(len(keys)):
+        row = keys[at] >> bits
+        places[at] = keys[at] & mask
+        if row != former:
+            rows[count], begins[count] = row, at
+            former = row
+            count += 1
+    begins[count] = len(keys)
+    return count
+
+
+@_compiled
+def vectors_of_bags(begins: Any, batch: int, feature: int, features: int) -> Any:
+    """Returns which vector of a row-major (rows, features, D) gradient of pooled vectors is that of each id, (V,) int64.
+
+    Args:
+        begins: where the ids of each bag begin, (G + 1,) int64. Bags are feature by feature.
+        batch: rows.
+        feature: that the first bag is of.
+        features: of the gradient.
+    """
+    first = begins[0]
+    vectors = np.empty(begins[-1] - first, np.int64)
+    row, at = 0, feature
+    for bag in range(len(begins) - 1):
+        if row == batch:
+            row, at = 0, at + 1
+        for place in range(begins[bag] - first, begins[bag + 1] - first):
+            vectors[place] = row * features + at
+        row += 1
+    return vectors
+
+
+@_compiled
+def move_rows(
+    rule: int, weights: Any, slots: Any, sums: Any, squares: Any, means: Any, rows: Any, gradient: Any, numbers: Any,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """Takes the step of distinct rows, and of their state.
+
+    Args:
+        rule: a `Rule`.
+        weights: (slots, D) float32, which are moved.
+        slots: in which of them each row lies, (U,) int64.
+        sums: of `ROWWISE_ADAGRAD`, (R,) float32.
+        squares: the sums of `ADAGRAD` or squares of `ADAM`, (R, D) float32.
+        means: of `ADAM`, (R, D) float32.
+        rows: (U,) int64.
+        gradient: of each of them, (U, D) float32.
+        numbers: lr, eps, 1 - beta1, beta2, 1 - beta2; float32.
+        first: in `rows`, to begin with.
+        last: in `rows`, to stop before.
+    """
+    dim = weights.shape[1]
+    lr, eps, new_mean, old_square, new_square = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    for at in range(first, last):
+        row, weight, total = rows[at], weights[slots[at]], gradient[at]
+        if rule == Rule.SGD:
+            for column in range(dim):
+                weight[column] -= lr * total[column]
+        elif rule == Rule.ADAGRAD:
+            square = squares[row]
+            for column in range(dim):
+                square[column] += total[column] * total[column]
+                weight[column] -= lr * (total[column] / (np.sqrt(square[column]) + eps))
+        elif rule == Rule.ROWWISE_ADAGRAD:
+            sum0, sum1, sum2, sum3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+            for column in range(0, dim - 3, 4):  # four sums: one alone would wait for itself
+                sum0 += total[column] * total[column]
+                sum1 += total[column + 1] * total[column + 1]
+                sum2 += total[column + 2] * total[column + 2]
+                sum3 += total[column + 3] * total[column + 3]
+            for column in range(dim // 4 * 4, dim):
+                sum0 += total[column] * total[column]
+            sums[row] += (sum0 + sum1 + sum2 + sum3) / np.float32(dim)
+            size = lr / (np.sqrt(sums[row]) + eps)
+            for column in range(dim):
+                weight[column] -= size * total[column]
+        else:
+            square, mean = squares[row], means[row]
+            for column in range(dim):
+                mean[column] += new_mean * (total[column] - mean[column])
+                square[column] = square[column] * old_square + new_square * total[column] * total[column]
+                weight[column] -= lr * (mean[column] / (np.sqrt(square[column]) + eps))
