@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["look_up_directly"]
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,11 +47,12 @@ class _Lookup:
     def __init__(self, kernels: Sequence[Any]) -> None:
         self._kernels = [(kernel.emb_module, kernel.config.feature_names()) for kernel in kernels]
 
-    def _found(self, tables: RowTables, keys: list[str], ids: KeyedJaggedTensor) -> tuple[KeyedJaggedTensor, torch.Tensor]:
-        known = ids.keys()
-        if known != keys:
-            ids = ids.permute([known.index(key) for key in keys])
-        return ids, tables(ids.values(), ids.offsets(), ids.weights_or_none())
+    def _found(self, ids: KeyedJaggedTensor) -> Iterator[tuple[str, torch.Tensor]]:
+        for tables, keys in self._kernels:
+            known = ids.keys()
+            of_kernel = ids if known == keys else ids.permute([known.index(key) for key in keys])
+            vectors = tables.by_feature(of_kernel.values(), of_kernel.offsets(), of_kernel.weights_or_none())
+            yield from zip(keys, vectors, strict=True)
 
 
 class _Bags(_Lookup):
@@ -59,11 +60,7 @@ class _Bags(_Lookup):
 
     def look_up(self, ids: KeyedJaggedTensor) -> _Vectors:
         """Returns the pooled vectors, (B, D) of each key."""
-        found = _Vectors()
-        for tables, keys in self._kernels:
-            _, vectors = self._found(tables, keys, ids)
-            found.update(zip(keys, torch.split(vectors, tables.dims, dim=1), strict=True))
-        return found
+        return _Vectors(self._found(ids))
 
 
 class _Sequences(_Lookup):
@@ -71,15 +68,7 @@ class _Sequences(_Lookup):
 
     def look_up(self, ids: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
         """Returns the vectors of all ids, (V, D) of each key."""
-        found = {}
-        for tables, keys in self._kernels:
-            of_kernel, vectors = self._found(tables, keys, ids)
-            parts = [vectors] if len(keys) == 1 else torch.split(vectors, of_kernel.length_per_key())
-            for key, part in zip(keys, parts, strict=True):
-                found[key] = JaggedTensor(
-                    values=part, lengths=of_kernel[key].lengths() if len(keys) > 1 else of_kernel.lengths()
-                )
-        return found
+        return {key: JaggedTensor(values=vectors, lengths=ids[key].lengths()) for key, vectors in self._found(ids)}
 
 
 class _Vectors(dict[str, torch.Tensor]):

@@ -9,7 +9,7 @@ Shapes: V ids, U distinct ids, R rows of the table, D numbers of a vector, G bag
 
 from __future__ import annotations
 
-__all__ = ["NO_STATE", "Rule", "State", "group_rows", "move_rows", "vectors_of_bags"]
+__all__ = ["NO_STATE", "Rule", "State", "bags_of_ids", "group_rows", "move_rows"]
 
 from collections.abc import Callable
 from enum import IntEnum
@@ -43,11 +43,15 @@ class Rule(IntEnum):
 
 
 def _compiled(function: _Function) -> _Function:
-    """Has a loop compiled at its first call; kept for other processes where there is a folder to write to."""
+    """Has a loop compiled at its first call; kept for other processes where there is a folder to write to.
+
+    Sums over the numbers of a vector may be added up several at a time, and products not be rounded before they are added.
+    """
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
     try:
-        compiled: _Function = numba.njit(nogil=True, cache=True)(function)
+        compiled: _Function = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # numba's, where neither its folder nor the user's can be written to
-        compiled = numba.njit(nogil=True)(function)
+        compiled = numba.njit(**options)(function)
     return compiled
 
 
@@ -78,25 +82,18 @@ def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int
 
 
 @_compiled
-def vectors_of_bags(begins: Any, batch: int, feature: int, features: int) -> Any:
-    """Returns which vector of a row-major (rows, features, D) gradient of pooled vectors is that of each id, (V,) int64.
+def bags_of_ids(begins: Any) -> Any:
+    """Returns the bag of each id, (V,) int64.
 
     Args:
-        begins: where the ids of each bag begin, (G + 1,) int64. Bags are feature by feature.
-        batch: rows.
-        feature: that the first bag is of.
-        features: of the gradient.
+        begins: where the ids of each bag begin, (G + 1,) int64.
     """
     first = begins[0]
-    vectors = np.empty(begins[-1] - first, np.int64)
-    row, at = 0, feature
+    bags = np.empty(begins[-1] - first, np.int64)
     for bag in range(len(begins) - 1):
-        if row == batch:
-            row, at = 0, at + 1
         for place in range(begins[bag] - first, begins[bag + 1] - first):
-            vectors[place] = row * features + at
-        row += 1
-    return vectors
+            bags[place] = bag
+    return bags
 
 
 @_compiled
@@ -132,15 +129,10 @@ def move_rows(
                 square[column] += total[column] * total[column]
                 weight[column] -= lr * (total[column] / (np.sqrt(square[column]) + eps))
         elif rule == Rule.ROWWISE_ADAGRAD:
-            sum0, sum1, sum2, sum3 = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
-            for column in range(0, dim - 3, 4):  # four sums: one alone would wait for itself
-                sum0 += total[column] * total[column]
-                sum1 += total[column + 1] * total[column + 1]
-                sum2 += total[column + 2] * total[column + 2]
-                sum3 += total[column + 3] * total[column + 3]
-            for column in range(dim // 4 * 4, dim):
-                sum0 += total[column] * total[column]
-            sums[row] += (sum0 + sum1 + sum2 + sum3) / np.float32(dim)
+            squared = np.float32(0)
+            for column in range(dim):
+                squared += total[column] * total[column]
+            sums[row] += squared / np.float32(dim)
             size = lr / (np.sqrt(sums[row]) + eps)
             for column in range(dim):
                 weight[column] -= size * total[column]

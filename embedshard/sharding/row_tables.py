@@ -13,7 +13,7 @@ from __future__ import annotations
 
 __all__ = ["RowTables", "take_over_tables"]
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from embedshard.sharding.row_kernels import NO_STATE, Rule, State, group_rows, move_rows, vectors_of_bags
+from embedshard.sharding.row_kernels import NO_STATE, Rule, State, bags_of_ids, group_rows, move_rows
 from embedshard.sharding.shards import fused_kernels
 
 Ids = NDArray[np.int64]
@@ -41,30 +41,25 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
 
     Attributes:
         rule: by which rows are moved.
-        dims: of the vectors of each feature.
     """
 
     rule: ClassVar[Rule]
-    dims: list[int]
 
     def begin(self) -> None:
         """Does what a constructor would of a kernel that was not there already."""
         assert self.pooling_mode != PoolingMode.MEAN, "embedshard pools by weighted sums"
         self._anchor = torch.empty(0, requires_grad=True)
         self._weights_of_tables = self.split_embedding_weights()
-        self._features, self._columns = [], []
-        ends = self.D_offsets.tolist()
+        self._features = []
         for table in range(len(self._weights_of_tables)):
             first = self.feature_table_map.index(table)
             self._features.append((first, first + self.feature_table_map.count(table)))
-            self._columns.append(int(ends[first]))
-        self._num_columns = int(ends[-1])
-        self.dims = [int(end - begin) for begin, end in pairwise(ends)]
+        self._dims = [int(end - begin) for begin, end in pairwise(self.D_offsets.tolist())]
 
     def forward(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Looks ids up.
+        """Looks ids up, as FBGEMM does.
 
         Args:
             indices: rows, (V,), feature by feature.
@@ -77,60 +72,73 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
         Raises:
             IndexError: if an id is no row of its table.
         """
-        return _lookup(self._anchor, self, indices.long(), offsets.long(), per_sample_weights)
+        parts = self.by_feature(indices, offsets, per_sample_weights)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0 if self.pooling_mode == PoolingMode.NONE else 1)
 
-    def look_up(self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Returns what `forward` does, without a backward pass."""
-        if any(weight.dtype != torch.float32 for weight in self._weights_of_tables):
-            return super().forward(indices, offsets, weights)
-        begins = offsets.numpy()
+    def by_feature(
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns for each feature what `forward` returns for all, side by side or one after the other."""
+        return _lookup(self._anchor, self, indices.long(), offsets.long(), weights)
+
+    def look_up(
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns what `by_feature` does, without a backward pass."""
         batch_size = (len(offsets) - 1) // len(self.feature_table_map)
-        found = []
+        is_pooled = self.pooling_mode != PoolingMode.NONE
+        if any(weight.dtype != torch.float32 for weight in self._weights_of_tables):
+            found = super().forward(indices, offsets, weights)
+            cuts = self._dims if is_pooled else offsets[::batch_size].diff().tolist()
+            return tuple(part.contiguous() for part in torch.split(found, cuts, dim=1 if is_pooled else 0))
+        parts: list[torch.Tensor] = []
         for weight, (first, last) in zip(self._weights_of_tables, self._features, strict=True):
-            begin, end = int(begins[first * batch_size]), int(begins[last * batch_size])
-            ids = indices[begin:end]
+            bags = offsets[first * batch_size : last * batch_size + 1]
+            begins = bags.numpy()
+            span = slice(int(begins[0]), int(begins[-1]))
+            cuts = [batch_size] * (last - first) if is_pooled else begins[::batch_size].tolist()
+            if not is_pooled:
+                cuts = [end - begin for begin, end in pairwise(cuts)]
             try:
-                if self.pooling_mode == PoolingMode.NONE:
-                    found.append(weight.index_select(0, ids))
-                    continue
-                bags = F.embedding_bag(
-                    ids, weight, offsets[first * batch_size : last * batch_size + 1] - begin, mode="sum",
-                    per_sample_weights=None if weights is None else weights[begin:end].float(), include_last_offset=True,
-                )  # fmt: skip
+                if not is_pooled or (weights is None and _are_single(begins)):
+                    vectors = weight.index_select(0, indices[span])
+                else:
+                    vectors = F.embedding_bag(
+                        indices[span], weight, bags - span.start if span.start else bags, mode="sum",
+                        per_sample_weights=None if weights is None else weights[span].float(), include_last_offset=True,
+                    )  # fmt: skip
             except (IndexError, RuntimeError) as error:
-                _check_rows(ids, weight, error)
+                _check_rows(indices[span], weight, error)
                 raise
-            found += torch.split(bags, batch_size)
-        if len(found) == 1:
-            return found[0]
-        return torch.cat(found, dim=0 if self.pooling_mode == PoolingMode.NONE else 1)
+            parts += [vectors] if len(cuts) == 1 else torch.split(vectors, cuts)
+        return tuple(parts)
 
     def take_step(
-        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, gradient: torch.Tensor
-    ) -> None:
-        """Takes the step of all rows that were looked up: arguments as of `forward`, and the gradient of its result."""
-        gradient = gradient.contiguous().float()
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None,
+        gradients: Sequence[torch.Tensor | None],
+    ) -> None:  # fmt: skip
+        """Takes the step of all rows that were looked up: arguments as of `by_feature`, and the gradients of its results."""
         begins = offsets.numpy()
         batch_size = (len(offsets) - 1) // len(self.feature_table_map)
+        is_pooled = self.pooling_mode != PoolingMode.NONE
         for table, (first, last) in enumerate(self._features):
             bags = begins[first * batch_size : last * batch_size + 1]
-            span = slice(int(bags[0]), int(bags[-1]))
-            if span.start == span.stop:
+            span, dim = slice(int(bags[0]), int(bags[-1])), self._dims[first]
+            if span.start == span.stop or all(part is None for part in gradients[first:last]):
                 continue
-            rows_U, places, ends = _grouped(indices[span].numpy())
-            if self.pooling_mode == PoolingMode.NONE:
-                vectors, sources = gradient[span], places
-            else:
-                dim = self._weights_of_tables[table].shape[1]
-                if self._num_columns == dim * len(self.feature_table_map):
-                    vectors, feature, features = gradient.view(-1, dim), first, len(self.feature_table_map)
-                else:
-                    features, feature, column = last - first, 0, self._columns[table]
-                    vectors = gradient[:, column : column + dim * features].reshape(-1, dim)
-                sources = vectors_of_bags(bags, batch_size, feature, features)[places]
+            sizes = [batch_size] * (last - first) if is_pooled else np.diff(bags[::batch_size]).tolist()
+            parts = [
+                torch.zeros(size, dim) if part is None else part.float()
+                for size, part in zip(sizes, gradients[first:last], strict=True)
+            ]
+            vectors, stride = _as_rows(parts[0]) if len(parts) == 1 else (torch.cat(parts), 1)
+            rows_U, sources, ends = _grouped(indices[span].numpy())
+            of_weights = None if weights is None else weights[span][torch.from_numpy(sources)].float()
+            if is_pooled and not _are_single(bags):
+                sources = bags_of_ids(bags)[sources]
             gradient_UD = F.embedding_bag(
-                torch.from_numpy(sources), vectors, torch.from_numpy(ends), mode="sum", include_last_offset=True,
-                per_sample_weights=None if weights is None else weights[span][torch.from_numpy(places)].float(),
+                torch.from_numpy(sources if stride == 1 else sources * stride), vectors, torch.from_numpy(ends),
+                mode="sum", include_last_offset=True, per_sample_weights=of_weights,
             )  # fmt: skip
             self._move(table, rows_U, gradient_UD.numpy())
 
@@ -211,21 +219,39 @@ class _Lookup(torch.autograd.Function):
         indices: torch.Tensor,
         offsets: torch.Tensor,
         weights: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         assert weights is None or not weights.requires_grad, "weights of ids are data: they get no gradient"
         ctx.tables = tables
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices, offsets, weights)
         return tables.look_up(indices, offsets, weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         indices, offsets, weights = ctx.saved_tensors
-        ctx.tables.take_step(indices, offsets, weights, gradient)
+        ctx.tables.take_step(indices, offsets, weights, gradients)
         return (None,) * 5
 
 
-_lookup: Callable[..., torch.Tensor] = _Lookup.apply
+_lookup: Callable[..., tuple[torch.Tensor, ...]] = _Lookup.apply
+
+
+def _are_single(begins: Ids) -> bool:
+    """Returns whether bags that begin there have one id each."""
+    return int(begins[-1] - begins[0]) == len(begins) - 1 and bool((begins[1:] - begins[:-1] == 1).all())
+
+
+def _as_rows(part: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Returns a matrix (., D) and a stride: row b * stride of it is row b of the part, (B, D).
+
+    Where the part is columns of a matrix that has whole vectors side by side, it is that matrix, and nothing is copied.
+    """
+    size, dim = part.shape
+    if part.stride(1) == 1 and part.stride(0) > dim and part.stride(0) % dim == 0:
+        stride = part.stride(0) // dim
+        return part.as_strided(((size - 1) * stride + 1, dim), (dim, 1)), stride
+    return part.contiguous(), 1
 
 
 def _check_rows(ids_V: torch.Tensor, weight_RD: torch.Tensor, error: Exception) -> None:
