@@ -28,12 +28,14 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from embedshard.sharding.row_kernels import NO_STATE, Rule, State, bags_of_ids, group_rows, move_rows
+from embedshard.sharding.row_kernels import NO_STATE, Rule, State, bags_of_ids, count_rows, group_rows, move_rows
 from embedshard.sharding.shards import fused_kernels
 
 Ids = NDArray[np.int64]
 _LEAST_OF_A_THREAD = 2**12
 """Rows for which a further thread is worth its while."""
+_ROWS_AN_ID = 8
+"""Rows of a table for each id of a batch, up to which ids are sorted by counting."""
 
 
 class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
@@ -132,7 +134,7 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
                 for size, part in zip(sizes, gradients[first:last], strict=True)
             ]
             vectors, stride = _as_rows(parts[0]) if len(parts) == 1 else (torch.cat(parts), 1)
-            rows_U, sources, ends = _grouped(indices[span].numpy())
+            rows_U, sources, ends = _grouped(indices[span].numpy(), len(self._weights_of_tables[table]))
             of_weights = None if weights is None else weights[span][torch.from_numpy(sources)].float()
             if is_pooled and not _are_single(bags):
                 sources = bags_of_ids(bags)[sources]
@@ -260,19 +262,23 @@ def _check_rows(ids_V: torch.Tensor, weight_RD: torch.Tensor, error: Exception) 
         raise IndexError(f"id {wrong_V[0]} was looked up in a table of {len(weight_RD):,} rows") from error
 
 
-def _grouped(ids_V: Ids) -> tuple[Ids, Ids, Ids]:
+def _grouped(ids_V: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:
     """Returns the distinct ids, ascending, the places of all by id and then in order, and where each one's places begin.
 
-    An id and its place are sorted as one number where they fit into one: numpy sorts numbers several times as fast as it
-    finds out their order.
+    In a table that is not much larger than the batch each row's ids are counted. Else an id and its place are sorted as one
+    number where they fit into one: numpy sorts numbers several times as fast as it finds out their order.
     """
     bits = len(ids_V).bit_length()
-    if int(ids_V.max()) < 2 ** (62 - bits):
-        keys = ids_V << bits
-        keys |= np.arange(len(ids_V))
-        keys.sort()
+    is_counted = num_rows <= _ROWS_AN_ID * len(ids_V)
+    if is_counted or num_rows < 2 ** (62 - bits):
         places, rows, begins = np.empty_like(ids_V), np.empty_like(ids_V), np.empty(len(ids_V) + 1, np.int64)
-        count = group_rows(keys, bits, places, rows, begins)
+        if is_counted:
+            count = count_rows(ids_V, np.zeros(num_rows, np.int64), places, rows, begins)
+        else:
+            keys = ids_V << bits
+            keys |= np.arange(len(ids_V))
+            keys.sort()
+            count = group_rows(keys, bits, places, rows, begins)
         return rows[:count], places, begins[: count + 1]
     places = np.argsort(ids_V, kind="stable")
     rows = ids_V[places]

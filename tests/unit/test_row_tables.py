@@ -110,3 +110,14 @@ def test_the_same_batches_give_the_same_bits():
         strict=True,
     ):
         assert torch.equal(tensor, other)
+
+
+@pytest.mark.parametrize(("rows_an_id", "num_rows"), [(8, 40), (0, 40), (0, 2**62)], ids=["counted", "packed", "sorted"])
+def test_ids_are_grouped_the_same_in_all_ways(rows_an_id, num_rows, monkeypatch):
+    monkeypatch.setattr(row_tables, "_ROWS_AN_ID", rows_an_id)
+    ids = np.random.default_rng(3).integers(0, 40, 200)
+    rows, places, begins = row_tables._grouped(ids, num_rows)
+    assert rows.tolist() == sorted(set(ids.tolist()))
+    assert [places[begin:end].tolist() for begin, end in zip(begins[:-1], begins[1:], strict=True)] == [
+        np.flatnonzero(ids == row).tolist() for row in rows
+    ]
