@@ -82,7 +82,7 @@ class SASRec(nn.Module):
         """Returns what is known at each place and what comes next. Collective where tables are sharded."""
         assert batch.sequences is not None, "the collator fills what sequences are looked up by"
         assert batch.draws is not None, "the reader draws what the objective asks for"
-        lookups, lengths_B = self.embeddings(batch), batch.sequences[self._sequence].lengths()
+        lookups, lengths_B = self.embeddings(batch), batch.sequence_lengths(self._sequence)
         hidden_BLD, reached_BL = self._hidden(lookups, batch)
         rows_V = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
         last = (torch.cumsum(lengths_B, 0) - 1)[lengths_B > 0]
@@ -101,9 +101,8 @@ class SASRec(nn.Module):
 
     def encode_queries(self, batch: Batch) -> torch.Tensor:
         """Returns (B, D): what is known after each row's list; zeros for an empty one. Collective as `forward`."""
-        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
         hidden_BLD, _ = self._hidden(self.embeddings(batch), batch)
-        lengths_B = batch.sequences[self._sequence].lengths()
+        lengths_B = batch.sequence_lengths(self._sequence)
         last_BD = hidden_BLD[torch.arange(len(lengths_B), device=lengths_B.device), (lengths_B - 1).clamp(min=0)]
         return torch.where((lengths_B > 0).unsqueeze(1), last_BD, 0.0)
 
@@ -113,8 +112,7 @@ class SASRec(nn.Module):
 
     def _hidden(self, lookups: Mapping[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what is known at each place, (B, L, D), and which places there are, (B, L)."""
-        assert batch.sequences is not None, "checked by the callers"
-        lengths_B, vectors_VD = batch.sequences[self._sequence].lengths(), lookups[self._sequence]
+        lengths_B, vectors_VD = batch.sequence_lengths(self._sequence), lookups[self._sequence]
         longest = max(1, int(lengths_B.max())) if len(lengths_B) else 1
         values_BLD, reached_BL = padded(vectors_VD, lengths_B, longest, "post")
         from_end_BL = (lengths_B.unsqueeze(1) - 1 - torch.arange(longest, device=lengths_B.device)).clamp(min=0)

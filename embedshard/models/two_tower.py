@@ -123,8 +123,7 @@ class TwoTower(nn.Module):
     def _of_user(self, lookups: Mapping[str, torch.Tensor], batch: Batch, name: str) -> torch.Tensor:
         if name not in self.poolings:
             return self._vector(lookups, batch.dense, name, None)
-        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
-        return self.poolings[name](lookups[name], batch.sequences[name].lengths())
+        return self.poolings[name](lookups[name], batch.sequence_lengths(name))
 
     def _vector(
         self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, name: str, slot_count: int | None

@@ -9,13 +9,14 @@ from __future__ import annotations
 __all__ = ["look_up_directly"]
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
-from torchrec.sparse.jagged_tensor import JaggedTensor, KeyedJaggedTensor
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.sharding.row_tables import RowTables
 from embedshard.sharding.shards import fused_kernels
@@ -66,9 +67,20 @@ class _Bags(_Lookup):
 class _Sequences(_Lookup):
     """The lookup of sequences."""
 
-    def look_up(self, ids: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+    def look_up(self, ids: KeyedJaggedTensor) -> dict[str, _Values]:
         """Returns the vectors of all ids, (V, D) of each key."""
-        return {key: JaggedTensor(values=vectors, lengths=ids[key].lengths()) for key, vectors in self._found(ids)}
+        return {key: _Values(vectors) for key, vectors in self._found(ids)}
+
+
+@dataclass(frozen=True)
+class _Values:
+    """Vectors of a sequence, as TorchRec's `JaggedTensor` hands them out."""
+
+    vectors_VD: torch.Tensor
+
+    def values(self) -> torch.Tensor:
+        """Returns them."""
+        return self.vectors_VD
 
 
 class _Vectors(dict[str, torch.Tensor]):

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -118,6 +120,6 @@ def test_ids_are_grouped_the_same_in_all_ways(rows_an_id, num_rows, monkeypatch)
     ids = np.random.default_rng(3).integers(0, 40, 200)
     rows, places, begins = row_tables._grouped(ids, num_rows)
     assert rows.tolist() == sorted(set(ids.tolist()))
-    assert [places[begin:end].tolist() for begin, end in zip(begins[:-1], begins[1:], strict=True)] == [
+    assert [places[begin:end].tolist() for begin, end in pairwise(begins)] == [
         np.flatnonzero(ids == row).tolist() for row in rows
     ]
