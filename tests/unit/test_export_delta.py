@@ -255,6 +255,12 @@ def test_a_delta_is_written_over_no_export(pair):
 
 @pytest.mark.parametrize("way", ["forth", "back"])
 def test_a_kill_at_any_moment_leaves_the_old_the_new_or_what_says_that_it_is_between(pair, way):
+    made = Made(3, rows=20)  # few row groups: each write of one is a moment
+    made.groups = dict.fromkeys(made.groups, 100)
+    made.write(pair / "old")
+    made.change(0.1)
+    made.write(pair / "new")
+    delta_of(pair / "old", pair / "new", pair / "delta")
     (pair / "work").mkdir()
     program = [sys.executable, str(Path(__file__).parent / "exports.py")]
     folders = [str(pair / name) for name in ("old", "new", "delta", "work")]
@@ -265,3 +271,4 @@ def test_a_kill_at_any_moment_leaves_the_old_the_new_or_what_says_that_it_is_bet
     order = [state for place, state in enumerate(found["left"]) if place == 0 or found["left"][place - 1] != state]
     assert order == ["first", "between", "last"]
     assert found["left"].count("between") >= 5
+    print(len(found["left"]))
