@@ -272,14 +272,17 @@ def _way_back(folder: Location, state: State) -> Location:
 
 
 def _chain(folder: Location) -> list[OpenDelta]:
-    """Returns the deltas that lead back, one after the other."""
+    """Returns the deltas that lead back, one after the other, as far as their manifests are whole."""
     found: list[OpenDelta] = []
     sha256 = _hash(folder.join(MANIFEST))
     while True:
         place = folder.join(ROLLBACK, sha256[:_NAME_LENGTH])
         if not place.join(MANIFEST).is_file() or any(one.folder.path == place.path for one in found):
             return found
-        found.append(open_delta(place))
+        try:
+            found.append(open_delta(place))
+        except ExportError:
+            return found
         sha256 = found[-1].manifest.target.sha256
 
 

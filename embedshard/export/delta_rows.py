@@ -1,8 +1,8 @@
 """What changed between two Parquet files of rows, and the later file again, byte for byte, from the earlier and the changes.
 
-Both files are read forward, some thousand rows at a time; one row group of the file that is made is in memory. A row is
-known by its number (`row`); where the numbers of a file ascend, as those of tables do, nothing else is kept. Where they do
-not, some integers a row are, and rows that stand in another order than before are written as if they were new.
+Both files are read forward, some thousand rows at a time; of each a row group is in memory. A row is known by its number
+(`row`). Where the numbers of a file ascend, as those of tables do, nothing else is kept; where they do not, some integers a
+row are, and rows that stand in another order than before are written as if they were new.
 
 Shapes: n rows of a block, D dim.
 """
@@ -12,9 +12,7 @@ from __future__ import annotations
 __all__ = ["RowCounts", "rebuild_rows", "write_row_changes"]
 
 import base64
-import math
-from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Final
@@ -26,9 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedshard.errors import ExportError
+from embedshard.export.delta_places import NONE, IntArray, blocks, find_places, int_blocks, integers
 from embedshard.storage import Location
 
-IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
 _ROWS_AT_ONCE: Final = 2**14
@@ -74,16 +72,16 @@ def write_row_changes(base: Location, target: Location, rows: Location, removed:
         schema = _schema_of(new)
         if not _has_rows(schema) or not old.schema_arrow.equals(new.schema_arrow) or not schema.equals(_schema_of(old)):
             return None
-        find = _finder(stack, base, target)
+        find = find_places(stack, base, target)
         added_to = pa.schema([pa.field(_PLACE, pa.int64()), pa.field(_BASE, pa.int64()), *schema], schema.metadata)
         goes = pa.schema([pa.field(_BASE, pa.int64()), *(one for one in schema if not pa.types.is_nested(one.type))])
         fresh = stack.enter_context(_Writer(rows, added_to, is_always_there=True))
         gone = stack.enter_context(_Writer(removed, goes))
-        earlier = _Earlier(old.iter_batches(batch_size=_ROWS_AT_ONCE), gone)
+        earlier = _Earlier(blocks(old, _ROWS_AT_ONCE), gone)
         place = changed = kept = 0
-        for batch in new.iter_batches(batch_size=_ROWS_AT_ONCE):
+        for batch in blocks(new, _ROWS_AT_ONCE):
             later = pa.Table.from_batches([batch])
-            at = find(_numbers(later[_ROW]))
+            at = find(integers(later[_ROW]))
             is_met = at >= 0
             is_same = np.zeros(len(at), dtype=np.bool_)
             if is_met.any():
@@ -118,13 +116,13 @@ def rebuild_rows(base: Location, rows: Location, removed: Location | None, row_g
             raise ExportError(f"{(rows if changes is None else base).uri} is no Parquet file. Write the delta again.")
         written = _schema_of(changes)
         schema = pa.schema([field for field in written if field.name not in (_PLACE, _BASE)], written.metadata)
-        dropped = [_Ascending(_column(stack, rows, _BASE))]
+        dropped = [_Ascending(int_blocks(stack, rows, _BASE))]
         if removed is not None:
-            dropped.append(_Ascending(_column(stack, removed, _BASE)))
-        batches = changes.iter_batches(batch_size=_ROWS_AT_ONCE)
-        kept = _Queue(_without(earlier.iter_batches(batch_size=_ROWS_AT_ONCE), dropped), schema)
+            dropped.append(_Ascending(int_blocks(stack, removed, _BASE)))
+        batches = blocks(changes, _ROWS_AT_ONCE)
+        kept = _Queue(_without(blocks(earlier, _ROWS_AT_ONCE), dropped), schema)
         fresh = _Queue((pa.Table.from_batches([batch]).select(schema.names) for batch in batches), schema)
-        places, first = _Ascending(_column(stack, rows, _PLACE)), 0
+        places, first = _Ascending(int_blocks(stack, rows, _PLACE)), 0
         with pq.ParquetWriter(sink, schema) as writer:
             for count in row_groups:
                 at = places.below(first + count) - first
@@ -175,95 +173,6 @@ def _bits(column: pa.Array) -> npt.NDArray[Any]:
     return numbers.view(f"u{numbers.dtype.itemsize}")
 
 
-# ---------------------------------------------------------------------------------------------- where a row was before
-def _finder(stack: ExitStack, base: Location, target: Location) -> Callable[[IntArray], IntArray]:
-    """Returns what is given the numbers of the later file's rows, in order, and returns the places in the earlier one.
-
-    Places ascend; -1 where there is none.
-    """
-    with ExitStack() as looked:
-        does_ascend = all(_ascends(_column(looked, place, _ROW)) for place in (base, target))
-    if does_ascend:
-        return _Merge(_column(stack, base, _ROW))
-    with ExitStack() as looked:
-        numbers = [np.concatenate([_NONE, *_column(looked, place, _ROW)]) for place in (base, target)]
-    return _Chain(*numbers)
-
-
-class _Merge:
-    """Finds ascending numbers among ascending ones, a block of these in memory."""
-
-    def __init__(self, blocks: Iterator[IntArray]) -> None:
-        self._blocks = blocks
-        self._first, self._block = 0, _NONE
-
-    def __call__(self, wanted: IntArray) -> IntArray:
-        found = np.full(len(wanted), -1, dtype=np.int64)
-        while len(wanted):
-            if len(self._block):
-                at = np.minimum(np.searchsorted(self._block, wanted), len(self._block) - 1)
-                is_there = self._block[at] == wanted
-                found[is_there] = self._first + at[is_there]
-                if self._block[-1] >= wanted[-1]:
-                    break
-            following = next(self._blocks, None)
-            if following is None:
-                break
-            self._first, self._block = self._first + len(self._block), following
-        return found
-
-
-class _Chain:
-    """Finds numbers in any order: the most of them that stand in one order in both files."""
-
-    def __init__(self, base: IntArray, target: IntArray) -> None:
-        known, first = np.unique(base, return_index=True)
-        self._places, self._next = np.full(len(target), -1, dtype=np.int64), 0
-        if not len(known):
-            return
-        at = np.minimum(np.searchsorted(known, target), len(known) - 1)
-        met = np.flatnonzero(known[at] == target)
-        places = first[at[met]]
-        chosen = _longest_ascending(places)
-        self._places[met[chosen]] = places[chosen]
-
-    def __call__(self, wanted: IntArray) -> IntArray:
-        first, self._next = self._next, self._next + len(wanted)
-        return self._places[first : self._next]
-
-
-def _longest_ascending(values: IntArray) -> IntArray:
-    """Returns the places of a longest strictly ascending subsequence (patience sorting, Fredman 1975)."""
-    if (np.diff(values) > 0).all():
-        return np.arange(len(values))
-    ends: list[int] = []
-    at: list[int] = []
-    before = np.full(len(values), -1, dtype=np.int64)
-    for place, value in enumerate(values.tolist()):
-        length = bisect_left(ends, value)
-        before[place] = at[length - 1] if length else -1
-        if length == len(ends):
-            ends.append(value)
-            at.append(place)
-        else:
-            ends[length], at[length] = value, place
-    chosen = np.zeros(len(ends), dtype=np.int64)
-    place = at[-1]
-    for length in reversed(range(len(ends))):
-        chosen[length], place = place, int(before[place])
-    return chosen
-
-
-def _ascends(blocks: Iterator[IntArray]) -> bool:
-    last = -math.inf
-    for block in blocks:
-        if len(block):
-            if block[0] <= last or not (np.diff(block) > 0).all():
-                return False
-            last = int(block[-1])
-    return True
-
-
 # ------------------------------------------------------------------------------------------------------------- reading
 class _Earlier:
     """The earlier file, read forward once: gives rows at ascending places, and tells of those that nobody asked for."""
@@ -310,11 +219,11 @@ class _Ascending:
     """Numbers that ascend, read as far as is asked for."""
 
     def __init__(self, blocks: Iterator[IntArray]) -> None:
-        self._blocks, self._block = blocks, _NONE
+        self._blocks, self._block = blocks, NONE
 
     def below(self, end: int) -> IntArray:
         """Returns those that were not returned before and are less than a number."""
-        parts = [_NONE]
+        parts = [NONE]
         while True:
             here = self._block[: np.searchsorted(self._block, end)]
             parts.append(here)
@@ -401,9 +310,6 @@ class _Writer(AbstractContextManager["_Writer"]):
         self._waiting, self._num_waiting = [], 0
 
 
-_NONE: Final = np.zeros(0, dtype=np.int64)
-
-
 def _parquet(stack: ExitStack, place: Location) -> pq.ParquetFile | None:
     try:
         return pq.ParquetFile(stack.enter_context(place.open_input()))
@@ -415,16 +321,6 @@ def _schema_of(parquet: pq.ParquetFile) -> pa.Schema:
     """Returns the schema that a file was written with: reading gives the numbers of a list another name."""
     kept = (parquet.metadata.metadata or {}).get(b"ARROW:schema")
     return parquet.schema_arrow if kept is None else pa.ipc.read_schema(pa.py_buffer(base64.b64decode(kept)))
-
-
-def _column(stack: ExitStack, place: Location, name: str) -> Iterator[IntArray]:
-    """Yields a column of integers, a block at a time, without nulls."""
-    parquet = pq.ParquetFile(stack.enter_context(place.open_input()))
-    return (_numbers(batch[name].drop_null()) for batch in parquet.iter_batches(batch_size=2**17, columns=[name]))
-
-
-def _numbers(column: pa.Array | pa.ChunkedArray) -> IntArray:
-    return np.asarray(column.to_numpy(zero_copy_only=False) if isinstance(column, pa.Array) else column.to_numpy())
 
 
 def _unfit(rows: Location, base: Location) -> ExportError:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedshard.errors import ExportError
-from embedshard.export import delta_rows
+from embedshard.export import delta_places, delta_rows
 from embedshard.export.delta import open_delta, prepare_delta_folder, side_of, write_delta
 from embedshard.export.delta_apply import apply_delta, roll_back
 from embedshard.export.manifest import open_export, prepare_folder
@@ -31,6 +31,7 @@ def delta_of(base, target, folder):
 @pytest.fixture(params=[5, 2**14], ids=["small blocks", "blocks as they are"])
 def block_rows(request, monkeypatch):
     monkeypatch.setattr(delta_rows, "_ROWS_AT_ONCE", request.param)
+    monkeypatch.setattr(delta_places, "_AT_ONCE", request.param + 2)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -129,6 +130,35 @@ def test_a_file_of_another_schema_is_whole_and_one_that_grew_little_is_told_in_b
     assert 65 < manifest.changes["items.faiss"].changed < 140
     apply_delta(tmp_path / "delta", tmp_path / "a")
     assert content_of(tmp_path / "a") == content_of(tmp_path / "b")
+
+
+def test_of_long_files_some_row_groups_are_in_memory(tmp_path, monkeypatch):
+    rows, group = 40 * 4096, 4096
+    monkeypatch.setattr(delta_rows, "_ROWS_AT_ONCE", 2048)
+    content = numbered([row % 1000 for row in range(rows)], dim=64)
+    content = content.set_column(1, "row", pa.array(range(rows)))
+    exported(tmp_path / "a", content, group + 100)
+    changed = np.array(content["vector"].combine_chunks().flatten())
+    changed[:: 64 * 50] += 1
+    exported(tmp_path / "b", vectors(content["id"], range(rows), changed.reshape(rows, 64)), group, step=20)
+    del content, changed
+    before, held = pa.total_allocated_bytes(), {}
+
+    def watched(name):
+        original = getattr(delta_rows, name)
+
+        def instead(*arguments):
+            held[name] = max(held.get(name, 0), pa.total_allocated_bytes() - before)
+            return original(*arguments)
+
+        monkeypatch.setattr(delta_rows, name, instead)
+
+    for name in ("_same", "_woven"):
+        watched(name)
+    change = delta_of(tmp_path / "a", tmp_path / "b", tmp_path / "delta").changes["items.parquet"]
+    assert (change.changed, change.kept) == (-(-rows // 50), rows - -(-rows // 50))
+    assert held.keys() == {"_same", "_woven"}
+    assert max(held.values()) < rows * 64 * 4 / 2
 
 
 @pytest.fixture
@@ -271,4 +301,3 @@ def test_a_kill_at_any_moment_leaves_the_old_the_new_or_what_says_that_it_is_bet
     order = [state for place, state in enumerate(found["left"]) if place == 0 or found["left"][place - 1] != state]
     assert order == ["first", "between", "last"]
     assert found["left"].count("between") >= 5
-    print(len(found["left"]))
