@@ -28,6 +28,7 @@ __all__ = [
 import hashlib
 import io
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
@@ -256,9 +257,7 @@ def write_delta(base: Side, target: Side, folder: Location, say: Callable[[str],
             say(name)
             changes[name] = _written(base, target, name, folder)
     folder.join(_TARGET).write_bytes_atomically(target.text)
-    names = [_TARGET]
-    for change in changes.values():
-        names += [part for part in _parts(change) if part is not None]
+    names = [_TARGET, *(part for change in changes.values() for part in _parts(change))]
     manifest = DeltaManifest(
         embedshard=__version__,
         pyarrow=pa.__version__,
@@ -297,7 +296,7 @@ def rebuild(change: Change, base: Callable[[], Location], part: Callable[[str], 
             with part(change.file).open_input() as file:
                 while chunk := file.read(_CHUNK):
                     sink.write(chunk)
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise ExportError(f"a file of a delta cannot be made: {error}. Write the delta again.") from error
 
 
@@ -357,13 +356,13 @@ def _written(base: Side, target: Side, name: str, folder: Location) -> Change:
     expected, after = target.files[name], target.place(name)
     if name in base.files:
         before = base.place(name)
-        change = (_of_rows(before, after, name, folder) if name.endswith(".parquet") else None) or _of_bytes(
-            before, after, name, folder
-        )
+        of_rows = _of_rows(before, after, name, folder) if name.endswith(".parquet") else None
+        change = of_rows or _of_bytes(before, after, name, folder)
         parts = {part: folder.join(*part.split("/")) for part in _parts(change)}
         if sum(part.size() for part in parts.values()) <= _WORTH * expected.size:
             sink = Digest()
-            rebuild(change, lambda: before, lambda part: parts[part], expected.size, sink)
+            with suppress(ExportError):  # one that cannot be made is not kept either
+                rebuild(change, lambda: before, lambda part: parts[part], expected.size, sink)
             if sink.result() == expected:
                 return change
         for part in parts.values():

@@ -15,7 +15,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -37,7 +37,17 @@ from embedshard.export.delta import (
     side_of,
     write_delta,
 )
-from embedshard.export.manifest import APPLYING, JOURNAL, MANIFEST, ROLLBACK, FileName, OpenExport, hash_file, open_export
+from embedshard.export.manifest import (
+    APPLYING,
+    JOURNAL,
+    MANIFEST,
+    ROLLBACK,
+    FileName,
+    Manifest,
+    OpenExport,
+    hash_file,
+    open_export,
+)
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
 _NEW, _BACK = "new", "back"
@@ -183,36 +193,51 @@ def _switch(
         raise ExportError(f"{delta.folder.uri} is damaged: its manifests contradict each other. Write the delta again.")
     work = folder.join(APPLYING)
     work.delete_tree()
-    new = work.join(_NEW)
-    for name, change in manifest.changes.items():
-        say(name)
-        place, expected = new.join(*name.split("/")), target.files[name]
-        place.parent.make_dirs()
-        with place.filesystem.open_output_stream(place.path) as stream:
-            rebuild(change, partial(export.file, name), delta.part, expected.size, stream)
-        if hash_file(place) != expected:
-            raise ExportError(_otherwise(name, manifest))
-        place.sync()
-    if leads_back:
-        say("what leads back")
-
-        def later(name: str) -> Location:
-            return new.join(*name.split("/")) if name in manifest.changes else export.file(name)
-
-        back = work.join(_BACK)
-        prepare_delta_folder(back)
-        written = write_delta(Side(manifest.target, text, target.files, later), base, back)
-        for name in written.parts:
-            back.join(*name.split("/")).sync()
-        _way_back(folder, manifest.target).delete_tree()
     work.make_dirs()
-    work.join(MANIFEST).write_bytes_atomically(text)
+    try:
+        _make_new(export, delta, target, work.join(_NEW), say)
+        if leads_back:
+            say("what leads back")
+            _make_way_back(export, base, manifest.target, text, target, work)
+            _way_back(folder, manifest.target).delete_tree()
+        work.join(MANIFEST).write_bytes_atomically(text)
+    except BaseException:
+        with suppress(OSError):  # what is left is emptied the next time
+            work.delete_tree()
+        raise
     deletes = sorted(base.files.keys() - target.files.keys())
     puts = sorted(manifest.changes)
     journal = _Journal(is_back=is_back, before=base.state, after=manifest.target, puts=puts, deletes=deletes)
     say("exchange")
     work.join(JOURNAL).write_text_atomically(journal.model_dump_json(indent=2) + "\n")
     _finish(folder)
+
+
+def _make_new(export: OpenExport, delta: OpenDelta, target: Manifest, new: Location, say: Callable[[str], None]) -> None:
+    """Makes the files that change, and compares each with what it has to be."""
+    for name, change in delta.manifest.changes.items():
+        say(name)
+        place, expected = new.join(*name.split("/")), target.files[name]
+        place.parent.make_dirs()
+        with place.filesystem.open_output_stream(place.path) as stream:
+            rebuild(change, partial(export.file, name), delta.part, expected.size, stream)
+        if hash_file(place) != expected:
+            raise ExportError(_otherwise(name, delta.manifest))
+        place.sync()
+
+
+def _make_way_back(export: OpenExport, base: Side, state: State, text: bytes, target: Manifest, work: Location) -> None:
+    """Writes the delta that makes the base of the target again."""
+
+    def later(name: str) -> Location:
+        made = work.join(_NEW, *name.split("/"))
+        return made if made.is_file() else export.file(name)
+
+    back = work.join(_BACK)
+    prepare_delta_folder(back)
+    written = write_delta(Side(state, text, target.files, later), base, back)
+    for name in written.parts:
+        back.join(*name.split("/")).sync()
 
 
 def _otherwise(name: str, manifest: DeltaManifest) -> str:

@@ -230,6 +230,7 @@ def test_another_pyarrow_is_named_where_it_writes_other_bytes(pair, monkeypatch)
     with pytest.raises(ExportError, match=r"written with pyarrow 1\.0\.0, this is"):
         apply_delta(pair / "delta", pair / "old")
     assert content_of(pair / "old") == was
+    assert not (pair / "old" / "applying").exists()
 
 
 def test_a_delta_that_had_been_applied_changes_nothing(pair):
