@@ -80,7 +80,7 @@ class Exported:
 
 def export_here(
     run_dir: PathOrUri,
-    out: PathOrUri,
+    out: PathOrUri | Location,
     environment: Mapping[str, str],
     *,
     checkpoint_step: int | None = None,
