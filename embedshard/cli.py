@@ -337,6 +337,9 @@ def export(
     index_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="Which share of the exact lists the index may miss.")
     ] = 0.05,
+    quantise: Annotated[
+        str, typer.Option(metavar="FORMAT", help="int8, fp16 or none: tables in fewer bits beside those in float32.")
+    ] = "none",
     checkpoint: Annotated[
         int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
     ] = None,
@@ -349,7 +352,7 @@ def export(
     err = Console(stderr=True, soft_wrap=True, highlight=False)
     found = export_here(
         run_dir, out, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify, metric_tolerance=tolerance,
-        index_tolerance=index_tolerance, device=device, say=lambda part: err.print(f"... {part}"),
+        index_tolerance=index_tolerance, quantise=quantise, device=device, say=lambda part: err.print(f"... {part}"),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))

@@ -34,10 +34,12 @@ from embedshard.export.manifest import (
     write_manifest,
 )
 from embedshard.export.parts import copy_vocabularies, kept_vocabulary, tables_in, write_dense, write_tables
-from embedshard.export.quantised import QUANTISED, dequantised, write_quantised
+from embedshard.export.program_checks import ProgramChecks
+from embedshard.export.quantised import QUANTISED, dequantised, quantised_formats, write_quantised
 from embedshard.export.read import spread_vectors, vector_blocks
 from embedshard.export.towers import write_items, write_seen, write_users
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
+from embedshard.launch.export_programs import show_programs, told, write_programs
 from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
@@ -62,16 +64,18 @@ class Exported:
         step: of the checkpoint.
         manifest: None where verification failed, and the folder is no export.
         verification: what was found; None where nothing could be, or was not to be, replayed.
+        programs: what was found of programs and of tables in fewer bits; None where they were not to be verified.
     """
 
     out: str
     step: int
     manifest: Manifest | None
     verification: Verification | None
+    programs: ProgramChecks | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
-        found = None if self.verification is None else self.verification.to_json()
+        found = told(self.verification, self.programs)
         files = {} if self.manifest is None else {name: file.size for name, file in self.manifest.files.items()}
         notes = [] if self.manifest is None else self.manifest.notes
         return {"out": self.out, "step": self.step, "exported": self.manifest is not None, "notes": notes,
@@ -88,6 +92,7 @@ def export_here(
     verifies: bool = True,
     metric_tolerance: float = METRIC_TOLERANCE,
     index_tolerance: float = INDEX_TOLERANCE,
+    quantise: str = "none",
     device: str = "cpu",
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Exported:
@@ -102,6 +107,7 @@ def export_here(
         verifies: whether held-out users are replayed. What fails has no manifest, and is no export.
         metric_tolerance: how far a metric may be from the run's.
         index_tolerance: which share of the exact lists the index may miss.
+        quantise: `int8` or `fp16` writes the tables in fewer bits too; `none` does not.
         device: where the towers are computed.
         say: is told what is being done.
 
@@ -109,6 +115,7 @@ def export_here(
         EmbedshardError: what a user can act on.
     """
     choose_kind(index, 0)
+    formats = quantised_formats(quantise)
     run = RunDirectory.open(run_dir)
     loaded = run.load_config(environment)
     config, checkpoint = loaded.config, open_checkpoint_of(run, checkpoint_step)
@@ -121,6 +128,9 @@ def export_here(
         tables = write_tables(checkpoint, _owners(config, checkpoint, vocabularies), folder)
         dense = write_dense(checkpoint, folder)
         files = copy_vocabularies(config, counted, tokenizers, folder)
+        scoring = write_programs(
+            config, checkpoint, vocabularies, files, resolved, tables, formats, folder, verifies=verifies, say=say
+        )
         why_not = _why_no_towers(config)
         own_metrics = plain(result.get("metrics", {})) if result.get("selected_step") == checkpoint.step else {}
         if why_not:
@@ -140,11 +150,12 @@ def export_here(
                     say("verification")
                     tolerances = metric_tolerance, index_tolerance
                     towers.verification = _verify(parts, folder, towers, own_metrics, tolerances)
-        found = towers.verification
-        if found is not None:
-            folder.join(VERIFICATION).write_text_atomically(json_text(plain(found.to_json()), indent=2) + "\n")
-            if not found.passed:
-                return Exported(folder.uri, checkpoint.step, None, found)
+        found, checks = towers.verification, scoring.checks
+        tree = told(found, checks)
+        if tree is not None:
+            folder.join(VERIFICATION).write_text_atomically(json_text(plain(tree), indent=2) + "\n")
+            if not tree["passed"]:
+                return Exported(folder.uri, checkpoint.step, None, found, checks)
         manifest = Manifest(
             embedshard=__version__,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -166,12 +177,14 @@ def export_here(
             seen=towers.seen,
             index=towers.index,
             quantised={str(name): file for name, file in towers.quantised.items()},
-            verification=None if found is None else plain(found.to_json()),
-            notes=towers.notes,
+            programs=scoring.programs,
+            quantised_tables=scoring.quantised_tables,
+            verification=plain(tree),
+            notes=[*towers.notes, *scoring.notes],
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
-    return Exported(folder.uri, checkpoint.step, manifest, found)
+    return Exported(folder.uri, checkpoint.step, manifest, found, checks)
 
 
 def show(found: Exported, console: Console) -> None:
@@ -195,9 +208,10 @@ def show(found: Exported, console: Console) -> None:
                 f"{name}: of the exact lists of {checked.k}", "", f"{recall['recall']:.4f}", f"{recall['recall_lost']:.1e}"
             )
         console.print(table)
+    if found.programs is not None:
+        show_programs(found.programs, console)
     if found.manifest is None:
-        assert checked is not None, "nothing else keeps the manifest back"
-        for problem in checked.problems:
+        for problem in (told(checked, found.programs) or {}).get("problems", []):
             console.print(f"Out of tolerance: {problem}.", markup=False, soft_wrap=True, highlight=False)
         console.print(f"{found.out} is no export: it has no manifest.", markup=False, soft_wrap=True, highlight=False)
         return
