@@ -365,7 +365,13 @@ def export(
 @app.command()
 def recommend(
     out: Annotated[str, typer.Argument(metavar="OUT", help="An export: a path or a URI.", show_default=False)],
-    user: Annotated[str, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)],
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IDS", help="Of items that an unseen user met, oldest first: 1,5,9, or LIST=1,5,9.", show_default=False
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     metadata: Annotated[
         str | None,
@@ -373,11 +379,11 @@ def recommend(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
-    """Show the best items for a user, from an export alone, without those that the user has met."""
+    """Show the best items for a user, or for who met some items, from an export alone, without those met."""
     from embedshard.export.recommend import recommend as recommended
     from embedshard.launch.recommend import show
 
-    found = recommended(out, user, count, metadata)
+    found = recommended(out, user, count, metadata, history)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, default=str))
     else:

@@ -7,7 +7,7 @@ Shapes: B rows, V ids of a feature in all rows, L places of the longest row, n l
 
 from __future__ import annotations
 
-__all__ = ["Vectors", "join", "table_vectors"]
+__all__ = ["Vectors", "as_in_the_data", "join", "table_vectors"]
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -48,6 +48,21 @@ def table_vectors(places: Mapping[str, Location], kind: Format | None = None) ->
         return found[inverse]
 
     return vectors
+
+
+def as_in_the_data(inputs: Sequence[ProgramInput], columns: Columns) -> Columns:
+    """Returns columns with the numbers of dense features as the data have them, of those that a reader has normalised."""
+    found = dict(columns)
+    for spec in inputs:
+        if spec.kind != "dense":
+            continue
+        numbers = columns[spec.feature].values.astype(np.float64)
+        if spec.config["normalise"] == "log1p":
+            numbers = np.sign(numbers) * np.expm1(np.abs(numbers))
+        elif spec.mean is not None and spec.deviation is not None:
+            numbers = numbers * spec.deviation + spec.mean
+        found[spec.feature] = Flat(numbers)
+    return found
 
 
 def join(inputs: Sequence[ProgramInput], columns: Columns, vectors: Vectors) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ Shapes: B rows of a batch, D dim.
 
 from __future__ import annotations
 
-__all__ = ["write_items", "write_seen", "write_users"]
+__all__ = ["tower_features", "write_items", "write_seen", "write_users"]
 
 from collections.abc import Iterator
 from typing import Any
@@ -19,7 +19,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedshard.config.parts import TwoTowerConfig
+from embedshard.config import Config
+from embedshard.config.parts import SASRecConfig, TwoTowerConfig
 from embedshard.data.columns import Columns, gather
 from embedshard.evaluate.held_out import SPLITS, HeldOutSets, Split
 from embedshard.export.vectors import id_array, id_type, vector_file
@@ -29,6 +30,15 @@ from embedshard.train.assembly import Assembly
 IntArray = npt.NDArray[np.int64]
 
 _WAITING = 2**20
+
+
+def tower_features(config: Config) -> tuple[list[str], list[str]]:
+    """Returns what the model reads of a user and of an item, in order."""
+    model = config.model
+    if isinstance(model, SASRecConfig):
+        return [model.sequence], [model.item_id]
+    assert isinstance(model, TwoTowerConfig), "the caller looked"
+    return list(model.user.features), list(model.item.features)
 
 
 def write_items(parts: Assembly, model: Any, place: Location) -> tuple[int, int]:
@@ -90,9 +100,7 @@ def _representatives(parts: Assembly, sets: HeldOutSets) -> Iterator[tuple[IntAr
         if is_new.any():
             yield met[is_new], gather(columns, asking[first[is_new]].astype(np.int64), None)
         known = np.union1d(known, met)
-    model = parts.config.model
-    assert isinstance(model, TwoTowerConfig), "the caller looked"
-    names = list(dict.fromkeys([sets.user_id, *model.user.features]))
+    names = list(dict.fromkeys([sets.user_id, *tower_features(parts.config)[0]]))
     yield from _of_training(parts, sets.user_id, names, known)
 
 

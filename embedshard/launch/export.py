@@ -10,13 +10,16 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from embedshard import __version__
 from embedshard.config import Config
-from embedshard.config.parts import ManagedVocabulary, TwoTowerConfig
+from embedshard.config.parts import ManagedVocabulary, SASRecConfig, TwoTowerConfig
+from embedshard.data.columns import Columns
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import ConfigError
@@ -26,6 +29,7 @@ from embedshard.export.index import build_index, choose_kind, save_index
 from embedshard.export.manifest import (
     VERIFICATION,
     ExportedIndex,
+    ExportedTable,
     ExportedTower,
     Manifest,
     hash_files,
@@ -35,11 +39,11 @@ from embedshard.export.manifest import (
 )
 from embedshard.export.parts import copy_vocabularies, kept_vocabulary, tables_in, write_dense, write_tables
 from embedshard.export.program_checks import ProgramChecks
-from embedshard.export.quantised import QUANTISED, dequantised, quantised_formats, write_quantised
+from embedshard.export.quantised import QUANTISED, Format, dequantised, quantised_formats, write_quantised
 from embedshard.export.read import spread_vectors, vector_blocks
-from embedshard.export.towers import write_items, write_seen, write_users
+from embedshard.export.towers import tower_features, write_items, write_seen, write_users
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
-from embedshard.launch.export_programs import show_programs, told, write_programs
+from embedshard.launch.export_programs import WrittenPrograms, encoder, show_programs, told, write_programs
 from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
@@ -49,6 +53,8 @@ from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
 from embedshard.train.tracking import json_text
 from embedshard.world import open_world
+
+FloatArray = npt.NDArray[np.float32]
 
 _RANKING = "recall@10"
 """What users are replayed by where the run has no metric that ranks."""
@@ -149,7 +155,7 @@ def export_here(
                 if verifies:
                     say("verification")
                     tolerances = metric_tolerance, index_tolerance
-                    towers.verification = _verify(parts, folder, towers, own_metrics, tolerances)
+                    towers.verification = _verify(parts, folder, towers, own_metrics, tolerances, scoring, tables)
         found, checks = towers.verification, scoring.checks
         tree = told(found, checks)
         if tree is not None:
@@ -178,7 +184,7 @@ def export_here(
             index=towers.index,
             quantised={str(name): file for name, file in towers.quantised.items()},
             programs=scoring.programs,
-            quantised_tables=scoring.quantised_tables,
+            quantised_tables={str(kind): written for kind, written in scoring.quantised_tables.items()},
             verification=plain(tree),
             notes=[*towers.notes, *scoring.notes],
             files=hash_files(folder),
@@ -243,10 +249,12 @@ def _owners(config: Config, checkpoint: Checkpoint, vocabularies: Mapping[str, V
 def _why_no_towers(config: Config) -> str:
     """Returns why there are no vectors of users and items; nothing where there are."""
     model = config.model
-    if not isinstance(model, TwoTowerConfig):
-        return f"Vectors of users and items are exported of a two_tower; this is a {model.kind}."
+    if not isinstance(model, TwoTowerConfig | SASRecConfig):
+        return f"Vectors of users and items are exported of a two_tower and a sasrec; this is a {model.kind}."
     for role in ("user_id", "item_id"):
         feature = config.identity(role)
+        if feature is None and isinstance(model, SASRecConfig):
+            continue  # a user is a history
         if feature is None:
             return f"There are no vectors of users and items: no id feature names the {role.removesuffix('_id')}."
         table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
@@ -263,6 +271,8 @@ def _that_ranks(config: Config) -> Config:
     """Returns the config, with a metric that ranks where it has none: the catalogue is opened for it."""
     if any(parse_metric(name).ranks for name in config.evaluate.metrics):
         return config
+    if config.identity("user_id") is None:
+        return config  # a list of candidates is all that could be ranked
     metrics = [*config.evaluate.metrics, _RANKING]
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": metrics})})
 
@@ -294,16 +304,18 @@ def _write_towers(
     say("items")
     items = folder.join("items.parquet")
     num_items, dim = write_items(parts, model, items)
-    say("users")
-    num_users, _ = write_users(parts, model, folder.join("users.parquet"))
-    written = _Towers(
-        user=_tower(parts.config, files, "users.parquet", sets.user_id, num_users, dim),
-        item=_tower(parts.config, files, "items.parquet", sets.item_id, num_items, dim),
-    )
-    if parts.config.evaluate.filter_seen:
-        say("items that users have met")
-        written.seen = "seen.parquet"
-        write_seen(parts, _split(parts), folder.join(written.seen))
+    written = _Towers(item=_tower(parts.config, files, "items.parquet", sets.item_id, num_items, dim))
+    num_users = 0
+    if parts.config.identity("user_id") is None:
+        written.notes.append("There are no vectors of users: no feature names them. Lists are made of a history of items.")
+    else:
+        say("users")
+        num_users, _ = write_users(parts, model, folder.join("users.parquet"))
+        written.user = _tower(parts.config, files, "users.parquet", sets.user_id, num_users, dim)
+        if parts.config.evaluate.filter_seen:
+            say("items that users have met")
+            written.seen = "seen.parquet"
+            write_seen(parts, _split(parts), folder.join(written.seen))
     say("index")
     kind = choose_kind(index, num_items)
     queries = spread_vectors(folder.join("users.parquet" if num_users else "items.parquet"), _TUNING_QUERIES)
@@ -324,12 +336,11 @@ def _tower(config: Config, files: Mapping[str, str], file: str, feature: str, co
     table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
     of_table = {name: one for name, one in config.features.items() if getattr(one, "table", None) == table}
     names = [feature, *(name for name in of_table if name != feature)]
-    model = config.model
-    assert isinstance(model, TwoTowerConfig), "there are towers"
-    tower = model.user if file == "users.parquet" else model.item
+    of_user, of_item = tower_features(config)
+    read = of_user if file == "users.parquet" else of_item
     return ExportedTower(
         file=file, vectors=count, dim=dim, feature=feature, columns=[of_table[name].column or name for name in names],
-        table=table, vocabulary=kept_vocabulary(config, table, files), features=list(tower.features),
+        table=table, vocabulary=kept_vocabulary(config, table, files), features=read,
     )  # fmt: skip
 
 
@@ -340,10 +351,14 @@ def _verify(
     towers: _Towers,
     own_metrics: Mapping[str, float],
     tolerances: tuple[float, float],
+    scoring: WrittenPrograms,
+    tables: Mapping[str, ExportedTable],
 ) -> Verification | None:
     split = _split(parts)
     if split is None or towers.index is None:
         return None
+    if towers.user is None and ("user" not in scoring.programs or parts.config.evaluate.candidates == "catalogue"):
+        return None  # nobody is named, and no lists are given
     model, sets = parts.model.module, parts.evaluator.sets
     ranked, is_whole = prepare(sets.ranked(split))
     metrics = [name for name in parts.config.evaluate.metrics if parse_metric(name).ranks]
@@ -355,14 +370,26 @@ def _verify(
         catalogue = sets.catalogue
         return torch.cat(list(parts.evaluator.encoded(model.encode_candidates, catalogue.columns, len(catalogue))))
 
+    encoders = partial(encoder, folder=folder, batch_size=parts.config.evaluate.batch_size)
+
+    def both(kind: Format, files: Mapping[str, str], queries: Columns) -> tuple[FloatArray, FloatArray]:
+        user, item = (encoders(scoring.programs[name], files, kind=kind) for name in ("user", "item"))
+        return user(queries), item(sets.catalogue.columns)
+
+    of_files = {table: exported.file for table, exported in tables.items()}
     return verify(
         split, ranked, metrics, own_metrics if has_own else None, encode,
-        users=folder.join("users.parquet"),
+        users=encoders(scoring.programs["user"], of_files) if towers.user is None else folder.join("users.parquet"),
         items=folder.join("items.parquet"),
         seen=None if towers.seen is None else folder.join(towers.seen),
         index=(towers.index.kind, folder.join(towers.index.file)),
         quantised={
             f"{name} items": partial(dequantised, name, folder.join(file)) for name, file in towers.quantised.items()
+        },
+        tables={
+            f"{kind} tables": partial(both, kind, files)
+            for kind, files in scoring.quantised_tables.items()
+            if {"user", "item"} <= scoring.programs.keys()
         },
         metric_tolerance=tolerances[0],
         index_tolerance=tolerances[1],

@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
-__all__ = ["WrittenPrograms", "show_programs", "told", "write_programs"]
+__all__ = ["WrittenPrograms", "encoder", "show_programs", "told", "write_programs"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 
 from embedshard.config import Config
+from embedshard.data.columns import Columns, num_rows, slice_rows
 from embedshard.data.statistics import Statistics
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import ExportError
+from embedshard.export.join import as_in_the_data, join, table_vectors
 from embedshard.export.manifest import ExportedTable
 from embedshard.export.parts import write_quantised_tables
 from embedshard.export.program_checks import ProgramChecks, check_programs
+from embedshard.export.program_file import load_program
 from embedshard.export.programs import make_programs, save_program
 from embedshard.export.quantised import Format
 from embedshard.export.signature import ExportedProgram
 from embedshard.export.verification import Verification
 from embedshard.storage import Location
 from embedshard.train.checkpoint_reader import Checkpoint
+
+FloatArray = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class WrittenPrograms:
     """
 
     programs: dict[str, ExportedProgram]
-    quantised_tables: dict[str, dict[str, str]]
+    quantised_tables: dict[Format, dict[str, str]]
     notes: list[str]
     checks: ProgramChecks | None
 
@@ -92,10 +99,42 @@ def write_programs(
         checks = check_programs(made, checkpoint, folder, table_files, in_fewer, config.seed)
     return WrittenPrograms(
         {name: program for name, (_, program) in made.items()},
-        {str(kind): written for kind, written in in_fewer.items()},
+        in_fewer,
         notes,
         checks,
     )
+
+
+def encoder(
+    program: ExportedProgram,
+    tables: Mapping[str, str],
+    folder: Location,
+    batch_size: int,
+    kind: Format | None = None,
+) -> Callable[[Columns], FloatArray]:
+    """Returns what makes vectors of rows as a reader decodes them, by a tower's program over tables' files alone.
+
+    Args:
+        program: of a tower.
+        tables: the file of each table.
+        folder: of the export.
+        batch_size: rows at a time.
+        kind: of the numbers in the files.
+    """
+    run = load_program(folder.join(*program.file.split("/")))
+    vectors = table_vectors({table: folder.join(*file.split("/")) for table, file in tables.items()}, kind)
+    features = {spec.feature for spec in program.inputs}
+
+    def encode(columns: Columns) -> FloatArray:
+        own = as_in_the_data(program.inputs, {name: columns[name] for name in features})
+        size = num_rows(own)
+        parts = [
+            run(**join(program.inputs, slice_rows(own, first, min(first + batch_size, size)), vectors))["vector"].numpy()
+            for first in range(0, size, batch_size)
+        ]
+        return np.concatenate(parts) if parts else np.zeros((0, 0), dtype=np.float32)
+
+    return encode
 
 
 def told(found: Verification | None, checks: ProgramChecks | None) -> dict[str, Any] | None:

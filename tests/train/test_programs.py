@@ -1,18 +1,27 @@
 """`embedshard export` writes programs: joined with tables' files they score as the model does, without embedshard."""
 
+import contextlib
+import io
 import json
 import os
+import pickle
+import re
 import subprocess
 import sys
+import zipfile
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from embedshard.data.columns import Flat
+from embedshard.errors import ConfigError, DataError, ExportError
 from embedshard.export.join import join, table_vectors
 from embedshard.export.manifest import open_export
-from embedshard.export.program_file import load_program
+from embedshard.export.program_file import check_archive, load_program
+from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
@@ -90,9 +99,9 @@ def exported(make_config, run_tree, tmp_path):
 
     def exported(changes, **options):
         tree = make_config({"train": {"epochs": 1}}).tree
-        tree = without_nothing(merged(tree, changes))
-        run_tree(tree, tmp_path / "run")
-        return tmp_path / "run", tmp_path / "out", export_here(tmp_path / "run", tmp_path / "out", {}, **options)
+        root = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        run_tree(without_nothing(merged(tree, changes)), root / "run")
+        return root / "run", root / "out", export_here(root / "run", root / "out", {}, **options)
 
     return exported
 
@@ -238,3 +247,213 @@ def test_programs_load_where_embedshard_is_not_installed(exported, interactions,
     assert made.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(torch.tensor(made[name]), value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_programs_file_is_read_without_unpickling_or_evaluating_anything(exported, tmp_path):
+    _, out, _ = exported(CASES["sasrec"])
+    export = open_export(out)
+    file = out / export.manifest.programs["user"].file
+    content = file.read_bytes()
+    check_archive(content, "it")
+    ran = tmp_path / "ran"
+
+    def changed(name, change):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(stream, "w") as after:
+            for info in before.infolist():
+                whole = before.read(info.filename)
+                after.writestr(info.filename, change(whole) if info.filename.endswith(name) else whole)
+        return stream.getvalue()
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    def as_text(change):
+        return lambda whole: json.dumps(change(json.loads(whole))).encode()
+
+    def pickled(tree):
+        next(iter(tree["config"].values()))["use_pickle"] = True
+        return tree
+
+    def with_guard(tree):
+        return tree | {"guards_code": [f"__import__('os').mkdir({str(ran)!r}) or True"]}
+
+    def with_size(tree):
+        text = json.dumps(tree)
+        size = json.dumps(re.search(r'"expr_str": "([^"]*)"', text).group(1))
+        return json.loads(text.replace(size, json.dumps(f"exec('import os; os.mkdir({str(ran)!r})')"), 1))
+
+    def with_call(tree):
+        tree["graph_module"]["graph"]["nodes"][0]["target"] = "torch.hub.load"
+        return tree
+
+    stream = io.BytesIO()
+    torch.save(Runs(), stream, pickle_module=pickle)
+    cases = {
+        "pickled example inputs": changed("sample_inputs/model.pt", lambda _: stream.getvalue()),
+        "pickled": changed("model_weights_config.json", as_text(pickled)),
+        "evaluates": changed("models/model.json", as_text(with_guard)),
+        "evaluates 'exec": changed("models/model.json", as_text(with_size)),
+        "calls 'torch.hub.load'": changed("models/model.json", as_text(with_call)),
+        "is no program": b"PK" + content[:100],
+    }
+    for problem, tampered in cases.items():
+        with pytest.raises(ExportError, match=problem):
+            check_archive(tampered, "it")
+        file.write_bytes(tampered)
+        with pytest.raises(ExportError, match=r"user\.pt2"):  # its hash tells first
+            open_export(out).file(export.manifest.programs["user"].file)
+    with contextlib.suppress(Exception):  # torch itself would have run it
+        torch.export.load(io.BytesIO(cases["pickled example inputs"]))
+    assert ran.exists()
+
+
+def test_a_program_that_is_not_the_models_is_no_export(exported, tmp_path, monkeypatch):
+    import embedshard.launch.export_programs as module
+
+    save = module.save_program
+
+    def faulty(traced, program, folder):
+        with torch.no_grad():
+            weight = next(traced.model.parameters())
+            kept = weight.clone()
+            weight.mul_(1.5)
+            save(traced, program, folder)
+            weight.copy_(kept)
+
+    monkeypatch.setattr(module, "save_program", faulty)
+    _, out, found = exported(CASES["dcn_v2"])
+    assert found.manifest is None
+    (problem,) = found.programs.problems
+    assert problem.startswith("program 'model.clicked' is off by")
+    assert not (out / "manifest.json").exists()
+    assert json.loads((out / "verification.json").read_text())["problems"] == [problem]
+
+
+def test_tables_in_fewer_bits_stand_beside_the_exact_ones_and_what_they_cost_is_told(exported):
+    run, out, found = exported(CASES["two_tower"], quantise="int8")
+    manifest = open_export(out).manifest
+    assert list(manifest.quantised_tables) == ["int8"]
+    files = manifest.quantised_tables["int8"]
+    assert files.keys() == manifest.tables.keys()
+    for table, exact in manifest.tables.items():
+        wide, narrow = (pq.read_table(out / file) for file in (exact.file, files[table]))
+        assert narrow["id"].equals(wide["id"])
+        assert narrow["vector"].type.value_type == pa.uint8()
+        given_back = np.array(narrow["vector"].to_pylist()) * narrow["scale"].to_numpy()[:, None]
+        given_back += narrow["bias"].to_numpy()[:, None]
+        error = np.abs(given_back - np.array(wide["vector"].to_pylist()))
+        assert (error <= 0.51 * narrow["scale"].to_numpy()[:, None] + 1e-6).all()
+    told = found.verification.quantised["int8 tables"]
+    assert 0 < told["score_error"] < 0.1
+    assert 0.5 < told["recall"] <= 1
+    assert 0 < found.programs.quantised["int8 tables"]["score"] < 0.1
+    assert found.programs.quantised["int8 tables"].keys() == {"user.vector", "item.vector", "score"}
+    halves = export_here(run, out, {}, quantise="fp16").programs.quantised["fp16 tables"]
+    assert 0 < halves["score"] < found.programs.quantised["int8 tables"]["score"]
+    assert not (out / files["item"]).exists(), "an earlier export's files go"
+    with pytest.raises(ConfigError, match="--quantise int9"):
+        export_here(run, out, {}, quantise="int9")
+    assert (out / "manifest.json").exists()
+
+
+UNSEEN = {
+    "features": {"user_id": {"kind": "id", "table": "user", "unknown": "oov"}, "age": {"kind": "dense", "missing": "zero"}},
+}
+
+
+def test_an_unseen_user_is_recommended_by_the_items_that_they_met(exported):
+    _, out, _ = exported(UNSEEN)
+    vectors = {
+        name: {row["row"]: np.array(row["vector"]) for row in pq.read_table(out / "tables" / f"{name}.parquet").to_pylist()}
+        for name in ("user", "item")
+    }
+    items = np.array(pq.read_table(out / "items.parquet")["vector"].to_pylist())
+    program = load_program(open_export(out).file("programs/user.pt2"))
+    history = [29, 3, 3, 7, 1]
+    for user, row in ((None, 40), ("4000", 40), ("5", 5)):
+        bag = np.mean([vectors["item"][item] for item in history[-4:]], axis=0)
+        vector = program(
+            user_id=torch.tensor(vectors["user"][row], dtype=torch.float32)[None],
+            history=torch.tensor(bag, dtype=torch.float32)[None],
+            age=torch.tensor([float("nan")], dtype=torch.float64),
+        )["vector"][0]
+        found = recommend(out, user, 5, history="29,3,3,7,1")
+        seen = {1, 3, 7}  # 29 is not among the last four; `item_id` 29 may be in what user 5 met
+        if row == 5:
+            pairs = pq.read_table(out / "seen.parquet").to_pylist()
+            seen |= {pair["item"] for pair in pairs if pair["user"] == 5}
+        scores = items @ vector.numpy()
+        expected = [item for item in np.argsort(-scores).tolist() if item not in seen][:5]
+        assert [item.id for item in found.items] == expected
+        assert [item.score for item in found.items] == pytest.approx(scores[expected].tolist(), abs=1e-5)
+        assert found.num_seen == len(seen)
+        assert found.user == user
+    with pytest.raises(DataError, match=r"--history.*'77' is not among"):
+        recommend(out, None, 5, history="3,77")
+    with pytest.raises(DataError, match="names no item"):
+        recommend(out, None, 5, history=" ,")
+    with pytest.raises(ConfigError, match="neither a user nor a history"):
+        recommend(out, None, 5)
+    with pytest.raises(DataError, match=r"no vector of user '4000'.*--history 1,5,9"):
+        recommend(out, "4000", 5)
+    shown = subprocess.run(
+        [sys.executable, "-m", "embedshard.cli", "recommend", str(out), "--history", "3,7", "-k", "2", "--json"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    told = json.loads(shown.stdout)
+    assert (told["user"], told["history"], len(told["items"]), told["seen"]) == (None, "3,7", 2, 2)
+    file = out / "programs" / "user.pt2"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ExportError, match=r"programs/user\.pt2"):
+        recommend(out, None, 5, history="3")
+
+
+def test_what_an_unseen_user_lacks_is_named(exported):
+    _, out, _ = exported({})
+    with pytest.raises(DataError, match=r"reads more than a history: .*'user_id' \(id, .*'age' \(dense, .*missing: zero"):
+        recommend(out, None, 5, history="3")
+    with pytest.raises(DataError, match=r"'age' \(dense"):
+        recommend(out, "7", 5, history="3")
+
+
+def test_lists_are_told_apart_and_a_tower_without_any_says_so(exported):
+    two = {"kind": "bag", "table": "item", "column": "history", "pooling": "sum"}
+    tower = {"kind": "two_tower", "item": {"features": ["item_id"]}}
+    user_id = {"kind": "id", "table": "user", "unknown": "oov"}
+    read = ["user_id", "history", "other"]
+    changes = {"features": {"user_id": user_id, "other": two}, "model": tower | {"user": {"features": read}}}
+    _, out, _ = exported(changes)
+    with pytest.raises(DataError, match=r"several lists of items, history, other.*--history history=3"):
+        recommend(out, None, 5, history="3")
+    one, another = (recommend(out, None, 5, history=f"{name}=3,3,4") for name in ("history", "other"))
+    assert [item.score for item in one.items] != [item.score for item in another.items]
+    _, out, _ = exported({"model": tower | {"user": {"features": ["user_id"]}}})
+    with pytest.raises(DataError, match=r"reads no list of items, only 'user_id' \(id"):
+        recommend(out, None, 5, history="3")
+
+
+def test_a_sasrec_without_users_is_replayed_and_recommends_by_histories(exported, interactions, tmp_path):
+    table = pq.read_table(interactions / "test" / "part-0.parquet")
+    negatives = np.random.default_rng(5).integers(0, 30, (60, 9)).tolist()
+    pq.write_table(table.append_column("negatives", pa.array(negatives, pa.list_(pa.int16()))), tmp_path / "test.parquet")
+    changes = {
+        "data": {"test": str(tmp_path / "test.parquet"), "validation": None},
+        "features": {"history": SEQUENCE, "age": None, "user_id": None},
+        "tables": {"user": None},
+        "model": {"kind": "sasrec", "sequence": "history", "item_id": "item_id", "heads": 2},
+        "objective": {"kind": "sampled_softmax", "num_negatives": 20},
+        "evaluate": {"metrics": ["hit_rate@3"], "candidates": "negatives"},
+    }
+    _, out, found = exported(changes, quantise="int8")
+    assert found.verification.passed
+    assert found.verification.against == "result.json"
+    assert found.verification.queries == 60
+    assert found.verification.metrics["hit_rate@3"]["run"] > 0
+    assert "int8 tables" in found.verification.quantised
+    assert found.manifest.user is None
+    assert found.manifest.item.vectors == 30
+    assert len(recommend(out, None, 5, history="3,9,4").items) == 5
+    with pytest.raises(ExportError, match="no feature names them"):
+        recommend(out, "3", 5)
