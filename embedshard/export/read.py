@@ -61,6 +61,8 @@ def vectors_of(
         parquet = _opened(place, file)
         numbers = [name for name in parquet.schema_arrow.names if name in ("vector", "scale", "bias")]
         for group in range(parquet.num_row_groups):
+            if not _may_hold(parquet, group, ascending):
+                continue
             here = parquet.read_row_group(group, columns=["row"])["row"].to_numpy()
             begins, ends = (np.searchsorted(ascending, here, side=side) for side in ("left", "right"))
             counts = ends - begins
@@ -73,6 +75,17 @@ def vectors_of(
                 wanted = order[begins[at] : ends[at]]
                 vectors[wanted], found[wanted] = block[at], True
     return np.zeros((len(rows), 0), dtype=np.float32) if vectors is None else vectors, found
+
+
+def _may_hold(parquet: pq.ParquetFile, group: int, ascending: IntArray) -> bool:
+    """Whether one of these rows can be in a row group, as far as its statistics tell."""
+    column = parquet.metadata.row_group(group).column(parquet.schema_arrow.get_field_index("row"))
+    statistics = column.statistics
+    if statistics is None or not statistics.has_min_max:
+        return True
+    first = np.searchsorted(ascending, statistics.min, side="left")
+    last = np.searchsorted(ascending, statistics.max, side="right")
+    return bool(last > first)
 
 
 def spread_vectors(place: Location, wanted: int) -> FloatArray:

@@ -9,9 +9,9 @@ Shapes: B rows of a batch, D dim.
 
 from __future__ import annotations
 
-__all__ = ["tower_features", "write_items", "write_seen", "write_users"]
+__all__ = ["tower_features", "write_held_vectors", "write_items", "write_seen", "write_users"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,12 @@ import pyarrow.parquet as pq
 
 from embedshard.config import Config
 from embedshard.config.parts import SASRecConfig, TwoTowerConfig
-from embedshard.data.columns import Columns, gather
+from embedshard.data.columns import Columns, Flat, gather
 from embedshard.evaluate.held_out import SPLITS, HeldOutSets, Split
+from embedshard.export.join import join, table_vectors
+from embedshard.export.manifest import ExportedTable
+from embedshard.export.program_file import load_program
+from embedshard.export.signature import ExportedProgram
 from embedshard.export.vectors import id_array, id_type, vector_file
 from embedshard.storage import Location
 from embedshard.train.assembly import Assembly
@@ -67,6 +71,40 @@ def write_users(parts: Assembly, model: Any, place: Location) -> tuple[int, int]
                 start += write(id_array(vocabulary, rows, kind), rows, vectors.float().cpu().numpy())
                 dim = vectors.shape[1]
             written += start
+    return written, dim
+
+
+def write_held_vectors(
+    program: ExportedProgram, identity: str, tables: Mapping[str, ExportedTable], folder: Location, place: Location
+) -> tuple[int, int]:
+    """Writes what a tower that reads an id alone makes of every id of its table, over the exported files; no data are read.
+
+    Args:
+        program: of the tower.
+        identity: the id's feature.
+        tables: that are exported.
+        folder: of the export.
+        place: the file that is written.
+
+    Returns:
+        How many vectors there are, and D.
+    """
+    run = load_program(folder.join(*program.file.split("/")))
+    of_files = table_vectors({name: folder.join(*table.file.split("/")) for name, table in tables.items()})
+    owner = next(spec for spec in program.inputs if spec.table == spec.config["table"])
+    assert owner.table is not None, "an id is looked up"
+    written = dim = 0
+    with vector_file(place) as write, folder.join(*tables[owner.table].file.split("/")).open_input() as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            content = parquet.read_row_group(group, columns=["id", "row"])
+            content = content.filter(content["id"].is_valid()).combine_chunks()
+            if not len(content):
+                continue
+            rows = content["row"].to_numpy()
+            vectors = run(**join(program.inputs, {identity: Flat(rows)}, of_files))["vector"].numpy()
+            written += write(content["id"].combine_chunks(), rows, vectors)
+            dim = vectors.shape[1]
     return written, dim
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 __all__ = ["Exported", "export_here", "show"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,27 +23,23 @@ from embedshard.data.columns import Columns
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import ConfigError
-from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.evaluate.ranking import parse_metric
-from embedshard.export.index import build_index, choose_kind, save_index
+from embedshard.export.index import choose_kind
 from embedshard.export.manifest import (
     VERIFICATION,
-    ExportedIndex,
     ExportedTable,
-    ExportedTower,
     Manifest,
     hash_files,
     plain,
     prepare_folder,
     write_manifest,
 )
-from embedshard.export.parts import copy_vocabularies, kept_vocabulary, tables_in, write_dense, write_tables
+from embedshard.export.parts import copy_vocabularies, tables_in, write_dense, write_tables
 from embedshard.export.program_checks import ProgramChecks
-from embedshard.export.quantised import QUANTISED, Format, dequantised, quantised_formats, write_quantised
-from embedshard.export.read import spread_vectors, vector_blocks
-from embedshard.export.towers import tower_features, write_items, write_seen, write_users
+from embedshard.export.quantised import Format, dequantised, quantised_formats
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
 from embedshard.launch.export_programs import WrittenPrograms, encoder, show_programs, told, write_programs
+from embedshard.launch.export_towers import Towers, split_of, write_held, write_towers
 from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
@@ -58,7 +54,6 @@ FloatArray = npt.NDArray[np.float32]
 
 _RANKING = "recall@10"
 """What users are replayed by where the run has no metric that ranks."""
-_TUNING_QUERIES, _LEAST_K = 256, 10
 
 
 @dataclass(frozen=True)
@@ -137,10 +132,12 @@ def export_here(
         scoring = write_programs(
             config, checkpoint, vocabularies, files, resolved, tables, formats, folder, verifies=verifies, say=say
         )
-        why_not = _why_no_towers(config)
+        why_not, changes_hands = _why_no_towers(config), _that_changes_hands(config)
         own_metrics = plain(result.get("metrics", {})) if result.get("selected_step") == checkpoint.step else {}
         if why_not:
-            towers = _Towers(notes=[why_not])
+            towers = Towers(notes=[why_not])
+        elif changes_hands:
+            towers = write_held(config, folder, files, tables, scoring, changes_hands, index, say)
         else:
             with open_world(device) as world:
                 if world.world_size > 1:
@@ -151,7 +148,7 @@ def export_here(
                 config = _that_ranks(config)
                 parts = assemble(config, world, resolved or None, vocabularies=run.vocabularies, initialises=False)
                 restore_model(checkpoint, parts.model, parts.managed)
-                towers = _write_towers(parts, folder, files, index, say)
+                towers = write_towers(parts, folder, files, index, say)
                 if verifies:
                     say("verification")
                     tolerances = metric_tolerance, index_tolerance
@@ -257,14 +254,18 @@ def _why_no_towers(config: Config) -> str:
             continue  # a user is a history
         if feature is None:
             return f"There are no vectors of users and items: no id feature names the {role.removesuffix('_id')}."
-        table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
-        if isinstance(config.tables[table].vocabulary, ManagedVocabulary):
-            return f"No vectors of users and items: the rows of table '{table}' change hands, and nothing ranks by them."
     if config.data.catalogue is None and config.item_features() != [config.identity("item_id")]:
         return (
             "There are no vectors of users and items: the item tower reads more than the id, and there is no data.catalogue."
         )
     return ""
+
+
+def _that_changes_hands(config: Config) -> str:
+    """Returns the table of users or items whose rows change hands, so that nothing ranks by them; nothing where none do."""
+    features = [config.features[name] for role in ("user_id", "item_id") if (name := config.identity(role)) is not None]
+    tables = [getattr(feature, "table", "") for feature in features]
+    return next((name for name in tables if isinstance(config.tables[name].vocabulary, ManagedVocabulary)), "")
 
 
 def _that_ranks(config: Config) -> Config:
@@ -278,83 +279,17 @@ def _that_ranks(config: Config) -> Config:
 
 
 # ----------------------------------------------------------------------------------------------------------- the towers
-@dataclass
-class _Towers:
-    """What came of the towers."""
-
-    user: ExportedTower | None = None
-    item: ExportedTower | None = None
-    seen: str | None = None
-    index: ExportedIndex | None = None
-    quantised: dict[Literal["fp16", "int8"], str] = field(default_factory=dict)
-    verification: Verification | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-def _split(parts: Assembly) -> Split | None:
-    return next((split for split in reversed(SPLITS) if parts.evaluator.has(split)), None)
-
-
-@torch.no_grad()
-def _write_towers(
-    parts: Assembly, folder: Location, files: Mapping[str, str], index: str, say: Callable[[str], None]
-) -> _Towers:
-    model, sets = parts.model.module, parts.evaluator.sets
-    parts.model.eval()
-    say("items")
-    items = folder.join("items.parquet")
-    num_items, dim = write_items(parts, model, items)
-    written = _Towers(item=_tower(parts.config, files, "items.parquet", sets.item_id, num_items, dim))
-    num_users = 0
-    if parts.config.identity("user_id") is None:
-        written.notes.append("There are no vectors of users: no feature names them. Lists are made of a history of items.")
-    else:
-        say("users")
-        num_users, _ = write_users(parts, model, folder.join("users.parquet"))
-        written.user = _tower(parts.config, files, "users.parquet", sets.user_id, num_users, dim)
-        if parts.config.evaluate.filter_seen:
-            say("items that users have met")
-            written.seen = "seen.parquet"
-            write_seen(parts, _split(parts), folder.join(written.seen))
-    say("index")
-    kind = choose_kind(index, num_items)
-    queries = spread_vectors(folder.join("users.parquet" if num_users else "items.parquet"), _TUNING_QUERIES)
-    built, settings = build_index(kind, lambda: vector_blocks(items), num_items, dim, queries, _LEAST_K)
-    save_index(built, folder.join("items.faiss"))
-    written.index = ExportedIndex(file="items.faiss", kind=kind, settings=settings)
-    say("items in fewer bits")
-    for name in QUANTISED if num_items else ():
-        file = f"items-{name}.parquet"
-        write_quantised(name, items, folder.join(file))
-        written.quantised[name] = file
-    if _split(parts) is None:
-        written.notes.append("Nothing was replayed: the run has neither a validation nor a test set.")
-    return written
-
-
-def _tower(config: Config, files: Mapping[str, str], file: str, feature: str, count: int, dim: int) -> ExportedTower:
-    table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
-    of_table = {name: one for name, one in config.features.items() if getattr(one, "table", None) == table}
-    names = [feature, *(name for name in of_table if name != feature)]
-    of_user, of_item = tower_features(config)
-    read = of_user if file == "users.parquet" else of_item
-    return ExportedTower(
-        file=file, vectors=count, dim=dim, feature=feature, columns=[of_table[name].column or name for name in names],
-        table=table, vocabulary=kept_vocabulary(config, table, files), features=read,
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def _verify(
     parts: Assembly,
     folder: Location,
-    towers: _Towers,
+    towers: Towers,
     own_metrics: Mapping[str, float],
     tolerances: tuple[float, float],
     scoring: WrittenPrograms,
     tables: Mapping[str, ExportedTable],
 ) -> Verification | None:
-    split = _split(parts)
+    split = split_of(parts)
     if split is None or towers.index is None:
         return None
     if towers.user is None and ("user" not in scoring.programs or parts.config.evaluate.candidates == "catalogue"):

@@ -457,3 +457,42 @@ def test_a_sasrec_without_users_is_replayed_and_recommends_by_histories(exported
     assert len(recommend(out, None, 5, history="3,9,4").items) == 5
     with pytest.raises(ExportError, match="no feature names them"):
         recommend(out, "3", 5)
+
+
+def test_vectors_of_ids_that_hold_a_row_are_the_models(exported, interactions):
+    managed = {"kind": "managed", "rows": 24, "buckets": 4}
+    tower = {"kind": "two_tower", "user": {"features": ["user_id"]}, "item": {"features": ["item_id"]}, "biases": ["item"]}
+    changes = {
+        "features": {"history": None, "age": None},
+        "tables": {name: {"rows": None, "vocabulary": managed} for name in ("user", "item")},
+        "model": tower,
+        "evaluate": {"metrics": []},
+    }
+    run, out, found = exported(changes, quantise="fp16")
+    assert found.programs.problems == []
+    manifest = open_export(out).manifest
+    with open_world("cpu") as world:
+        parts = assemble(RunDirectory.open(run).load_config({}).config, world, initialises=False)
+        restore_model(newest_intact(RunDirectory(run).checkpoints), parts.model, parts.managed)
+        model = parts.model.eval().module
+        columns = {"user_id": Flat(np.arange(40)), "item_id": Flat(np.arange(40) % 30)}
+        batch = parts.collator.batch(columns, 0, 40)
+        with torch.no_grad():
+            made = {"user": model.encode_queries(batch), "item": model.encode_candidates(batch)}
+    for side, tower in (("user", manifest.user), ("item", manifest.item)):
+        rows = pq.read_table(out / tower.file).to_pylist()
+        table = pq.read_table(out / manifest.tables[side].file).to_pylist()
+        assert [(one["id"], one["row"]) for one in rows] == [
+            (one["id"], one["row"]) for one in table if one["id"] is not None
+        ]
+        assert 10 < len(rows) <= 24, "not all of them hold a row"
+        for one in rows:
+            assert one["vector"] == pytest.approx(made[side][one["id"]].tolist(), abs=1e-6)
+    known = pq.read_table(out / "users.parquet")["id"].to_pylist()
+    lost = next(user for user in range(40) if user not in known)
+    items = {one["id"]: np.array(one["vector"]) for one in pq.read_table(out / "items.parquet").to_pylist()}
+    scores = {item: float(vector @ made["user"][known[0]].numpy()) for item, vector in items.items()}
+    best = recommend(out, str(known[0]), 5).items
+    assert [one.id for one in best] == sorted(scores, key=lambda item: -scores[item])[:5]
+    with pytest.raises(DataError, match=f"no vector of user '{lost}'.*ids that hold one"):
+        recommend(out, str(lost), 5)
