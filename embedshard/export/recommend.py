@@ -107,11 +107,11 @@ def recommend(
             row, vectors = _seen_user(export, manifest.user, user)
         seen = None
         if manifest.seen is not None:
-            item_rows = rows_of(items)
-            seen = seen_by(export.file(manifest.seen), np.array([row], dtype=np.int64), item_rows)
-            if history is not None:
-                met = np.union1d(seen.values, np.flatnonzero(np.isin(item_rows, unseen.items)))
-                seen = JaggedIds.from_pairs(np.zeros(len(met), dtype=np.int64), met, 1)
+            seen = seen_by(export.file(manifest.seen), np.array([row], dtype=np.int64), rows_of(items))
+        if history is not None and manifest.config.get("evaluate", {}).get("filter_seen", True):
+            met = np.flatnonzero(np.isin(rows_of(items), unseen.items))
+            met = met if seen is None else np.union1d(seen.values, met)
+            seen = JaggedIds.from_pairs(np.zeros(len(met), dtype=np.int64), met, 1)
         index = load_index(export.file(manifest.index.file))
         places, scores = look_up(index, vectors, count, seen)
         found = places[0][places[0] >= 0]

@@ -119,7 +119,7 @@ def _lists_of_items(specs: Mapping[str, ProgramInput], items: ExportedTower) -> 
 def _parsed(history: str, lists: list[str], specs: Mapping[str, ProgramInput]) -> tuple[str, list[str]]:
     """Returns the feature that the items are, and their ids."""
     if not lists:
-        read = "; ".join(map(_told, specs.values()))
+        read = ", ".join(f"'{name}' ({spec.config['kind']})" for name, spec in specs.items())
         raise DataError(f"--history: the user tower reads no list of items, only {read}. Name a user of the data (--user).")
     name, equals, ids = history.partition("=")
     if not equals or name not in lists:

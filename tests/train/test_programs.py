@@ -8,6 +8,7 @@ import pickle
 import re
 import subprocess
 import sys
+import types
 import zipfile
 
 import numpy as np
@@ -23,6 +24,7 @@ from embedshard.export.manifest import open_export
 from embedshard.export.program_file import check_archive, load_program
 from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
+from embedshard.models.output import LabelOutput
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
@@ -430,7 +432,7 @@ def test_lists_are_told_apart_and_a_tower_without_any_says_so(exported):
     one, another = (recommend(out, None, 5, history=f"{name}=3,3,4") for name in ("history", "other"))
     assert [item.score for item in one.items] != [item.score for item in another.items]
     _, out, _ = exported({"model": tower | {"user": {"features": ["user_id"]}}})
-    with pytest.raises(DataError, match=r"reads no list of items, only 'user_id' \(id"):
+    with pytest.raises(DataError, match=r"reads no list of items, only 'user_id' \(id\)\."):
         recommend(out, None, 5, history="3")
 
 
@@ -454,7 +456,9 @@ def test_a_sasrec_without_users_is_replayed_and_recommends_by_histories(exported
     assert "int8 tables" in found.verification.quantised
     assert found.manifest.user is None
     assert found.manifest.item.vectors == 30
-    assert len(recommend(out, None, 5, history="3,9,4").items) == 5
+    best = recommend(out, None, 27, history="3,9,4")
+    assert {item.id for item in best.items} == set(range(30)) - {3, 9, 4}
+    assert best.num_seen == 3
     with pytest.raises(ExportError, match="no feature names them"):
         recommend(out, "3", 5)
 
@@ -496,3 +500,39 @@ def test_vectors_of_ids_that_hold_a_row_are_the_models(exported, interactions):
     assert [one.id for one in best] == sorted(scores, key=lambda item: -scores[item])[:5]
     with pytest.raises(DataError, match=f"no vector of user '{lost}'.*ids that hold one"):
         recommend(out, str(lost), 5)
+
+
+class Own(torch.nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        self.tables = context.lookup()
+        self.age = context.dense_column("age")
+        self.asks = context.options["asks"]
+        self.layer = torch.nn.Linear(17, 1)
+
+    def forward(self, batch):
+        found = self.tables(batch)
+        joined = torch.cat([found["user_id"], found["history"], batch.dense[:, self.age : self.age + 1]], dim=1)
+        joined = joined * 2 if self.asks and bool(joined.sum() > 0) else joined
+        return LabelOutput(self.layer(joined), found)
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_model_of_ones_own_is_a_program_where_it_can_be_traced(exported, interactions, asks, monkeypatch):
+    module = types.ModuleType("own_models")
+    module.Own = Own
+    monkeypatch.setitem(sys.modules, "own_models", module)
+    model = {"kind": "custom", "factory": "own_models:Own", "options": {"asks": asks}}
+    run, out, _ = exported(CLICKS | {"model": model})
+    manifest = open_export(out).manifest
+    if asks:
+        assert manifest.programs == {}
+        assert "There is no program 'model': torch.export cannot trace the model" in manifest.notes[-1]
+        assert not (out / "programs").exists()
+        return
+    columns, expected = of_the_model(run, interactions)
+    vectors = table_vectors({name: open_export(out).file(table.file) for name, table in manifest.tables.items()})
+    program = manifest.programs["model"]
+    assert [spec.name for spec in program.inputs] == ["user_id", "item_id", "history", "age"]
+    made = load_program(open_export(out).file(program.file))(**join(program.inputs, columns, vectors))
+    torch.testing.assert_close(made["clicked"], expected["model.clicked"], rtol=1e-5, atol=1e-5)
