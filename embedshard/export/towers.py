@@ -75,9 +75,14 @@ def write_users(parts: Assembly, model: Any, place: Location) -> tuple[int, int]
 
 
 def write_held_vectors(
-    program: ExportedProgram, identity: str, tables: Mapping[str, ExportedTable], folder: Location, place: Location
+    program: ExportedProgram,
+    identity: str,
+    tables: Mapping[str, ExportedTable],
+    folder: Location,
+    place: Location,
+    met: IntArray | None = None,
 ) -> tuple[int, int]:
-    """Writes what a tower that reads an id alone makes of every id of its table, over the exported files; no data are read.
+    """Writes what a tower that reads an id alone makes of the ids of its table, over the exported files; no data are read.
 
     Args:
         program: of the tower.
@@ -85,6 +90,7 @@ def write_held_vectors(
         tables: that are exported.
         folder: of the export.
         place: the file that is written.
+        met: rows of the ids that are written, ascending; None writes all.
 
     Returns:
         How many vectors there are, and D.
@@ -99,6 +105,8 @@ def write_held_vectors(
         for group in range(parquet.num_row_groups):
             content = parquet.read_row_group(group, columns=["id", "row"])
             content = content.filter(content["id"].is_valid()).combine_chunks()
+            if met is not None:
+                content = content.filter(pa.array(np.isin(content["row"].to_numpy(), met, assume_unique=True)))
             if not len(content):
                 continue
             rows = content["row"].to_numpy()

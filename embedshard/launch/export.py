@@ -39,7 +39,7 @@ from embedshard.export.program_checks import ProgramChecks
 from embedshard.export.quantised import Format, dequantised, quantised_formats
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
 from embedshard.launch.export_programs import WrittenPrograms, encoder, show_programs, told, write_programs
-from embedshard.launch.export_towers import Towers, split_of, write_held, write_towers
+from embedshard.launch.export_towers import Towers, met_in, split_of, write_held, write_towers
 from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
@@ -137,7 +137,8 @@ def export_here(
         if why_not:
             towers = Towers(notes=[why_not])
         elif changes_hands:
-            towers = write_held(config, folder, files, tables, scoring, changes_hands, index, say)
+            met_users = partial(met_in, config, device, resolved or None, run.vocabularies)
+            towers = write_held(config, folder, files, tables, scoring, changes_hands, index, say, met_users)
         else:
             with open_world(device) as world:
                 if world.world_size > 1:

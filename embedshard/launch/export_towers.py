@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-__all__ = ["Towers", "split_of", "write_held", "write_towers"]
+__all__ = ["Towers", "met_in", "split_of", "write_held", "write_towers"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from embedshard.config import Config
 from embedshard.config.parts import ManagedVocabulary
+from embedshard.data.columns import good_rows
+from embedshard.data.dataset import open_dataset
+from embedshard.errors import DataError
 from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.export.index import build_index, choose_kind, save_index
 from embedshard.export.manifest import ExportedIndex, ExportedTable, ExportedTower
@@ -22,6 +28,9 @@ from embedshard.export.verification import Verification
 from embedshard.launch.export_programs import WrittenPrograms
 from embedshard.storage import Location
 from embedshard.train.assembly import Assembly
+from embedshard.world import open_world
+
+IntArray = npt.NDArray[np.int64]
 
 _TUNING_QUERIES, _LEAST_K = 256, 10
 
@@ -89,6 +98,7 @@ def write_held(
     changes_hands: str,
     index: str,
     say: Callable[[str], None],
+    met_users: Callable[[str], IntArray],
 ) -> Towers:
     """Writes the vectors of ids that have a row now, by programs over the exported tables, and the index of items.
 
@@ -103,6 +113,8 @@ def write_held(
         changes_hands: a table of users or items whose rows do.
         index: `auto` or a kind.
         say: is told what is being done.
+        met_users: returns the rows of the users that the training data have, given the feature that names them; asked where
+            these do not change hands.
     """
     why = f"the rows of table '{changes_hands}' change hands, and nothing ranks by them."
     written = Towers(notes=[f"Nothing was replayed, nor is it known what users have met: {why}"])
@@ -114,17 +126,46 @@ def write_held(
             written.notes.append(f"There are no vectors of {side}s: their tower reads {others}, which no id alone tells.")
             continue
         is_managed = isinstance(config.tables[table].vocabulary, ManagedVocabulary)
-        if not tables[table].has_ids or (side == "user" and not is_managed):
-            written.notes.append(f"There are no vectors of {side}s: which ids of table '{table}' were met is not known.")
+        if not tables[table].has_ids:
+            written.notes.append(f"There are no vectors of {side}s: the rows of table '{table}' have no ids.")
             continue
         say(f"{side}s")
+        try:
+            met = met_users(identity) if side == "user" and not is_managed else None
+        except DataError as error:
+            written.notes.append(f"There are no vectors of {side}s, of whom the data tell which there are: {error}")
+            continue
         file = f"{side}s.parquet"
-        count, dim = write_held_vectors(program, identity, tables, folder, folder.join(file))
+        count, dim = write_held_vectors(program, identity, tables, folder, folder.join(file), met)
         tower = _tower(config, files, file, identity, count, dim)
         written.user, written.item = (tower, written.item) if side == "user" else (written.user, tower)
     if written.item is not None:
         _index_items(written, folder, 0 if written.user is None else written.user.vectors, index, say)
     return written
+
+
+def met_in(
+    config: Config, device: str, resolved: Mapping[str, Any] | None, vocabularies: Location, feature: str
+) -> IntArray:
+    """Returns the rows of the ids of a feature that the training data have, ascending.
+
+    Args:
+        config: the run's.
+        device: of the world that is opened.
+        resolved: what the run has kept of its data.
+        vocabularies: the folder of those that the run has counted.
+        feature: of one id a row.
+
+    Raises:
+        DataError: if the data have changed, or cannot be read.
+    """
+    found = np.zeros(0, dtype=np.int64)
+    with open_world(device) as world:
+        for source in open_dataset(config, world, resolved, folder=vocabularies).known:
+            narrowed = source.narrowed([feature])
+            for group in range(len(narrowed.inventory.row_groups)):
+                found = np.union1d(found, good_rows(narrowed.read_row_group(group))[feature].values)
+    return found[found >= 0]
 
 
 def _index_items(written: Towers, folder: Location, num_users: int, index: str, say: Callable[[str], None]) -> None:

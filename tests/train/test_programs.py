@@ -502,6 +502,30 @@ def test_vectors_of_ids_that_hold_a_row_are_the_models(exported, interactions):
         recommend(out, str(lost), 5)
 
 
+def test_where_items_alone_change_hands_users_are_those_of_the_training_data(exported, interactions):
+    changes = {
+        "features": {"history": None, "age": None},
+        "tables": {
+            "item": {"rows": None, "vocabulary": {"kind": "managed", "rows": 24, "buckets": 4}},
+            "user": {"rows": 90},
+        },
+        "model": {"kind": "two_tower", "user": {"features": ["user_id"]}, "item": {"features": ["item_id"]}},
+        "evaluate": {"metrics": []},
+    }
+    run, out, _ = exported(changes)
+    met = {user for file in (interactions / "train").iterdir() for user in pq.read_table(file)["user_id"].to_pylist()}
+    assert pq.read_table(out / "users.parquet")["id"].to_pylist() == sorted(met)
+    assert len(recommend(out, str(min(met)), 5).items) == 5
+    with pytest.raises(DataError, match="user '77' was not in the data"):
+        recommend(out, "77", 5)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace(str(interactions / "train"), str(interactions / "gone")))
+    manifest = export_here(run, out, {}).manifest
+    assert manifest.user is None
+    assert manifest.item is not None
+    assert "of whom the data tell which there are" in manifest.notes[-1]
+
+
 class Own(torch.nn.Module):
     def __init__(self, context):
         super().__init__()
