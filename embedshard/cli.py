@@ -337,6 +337,9 @@ def export(
     index_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="Which share of the exact lists the index may miss.")
     ] = 0.05,
+    quantise: Annotated[
+        str, typer.Option(metavar="FORMAT", help="int8, fp16 or none: tables in fewer bits beside those in float32.")
+    ] = "none",
     checkpoint: Annotated[
         int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
     ] = None,
@@ -369,7 +372,7 @@ def export(
         return
     found = export_here(
         run_dir, out, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify, metric_tolerance=tolerance,
-        index_tolerance=index_tolerance, device=device, say=lambda part: err.print(f"... {part}"),
+        index_tolerance=index_tolerance, quantise=quantise, device=device, say=lambda part: err.print(f"... {part}"),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
@@ -423,7 +426,13 @@ def rollback(
 @app.command()
 def recommend(
     out: Annotated[str, typer.Argument(metavar="OUT", help="An export: a path or a URI.", show_default=False)],
-    user: Annotated[str, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)],
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IDS", help="Of items that an unseen user met, oldest first: 1,5,9, or LIST=1,5,9.", show_default=False
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     metadata: Annotated[
         str | None,
@@ -431,11 +440,11 @@ def recommend(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
-    """Show the best items for a user, from an export alone, without those that the user has met."""
+    """Show the best items for a user, or for who met some items, from an export alone, without those met."""
     from embedshard.export.recommend import recommend as recommended
     from embedshard.launch.recommend import show
 
-    found = recommended(out, user, count, metadata)
+    found = recommended(out, user, count, metadata, history)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, default=str))
     else:

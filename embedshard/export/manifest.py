@@ -35,6 +35,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedshard.errors import ExportError
+from embedshard.export.signature import ExportedProgram
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
 MANIFEST: Final = "manifest.json"
@@ -46,7 +47,7 @@ JOURNAL: Final = "journal.json"
 ROLLBACK: Final = "rollback"
 """The folder of the deltas that lead back."""
 _MARKER: Final = "EMBEDSHARD_EXPORT"
-_FOLDERS: Final = ("tables", "vocabularies", "tokenizers")
+_FOLDERS: Final = ("tables", "vocabularies", "tokenizers", "programs")
 _FILES: Final = ("users.parquet", "items.parquet", "seen.parquet", "dense.safetensors", "items.faiss", VERIFICATION)
 _PREFIXES: Final = ("items-",)
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
@@ -148,6 +149,8 @@ class Manifest(_Part):
         seen: the file of the items (`item`, a row) that users (`user`, a row) have met and are not recommended.
         index: of the items.
         quantised: files of the items' vectors in fewer bits, by name.
+        programs: of the towers (`user`, `item`), or of the whole model (`model`), by name.
+        quantised_tables: files of the tables in fewer bits, by how (`int8`, `fp16`) and by table.
         verification: what was found when the export was read again.
         notes: what is not in it, and why.
         files: all of them but the manifest.
@@ -169,6 +172,8 @@ class Manifest(_Part):
     seen: FileName | None = None
     index: ExportedIndex | None = None
     quantised: dict[str, FileName] = {}
+    programs: dict[str, ExportedProgram] = {}
+    quantised_tables: dict[str, dict[str, FileName]] = {}
     verification: dict[str, Any] | None = None
     notes: list[str] = []
     files: dict[FileName, FileHash]

@@ -117,7 +117,7 @@ class TwoTower(nn.Module):
         like: torch.Tensor,
     ) -> torch.Tensor:
         if side not in self._config.biases or feature is None:
-            return like.new_zeros(len(like), 1)
+            return like.new_zeros(like.shape[0], 1)
         return self._looked_up(lookups, bias_key(feature), slot_count)[:, :1]
 
     def _of_user(self, lookups: Mapping[str, torch.Tensor], batch: Batch, name: str) -> torch.Tensor:
