@@ -23,6 +23,7 @@ __all__ = [
 import logging
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -62,6 +63,10 @@ def set_process_environment() -> None:
     Call it before torch is imported. Spinning threads that want a busy core make small kernels up to 80 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if sys.platform == "linux":
+        # Arrow's default, mimalloc, gives large blocks back to the kernel and asks for them again: a reader spent seven of
+        # its nine seconds on that (docs/performance.md).
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "jemalloc")
     # The library of tokenizers has threads of its own: as many as OpenMP is given, where that is said.
     threads = os.environ.get("OMP_NUM_THREADS", "")
     if threads.isdigit():

@@ -60,21 +60,16 @@ _LOOKUP: Final = "embeddings."
 
 
 # ------------------------------------------------------------------------------------------ what stands in for a batch
-class _Sequence:
-    def __init__(self, lengths_B: torch.Tensor) -> None:
-        self._lengths_B = lengths_B
-
-    def lengths(self) -> torch.Tensor:
-        return self._lengths_B
-
-
 class _Given:
     """What a model reads of a batch, and what was looked up for it."""
 
     def __init__(self, dense: torch.Tensor, lookups: dict[str, torch.Tensor], lengths: Inputs) -> None:
         self.dense, self.lookups = dense, lookups
-        self.sequences = {name: _Sequence(lengths_B) for name, lengths_B in lengths.items()}
+        self._lengths = lengths
         self.draws = None
+
+    def sequence_lengths(self, name: str) -> torch.Tensor:
+        return self._lengths[name]
 
 
 class _LookedUp(nn.Module):
@@ -259,7 +254,7 @@ def _parts(config: Config) -> Iterator[Part]:
             [name],
             vector,
             [],
-            lambda made, given: {"vector": made.encode_padded(given.lookups[name], given.sequences[name].lengths(), given)},
+            lambda made, given: {"vector": made.encode_padded(given.lookups[name], given.sequence_lengths(name), given)},
         )
         yield "item", [model.item_id], vector, everything, lambda _, given: {"vector": given.lookups[model.item_id].clone()}
     else:
