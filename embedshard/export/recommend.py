@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Recommendation", "Recommendations", "recommend"]
+__all__ = ["Recommendation", "Recommendations", "ranking_parts", "recommend", "tower_vocabulary"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.errors import DataError, ExportError
 from embedshard.export.ids import Id, read_metadata, row_of
 from embedshard.export.index import load_index, look_up
-from embedshard.export.manifest import ExportedTower, OpenExport, open_export
+from embedshard.export.manifest import ExportedIndex, ExportedTower, OpenExport, open_export
 from embedshard.export.read import ids_at, rows_of, seen_by, vectors_of
 from embedshard.storage import PathOrUri, reaching
 
@@ -80,26 +80,24 @@ def recommend(out: PathOrUri, user: str, count: int, metadata: str | None = None
     """
     export = open_export(out)
     manifest = export.manifest
-    if manifest.user is None or manifest.item is None or manifest.index is None:
-        why = " ".join(manifest.notes) or "It has no vectors of users and items."
-        raise ExportError(f"{export.folder.uri} can recommend nothing. {why}")
+    user_tower, item_tower, its_index = ranking_parts(export)
     with reaching(export.folder):
-        row = _row_of(export, manifest.user, user)
-        vectors, has_vector = vectors_of(export.file(manifest.user.file), np.array([row], dtype=np.int64))
+        row = _row_of(export, user_tower, user)
+        vectors, has_vector = vectors_of(export.file(user_tower.file), np.array([row], dtype=np.int64))
         if not has_vector[0]:
             raise DataError(
                 f"user '{user}' was not in the data that the run was exported with, so the export has no vector of them. "
-                f"It has those of {manifest.user.vectors:,} users: name one of these, or export again when there are data."
+                f"It has those of {user_tower.vectors:,} users: name one of these, or export again when there are data."
             )
-        items = export.file(manifest.item.file)
+        items = export.file(item_tower.file)
         seen = None
         if manifest.seen is not None:
             seen = seen_by(export.file(manifest.seen), np.array([row], dtype=np.int64), rows_of(items))
-        index = load_index(export.file(manifest.index.file))
+        index = load_index(export.file(its_index.file))
         places, scores = look_up(index, vectors, count, seen)
         found = places[0][places[0] >= 0]
         ids, rows = ids_at(items, found)
-    known = {} if metadata is None else read_metadata(metadata, manifest.item.columns, manifest.item.table, ids)
+    known = {} if metadata is None else read_metadata(metadata, item_tower.columns, item_tower.table, ids)
     return Recommendations(
         user,
         manifest.step,
@@ -111,14 +109,25 @@ def recommend(out: PathOrUri, user: str, count: int, metadata: str | None = None
     )
 
 
-def _row_of(export: OpenExport, tower: ExportedTower, user: str) -> int:
-    try:
-        return row_of(user, tower.table, _vocabulary(export, tower))
-    except DataError as error:
-        raise DataError(f"there is no vector of user '{user}': {error}") from error
+def ranking_parts(export: OpenExport) -> tuple[ExportedTower, ExportedTower, ExportedIndex]:
+    """Returns the users, the items and the index of an export.
+
+    Raises:
+        ExportError: if it lacks them; says why.
+    """
+    manifest = export.manifest
+    if manifest.user is None or manifest.item is None or manifest.index is None:
+        why = " ".join(manifest.notes) or "It has no vectors of users and items."
+        raise ExportError(f"{export.folder.uri} can recommend nothing. {why}")
+    return manifest.user, manifest.item, manifest.index
 
 
-def _vocabulary(export: OpenExport, tower: ExportedTower) -> Vocabulary:
+def tower_vocabulary(export: OpenExport, tower: ExportedTower) -> Vocabulary:
+    """Returns how the ids of a tower become rows.
+
+    Raises:
+        ExportError: if its file is another than was written.
+    """
     kept = dict(tower.vocabulary)
     file = kept.pop("file", None)
     counted = {}
@@ -128,3 +137,10 @@ def _vocabulary(export: OpenExport, tower: ExportedTower) -> Vocabulary:
             kept["vocabulary"] = kept["vocabulary"] | {"path": counted[tower.table].uri}
     of_table: dict[str, Any] = {"tables": {tower.table: TableConfig.model_validate(kept)}}
     return load_vocabularies(Config.model_construct(**of_table), {}, counted)[tower.table]
+
+
+def _row_of(export: OpenExport, tower: ExportedTower, user: str) -> int:
+    try:
+        return row_of(user, tower.table, tower_vocabulary(export, tower))
+    except DataError as error:
+        raise DataError(f"there is no vector of user '{user}': {error}") from error
