@@ -19,6 +19,8 @@ from embedshard.export.recommend import ranking_parts
 from embedshard.serve.live import candidates
 from embedshard.serve.settings import TOKEN_VARIABLE, Settings, is_loopback, token_digests
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 @dataclass(frozen=True)
 class ServeRequest:
@@ -62,11 +64,13 @@ def serve_here(request: ServeRequest, environment: Mapping[str, str], say: Calla
         signals.append(signal.Signals(number).name)
         stopped.set()
 
-    former = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    former = {number: signal.signal(number, stop) for number in _SIGNALS}
     try:
         num_cpus = max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica + 0.999))
         say(f"Starts {settings.replicas} replica{'s' * (settings.replicas > 1)} for {chosen.folder.uri}")
         with serving(settings, request.host, request.port, num_cpus):
+            for number in _SIGNALS:  # Ray takes them when it starts
+                signal.signal(number, stop)
             host = f"[{request.host}]" if ":" in request.host else request.host
             who = "with a token" if settings.token_digests else "no token is asked for"
             say(f"Serves at http://{host}:{request.port} ({who}); the API: http://{host}:{request.port}/docs")

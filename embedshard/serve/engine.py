@@ -1,4 +1,4 @@
-"""Answers questions from an export that is in memory whole: a batch of them with one search of the index for each k.
+"""Answers questions from an export that is in memory whole: those of a batch together, with as few searches as that takes.
 
 It knows nothing of HTTP or Ray. An answer does not depend on what else is in its batch.
 
@@ -33,6 +33,9 @@ FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
 GivenId = int | str
 
+_MULTIPLIED = 3
+_SHORT_LIST = 1024
+"""Lists up to this length cost about the same."""
 _NOWHERE = np.zeros(0, dtype=np.int64)
 
 
@@ -178,6 +181,10 @@ class Engine:
             self._seen = None if seen is None else seen_by(export.file(seen), self._users.rows, self._items.rows)
             with export.file(item.file).open_input() as file:
                 self._ids: pa.Array = pq.read_table(file, columns=["id"])["id"].combine_chunks()
+        self._is_exact = index.kind == "flat"
+        # FAISS 1.15 multiplies matrices from so many numbers of queries on. Its own 128,000 are 400 queries of 320; 32 of
+        # them took six times as long.
+        faiss.cvar.distance_compute_blas_threshold = _MULTIPLIED * item.dim
         if self._index.ntotal != item.vectors or self._index.d != item.dim:
             raise ExportError(
                 f"{export.folder.uri}: {index.file} holds {self._index.ntotal:,} vectors of {self._index.d}, "
@@ -198,10 +205,10 @@ class Engine:
                 lookups.append((number, made))
             else:
                 answers[number] = made
-        for key in dict.fromkeys((lookup.k, lookup.by == "user") for _, lookup in lookups):
-            alike = [(number, one) for number, one in lookups if (one.k, one.by == "user") == key]
-            found = self._look_up([one for _, one in alike], *key)
-            for (number, one), (places, scores) in zip(alike, found, strict=True):
+        for alike in self._searched_together([lookup for _, lookup in lookups]):
+            found = self._look_up([lookups[at][1] for at in alike])
+            for at, (places, scores) in zip(alike, found, strict=True):
+                number, one = lookups[at]
                 answers[number] = ItemList(self._listed(places, scores), one.by, one.num_seen, one.unknown)
         return [answer for answer in answers if answer is not None]
 
@@ -246,22 +253,40 @@ class Engine:
         return Scores(tuple(float(score) if at >= 0 else None for at, score in zip(items.tolist(), scores, strict=True)))
 
     # --------------------------------------------------------------------------------------------------------- a search
-    def _look_up(self, lookups: Sequence[_Lookup], k: int, by_user: bool) -> list[tuple[IntArray, FloatArray]]:
+    def _searched_together(self, lookups: Sequence[_Lookup]) -> list[list[int]]:
+        """Returns the numbers of the lookups of each search. An exact search finds the same whatever else is looked up."""
+        groups: dict[tuple[object, ...], list[int]] = {}
+        for number, lookup in enumerate(lookups):
+            if lookup.by != "user" or self._is_exact:
+                # A list that is long by what it leaves out would make all others as long.
+                key: tuple[object, ...] = (lookup.by == "user", max(lookup.width, _SHORT_LIST).bit_length())
+            else:
+                key = (lookup.k,)
+            groups.setdefault(key, []).append(number)
+        return list(groups.values())
+
+    def _look_up(self, lookups: Sequence[_Lookup]) -> list[tuple[IntArray, FloatArray]]:
         """Returns the places and scores of each list. Users ask the index; items are compared with all others."""
         queries = np.stack([lookup.vector for lookup in lookups])
-        lengths = np.array([len(lookup.left_out) for lookup in lookups], dtype=np.int64)
-        if by_user:
-            left_out = JaggedIds(np.concatenate([lookup.left_out for lookup in lookups]), offsets_of(lengths))
-            places, scores = look_up(self._index, queries, k, left_out)
+        by_user = lookups[0].by == "user"
+        if by_user and not self._is_exact:
+            left_out = [lookup.left_out for lookup in lookups]
+            lengths = np.array([len(places) for places in left_out], dtype=np.int64)
+            jagged = JaggedIds(np.concatenate(left_out), offsets_of(lengths))
+            places, scores = look_up(self._index, queries, lookups[0].k, jagged)
         else:
-            width = min(k + int(lengths.max()) + self._num_zero, self.num_items)
-            scores, places = faiss.knn(queries, self._unit_vectors, width, metric=faiss.METRIC_INNER_PRODUCT)
+            width = max(lookup.width for lookup in lookups) + (0 if by_user else self._num_zero)
+            width = min(width, self.num_items)
+            if by_user:
+                scores, places = self._index.search(queries, width)
+            else:
+                scores, places = faiss.knn(queries, self._unit_vectors, width, metric=faiss.METRIC_INNER_PRODUCT)
         found = []
         for number, lookup in enumerate(lookups):
-            kept = places[number] >= 0
+            kept = (places[number] >= 0) & ~np.isin(places[number], lookup.left_out)
             if not by_user:
-                kept &= ~np.isin(places[number], lookup.left_out) & (self._lengths[places[number]] > 0)
-            best = np.flatnonzero(kept)[:k]
+                kept &= self._lengths[places[number]] > 0
+            best = np.flatnonzero(kept)[: lookup.k]
             found.append((places[number][best], scores[number][best]))
         return found
 
@@ -285,6 +310,11 @@ class _Lookup:
     by: str
     num_seen: int
     unknown: tuple[GivenId, ...]
+
+    @property
+    def width(self) -> int:
+        """How many must be found so that enough are left."""
+        return self.k + len(self.left_out)
 
 
 class _Places:

@@ -43,6 +43,11 @@ class Candidate:
     written: str
     is_named: bool = False
 
+    @property
+    def order(self) -> tuple[str, str]:
+        """What sorts them by when they were written, and those of one second by name."""
+        return self.written, self.folder.name
+
 
 @dataclass(frozen=True)
 class Served:
@@ -84,10 +89,10 @@ class _Manifests:
     """Reads manifests; one that has not changed since is not read again."""
 
     def __init__(self) -> None:
-        self._known: dict[str, tuple[tuple[int, int], Candidate]] = {}
+        self._known: dict[str, tuple[tuple[int, int], Candidate | None]] = {}
 
     def of(self, folder: Location) -> Candidate | None:
-        """Returns the export in a folder; None where there is no manifest."""
+        """Returns the export in a folder; None where there is no manifest, or that of a delta, which is no export."""
         place = folder.join(MANIFEST)
         try:
             version = place.version()
@@ -97,7 +102,8 @@ class _Manifests:
             content = place.read_bytes() if version[0] <= _LARGEST_MANIFEST else b""
         except FileNotFoundError:
             return None
-        found = Candidate(folder, hashlib.sha256(content).hexdigest(), _written(content))
+        written = _written(content)
+        found = None if written is None else Candidate(folder, hashlib.sha256(content).hexdigest(), written)
         self._known[folder.path] = (version, found)
         return found
 
@@ -133,7 +139,7 @@ def candidates(out: PathOrUri | Location, manifests: _Manifests | None = None) -
     if not found:
         open_export(place)  # says why there is none
         raise ExportError(f"{place.uri} came and went. Start again.")
-    return sorted(found, key=lambda one: (one.written, one.folder.name), reverse=True)
+    return sorted(found, key=lambda one: one.order, reverse=True)
 
 
 class LiveExport:
@@ -250,7 +256,8 @@ class LiveExport:
         for candidate in found:
             if candidate.digest == served.digest:
                 return
-            if candidate.is_named or candidate.written >= served.written:
+            is_same_place = candidate.folder.path == served.folder.path
+            if candidate.is_named or is_same_place or candidate.order > served.order:
                 yield candidate
 
     def _waits(self, candidate: Candidate) -> bool:
@@ -292,11 +299,16 @@ def _told(error: Exception) -> str:
     return error.shown if isinstance(error, EmbedshardError) else f"{type(error).__name__}: {error}"
 
 
-def _written(content: bytes) -> str:
-    """Returns when a manifest was written; nothing of one that is damaged: it is refused when it is opened."""
+def _written(content: bytes) -> str | None:
+    """Returns when an export was written, nothing if its manifest is damaged: it is refused when it is opened.
+
+    Returns None of a delta.
+    """
     try:
         found = json.loads(content)
     except ValueError:
         return ""
-    written = found.get("written") if isinstance(found, dict) else None
-    return written if isinstance(written, str) else ""
+    if not isinstance(found, dict):
+        return ""
+    written = found.get("written")
+    return None if found.get("kind") == "delta" else written if isinstance(written, str) else ""
