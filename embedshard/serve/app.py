@@ -14,7 +14,8 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.security import HTTPBearer
 from prometheus_client.metrics_core import Metric
-from pydantic import AfterValidator, BaseModel
+from pydantic import AfterValidator
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from embedshard import __version__
@@ -23,14 +24,11 @@ from embedshard.serve.guard import Guard
 from embedshard.serve.messages import (
     ErrorMessage,
     Health,
-    ListedItem,
-    RecommendedList,
     RecommendRequest,
     RecommendResponse,
     ReloadResponse,
     ScoreRequest,
     ScoreResponse,
-    SimilarList,
     SimilarRequest,
     SimilarResponse,
     check_limits,
@@ -77,7 +75,7 @@ def build_app(service: Service) -> FastAPI:
         ),
         redoc_url=None,
     )
-    app.add_middleware(Guard, settings=settings, metrics=service.replica.metrics)
+    app.add_middleware(Guard, replica=service.replica)
     app.add_exception_handler(RequestValidationError, _tell_invalid)
     app.add_exception_handler(AnyHTTPException, _tell_refused)
     limited = AfterValidator(partial(check_limits, settings=settings))
@@ -96,12 +94,11 @@ def build_app(service: Service) -> FastAPI:
         for user, answer in zip(users, answered.answers, strict=True):
             if isinstance(answer, Unknown):
                 _refuse_alone(answer, asked.users)
-                results.append(RecommendedList(user=user, error=answer.message))
+                results.append({"user": user, "error": answer.message})
                 continue
             assert isinstance(answer, ItemList), "it was asked for"
-            more = {"unknown": list(answer.unknown)} if answer.unknown else {}
-            results.append(RecommendedList(user=user, by=answer.by, seen=answer.num_seen, items=_items(answer), **more))
-        return _json(answered, RecommendResponse(step=answered.step, manifest=answered.digest, results=results))
+            results.append({"user": user, "by": answer.by, "seen": answer.num_seen, **_listed(answer)})
+        return _json(answered, {"results": results})
 
     @app.post("/similar", response_model=SimilarResponse, responses=errors, dependencies=token)
     async def similar(asked: Annotated[SimilarRequest, limited]) -> Response:
@@ -113,12 +110,11 @@ def build_app(service: Service) -> FastAPI:
         for item, answer in zip(wanted, answered.answers, strict=True):
             if isinstance(answer, Unknown):
                 _refuse_alone(answer, asked.items)
-                results.append(SimilarList(item=item, error=answer.message))
+                results.append({"item": item, "error": answer.message})
                 continue
             assert isinstance(answer, ItemList), "it was asked for"
-            more = {"unknown": list(answer.unknown)} if answer.unknown else {}
-            results.append(SimilarList(item=item, items=_items(answer), **more))
-        return _json(answered, SimilarResponse(step=answered.step, manifest=answered.digest, results=results))
+            results.append({"item": item, **_listed(answer)})
+        return _json(answered, {"results": results})
 
     @app.post("/score", response_model=ScoreResponse, responses=errors, dependencies=token)
     async def score(asked: Annotated[ScoreRequest, limited]) -> Response:
@@ -128,14 +124,13 @@ def build_app(service: Service) -> FastAPI:
         if isinstance(answer, Unknown):
             raise HTTPException(404, answer.message)
         assert isinstance(answer, Scores), "it was asked for"
-        body = ScoreResponse(step=answered.step, manifest=answered.digest, user=asked.user, scores=list(answer.scores))
-        return _json(answered, body)
+        return _json(answered, {"user": asked.user, "scores": answer.scores})
 
     @app.get("/healthz", response_model=Health)
     async def healthz(request: Request) -> Response:
         """What is served. Without a token it tells less."""
         health = service.replica.health(shows_all=request.scope.get("is_let_in", False))
-        return JSONResponse(health)
+        return JSONResponse(health, 503 if service.replica.is_ending else 200)
 
     @app.get("/metrics", response_class=Response, dependencies=token)
     async def metrics() -> Response:
@@ -157,16 +152,20 @@ def _refuse_alone(answer: Unknown, several: Sequence[Any] | None) -> None:
         raise HTTPException(404, answer.message)
 
 
-def _items(answer: ItemList) -> list[ListedItem]:
-    return [
-        ListedItem(id=one.id, row=one.row, score=one.score, **({"metadata": dict(one.metadata)} if one.metadata else {}))
-        for one in answer.items
-    ]
+def _listed(answer: ItemList) -> dict[str, Any]:
+    columns = zip(answer.ids, answer.rows, answer.scores, strict=True)
+    items: list[dict[str, Any]] = [{"id": id_, "row": row, "score": score} for id_, row, score in columns]
+    for item, metadata in zip(items, answer.metadata or (), strict=False):
+        if metadata:
+            item["metadata"] = metadata
+    return {"items": items, **({"unknown": answer.unknown} if answer.unknown else {})}
 
 
-def _json(answered: Answered, body: BaseModel) -> Response:
+def _json(answered: Answered, body: dict[str, Any]) -> Response:
+    """Returns an answer, which is what its route's model says: validating it would take longer than making it."""
     headers = {"X-Embedshard-Step": str(answered.step), "X-Embedshard-Manifest": answered.digest}
-    return Response(body.model_dump_json(exclude_unset=True), media_type="application/json", headers=headers)
+    content = to_json({"step": answered.step, "manifest": answered.digest, **body}, inf_nan_mode="null")
+    return Response(content, media_type="application/json", headers=headers)
 
 
 async def _tell_invalid(request: Request, error: Exception) -> Response:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import ray
@@ -32,33 +33,70 @@ NAME: Final = "embedshard"
 """Of the application on Ray Serve."""
 
 _EXCHANGE_S = 1.0
+_HURRY_S = 0.1
 _FORGET_AFTER_S = 30.0
 _BESIDE_S = 5.0
 _BESIDE = 32  # health checks and scrapes, which are answered however much there is to do
 
 
+@dataclass(frozen=True)
+class Orders:
+    """What is asked of all replicas.
+
+    Attributes:
+        reloads: how often a reload was asked for.
+        ends: whether no more requests are to be taken.
+    """
+
+    reloads: int = 0
+    ends: bool = False
+
+
+@dataclass(frozen=True)
+class Note:
+    """What a replica tells of itself.
+
+    Attributes:
+        replica: its name.
+        metrics: what it counts.
+        pending: requests that it is answering.
+        is_ending: whether it takes no more.
+        at: when it was told, by the board's clock.
+    """
+
+    replica: str
+    metrics: list[Metric]
+    pending: int
+    is_ending: bool
+    at: float = 0.0
+
+
 class Board:
-    """What replicas know of each other: their metrics, and how often a reload was asked for. One for all of them."""
+    """What replicas know of each other: their metrics, and what was asked of all. One for all of them."""
 
     def __init__(self) -> None:
-        self._metrics: dict[str, tuple[float, list[Metric]]] = {}
-        self._asked = 0
+        self._notes: dict[str, Note] = {}
+        self._orders = Orders()
 
-    async def exchange(self, replica: str, metrics: list[Metric]) -> int:
-        """Takes a replica's metrics; returns how often a reload was asked for."""
-        self._metrics[replica] = (time.monotonic(), metrics)
-        return self._asked
+    async def exchange(self, note: Note) -> Orders:
+        """Takes what a replica tells; returns what is asked of it."""
+        self._notes[note.replica] = replace(note, at=time.monotonic())
+        return self._orders
 
     async def collect(self) -> dict[str, list[Metric]]:
         """Returns the metrics of the replicas that were heard of lately."""
         oldest = time.monotonic() - _FORGET_AFTER_S
-        self._metrics = {name: entry for name, entry in self._metrics.items() if entry[0] >= oldest}
-        return {name: metrics for name, (_, metrics) in self._metrics.items()}
+        self._notes = {name: note for name, note in self._notes.items() if note.at >= oldest}
+        return {name: note.metrics for name, note in self._notes.items()}
 
-    async def ask_reload(self) -> int:
-        """Notes that a reload is asked for; returns how often it was."""
-        self._asked += 1
-        return self._asked
+    async def ask_reload(self) -> None:
+        """Asks all replicas to look for a newer export."""
+        self._orders = replace(self._orders, reloads=self._orders.reloads + 1)
+
+    async def end(self) -> int:
+        """Asks all replicas to take no more requests; returns how many have not done so, or still answer some."""
+        self._orders = replace(self._orders, ends=True)
+        return sum(not note.is_ending or note.pending > 0 for note in self._notes.values())
 
 
 class ServedReplica:
@@ -72,7 +110,7 @@ class ServedReplica:
     def __init__(self, settings: dict[str, Any], board: Any) -> None:
         made = Settings.model_validate(settings)
         self.replica = Replica(made, serve.get_replica_context().replica_tag)
-        self._board, self._asked = board, 0
+        self._board, self._orders = board, Orders()
         self._thread = ThreadPoolExecutor(1, "engine")
         self._batched: Callable[[Sequence[Question]], Any] = serve.batch(
             max_batch_size=made.max_batch, batch_wait_timeout_s=made.batch_wait_ms / 1000
@@ -107,15 +145,17 @@ class ServedReplica:
 
     async def _exchange(self) -> None:
         while True:
+            replica = self.replica
             try:
-                asked = await self._board.exchange.remote(self.replica.name, self.replica.collect())
-                if asked != self._asked:  # after a new start of the board it may be fewer
-                    self._asked = asked
-                    if asked:
-                        self.replica.live.look_soon()
+                note = Note(replica.name, replica.collect(), replica.pending, replica.is_ending)
+                orders: Orders = await self._board.exchange.remote(note)
+                replica.is_ending = replica.is_ending or orders.ends
+                if orders.reloads > self._orders.reloads:
+                    replica.live.look_soon()
+                self._orders = orders
             except Exception:  # the board is being started again: nothing but notes is on it
                 await asyncio.sleep(_BESIDE_S)
-            await asyncio.sleep(_EXCHANGE_S)
+            await asyncio.sleep(_HURRY_S if self.replica.is_ending else _EXCHANGE_S)
 
     async def __del__(self) -> None:
         """Ends what it started."""
@@ -201,9 +241,18 @@ def serving(settings: Settings, host: str, port: int, num_cpus: int) -> Iterator
         except Exception as error:  # Ray Serve raises plain ones
             raise ExportError(f"the service did not start. {_why(error)}") from error
         yield
+        _end_requests(settings.request_timeout_s)
     finally:
         serve_.shutdown()
         ray_.shutdown()
+
+
+def _end_requests(timeout_s: float) -> None:
+    """Has all replicas take no more requests, and waits until theirs are answered: Ray Serve would drop them."""
+    board, until = serve.get_deployment_handle("board", NAME), time.monotonic() + timeout_s
+    while board.end.remote().result(timeout_s=timeout_s) and time.monotonic() < until:
+        time.sleep(_HURRY_S)
+    time.sleep(_EXCHANGE_S)  # the last answers are on their way through the proxy
 
 
 def _why(error: Exception) -> str:

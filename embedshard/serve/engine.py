@@ -7,10 +7,10 @@ Shapes: Q questions, U users, N items, D dim, K length of a list.
 
 from __future__ import annotations
 
-__all__ = ["Answer", "Engine", "ItemList", "Listed", "Question", "Recommend", "Score", "Scores", "Similar", "Unknown"]
+__all__ = ["Answer", "Engine", "ItemList", "Question", "Recommend", "Score", "Scores", "Similar", "Unknown"]
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -88,34 +88,23 @@ Question = Recommend | Similar | Score
 
 
 @dataclass(frozen=True)
-class Listed:
-    """An item of a list.
-
-    Attributes:
-        id: as in the data; None where the vocabulary does not keep it.
-        row: of the item's table.
-        score: the product of the two vectors; a cosine where items are compared.
-        metadata: what is known of it beside.
-    """
-
-    id: Id
-    row: int
-    score: float
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class ItemList:
-    """An answer to `Recommend` or `Similar`.
+    """An answer to `Recommend` or `Similar`: the best item first.
 
     Attributes:
-        items: the best first.
+        ids: as in the data; None where the vocabulary does not keep it.
+        rows: of the item's table.
+        scores: the product of the two vectors; a cosine where items are compared.
+        metadata: what is known of each item beside, where metadata were given.
         by: the vector that was looked up with: `user`, `history` or `item`.
         num_seen: items that the user has met, which are left out.
         unknown: given items that are none, and so do nothing.
     """
 
-    items: tuple[Listed, ...]
+    ids: list[Id]
+    rows: list[int]
+    scores: list[float]
+    metadata: list[dict[str, Any]] | None
     by: str
     num_seen: int
     unknown: tuple[GivenId, ...]
@@ -209,7 +198,7 @@ class Engine:
             found = self._look_up([lookups[at][1] for at in alike])
             for at, (places, scores) in zip(alike, found, strict=True):
                 number, one = lookups[at]
-                answers[number] = ItemList(self._listed(places, scores), one.by, one.num_seen, one.unknown)
+                answers[number] = self._list(places, scores, one)
         return [answer for answer in answers if answer is not None]
 
     # ------------------------------------------------------------------------------------------------------ a question
@@ -290,13 +279,17 @@ class Engine:
             found.append((places[number][best], scores[number][best]))
         return found
 
-    def _listed(self, places: IntArray, scores: FloatArray) -> tuple[Listed, ...]:
+    def _list(self, places: IntArray, scores: FloatArray, lookup: _Lookup) -> ItemList:
         taken = pa.array(places)
-        ids = self._ids.take(taken).to_pylist()
-        known = [{}] * len(ids) if self._metadata is None else self._metadata.take(taken).to_pylist()
-        return tuple(
-            Listed(id_, row, score, {name: value for name, value in record.items() if value is not None})
-            for id_, row, score, record in zip(ids, self._items.rows[places].tolist(), scores.tolist(), known, strict=True)
+        known = None if self._metadata is None else self._metadata.take(taken).to_pylist()
+        return ItemList(
+            self._ids.take(taken).to_pylist(),
+            self._items.rows[places].tolist(),
+            scores.tolist(),
+            known if known is None else [{k: v for k, v in record.items() if v is not None} for record in known],
+            lookup.by,
+            lookup.num_seen,
+            lookup.unknown,
         )
 
 

@@ -12,8 +12,7 @@ from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from embedshard.serve.metrics import ServeMetrics
-from embedshard.serve.settings import Settings
+from embedshard.serve.replica import Replica
 
 ENDPOINTS: Final = {"/recommend", "/similar", "/score", "/healthz", "/metrics", "/reload", "/docs", "/openapi.json"}
 """Names under which requests are counted; the others are `other`."""
@@ -28,13 +27,11 @@ class Guard:
 
     Args:
         app: what it guards.
-        settings: limits and tokens.
-        metrics: where requests are counted.
+        replica: whose limits, tokens and metrics they are.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServeMetrics) -> None:
-        self._app, self._settings, self._metrics = app, settings, metrics
-        self._pending = 0
+    def __init__(self, app: ASGIApp, replica: Replica) -> None:
+        self._app, self._replica, self._settings, self._metrics = app, replica, replica.settings, replica.metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers a request, or refuses it."""
@@ -50,13 +47,11 @@ class Guard:
                 status = message["status"]
             await send(message)
 
-        self._pending += 1
-        self._metrics.pending.set(self._pending)
+        self._replica.pending += 1
         try:
             await self._answer(path, scope, receive, sending)
         finally:
-            self._pending -= 1
-            self._metrics.pending.set(self._pending)
+            self._replica.pending -= 1
             self._metrics.requests.labels(endpoint, str(status)).inc()
             self._metrics.seconds.labels(endpoint).observe(time.perf_counter() - began)
 
@@ -67,7 +62,10 @@ class Guard:
             told = "no valid token. Send it as 'Authorization: Bearer TOKEN'."
             await _refuse(send, 401, told, [(b"www-authenticate", b"Bearer")])
             return
-        if self._pending > settings.max_pending and path not in _ALWAYS:
+        if self._replica.is_ending and path not in _ALWAYS:
+            await _refuse(send, 503, "the service ends, and takes no more requests.", [(b"connection", b"close")])
+            return
+        if self._replica.pending > settings.max_pending and path not in _ALWAYS:
             told = (
                 f"{settings.max_pending:,} requests are being answered here, and no more are taken. Try again in a second."
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 __all__ = [
     "ErrorMessage",
     "Health",
-    "ListedItem",
     "RecommendRequest",
     "RecommendResponse",
     "ReloadResponse",
@@ -175,7 +174,7 @@ class Health(BaseModel):
     model_config = ConfigDict(extra="allow", use_attribute_docstrings=True)
 
     status: str
-    """`ok`: an answer means that it serves."""
+    """`ok`; or `ending`, with status 503: no more requests are taken."""
     replica: str
     """Which one answered."""
     step: int

@@ -27,7 +27,7 @@ class ServeMetrics:
         self.requests = Counter("requests", "Requests that were answered.", ["endpoint", "status"], **known)
         self.seconds = Histogram("request_seconds", "From a request's arrival at the replica to its answer.",
                                  ["endpoint"], buckets=_SECONDS, **known)  # fmt: skip
-        self.pending = Gauge("pending_requests", "Requests that are being answered.", **known)
+        self._pending = Gauge("pending_requests", "Requests that are being answered.", **known)
         self.batch_requests = Histogram("batch_requests", "Requests that were answered together.", buckets=_SIZES, **known)
         self.batch_questions = Histogram(
             "batch_questions", "Users and items that were asked about in one batch.", buckets=_SIZES, **known
@@ -57,8 +57,14 @@ class ServeMetrics:
         self._info.clear()
         self._info.labels(what.export.digest).set(1)
 
-    def collect(self, is_refused: bool) -> list[Metric]:
-        """Returns all of them, as plain data; `is_refused`: whether an older export is served than there is."""
+    def collect(self, pending: int, is_refused: bool) -> list[Metric]:
+        """Returns all of them, as plain data.
+
+        Args:
+            pending: requests that are being answered.
+            is_refused: whether an older export is served than there is.
+        """
+        self._pending.set(pending)
         self._refused.set(is_refused)
         return list(self._registry.collect())
 

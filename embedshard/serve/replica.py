@@ -43,11 +43,14 @@ class Replica:
         settings: what it was told.
         metrics: what it counts.
         live: what it serves.
+        pending: requests that it is answering.
+        is_ending: whether it takes no more requests.
     """
 
     def __init__(self, settings: Settings, name: str) -> None:
         self.name, self.settings = name, settings
         self.metrics = ServeMetrics()
+        self.pending, self.is_ending = 0, False
         self.live = LiveExport(settings.out, settings.metadata, settings.poll_s, self.metrics.changed)
 
     def answer(self, requests: Sequence[Sequence[Question]]) -> list[Answered]:
@@ -72,13 +75,13 @@ class Replica:
 
     def collect(self) -> list[Metric]:
         """Returns what it counts."""
-        return self.metrics.collect(self.live.refusal is not None)
+        return self.metrics.collect(self.pending, self.live.refusal is not None)
 
     def health(self, shows_all: bool) -> dict[str, Any]:
         """Returns what is served, and what could not be; where things are and why only on request."""
         served, refusal = self.live.served, self.live.refusal
         brief = {
-            "status": "ok",
+            "status": "ending" if self.is_ending else "ok",
             "replica": self.name,
             "step": served.engine.step,
             "manifest": served.export.digest,

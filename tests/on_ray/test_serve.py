@@ -115,7 +115,7 @@ def serve(environment, tmp_path):
 
 
 class Load(threading.Thread):
-    """Asks for lists on several connections, each as soon as it is answered, until it is told to stop."""
+    """Asks for lists on several connections, each as soon as it is answered, until it fails or is told to stop."""
 
     def __init__(self, url, connections=8):
         super().__init__()
@@ -136,10 +136,11 @@ class Load(threading.Thread):
                     text = await answer.text()
                     if answer.status == 200 and len(json.loads(text)["results"][0]["items"]) == 3:
                         self.steps.append(json.loads(text)["step"])
-                    else:
-                        self.failed.append((answer.status, text))
+                        continue
+                    self.failed.append((answer.status, text))
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 self.failed.append((0, repr(error)))
+            return
 
     def __enter__(self):
         self.start()
@@ -216,8 +217,11 @@ def test_a_service_reloads_under_load_refuses_what_is_broken_and_ends_cleanly(tw
 
     started = descendants(service.process.pid)
     assert len(started) > 4
-    service.process.send_signal(signal.SIGTERM)
-    assert service.process.wait(timeout=TIMEOUT_S) == 0, service.output
+    with Load(service.url) as load:
+        service.wait_for(lambda _: len(load.steps) > 50)
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(timeout=TIMEOUT_S) == 0, service.output
+    assert {status for status, _ in load.failed} == {503}, "what was under way is answered, then no more is taken"
     assert "Stops after SIGTERM" in service.output
     deadline = time.monotonic() + TIMEOUT_S
     while any(map(is_running, started)) and time.monotonic() < deadline:

@@ -21,6 +21,7 @@ from embedshard.serve.app import build_app
 from embedshard.serve.deployment import build
 from embedshard.serve.engine import Engine, Recommend, Similar
 from embedshard.serve.live import LiveExport, candidates
+from embedshard.serve.messages import ErrorMessage, Health, RecommendResponse, ScoreResponse, SimilarResponse
 from embedshard.serve.replica import Replica
 from embedshard.serve.settings import Settings, token_digests
 
@@ -95,8 +96,8 @@ def test_an_answer_does_not_depend_on_its_batch(two_exports, tmp_path, kind):
     together = engine.answer(questions)
     for question, answer in zip(questions, together, strict=True):
         [alone] = engine.answer([question])
-        assert [item.id for item in answer.items] == [item.id for item in alone.items], question
-        assert np.allclose([item.score for item in answer.items], [item.score for item in alone.items], atol=1e-5)
+        assert answer.ids == alone.ids, question
+        assert np.allclose(answer.scores, alone.scores, atol=1e-5)
 
 
 def test_several_users_are_answered_in_order_and_the_unknown_by_themselves(client):
@@ -176,6 +177,23 @@ def test_hashed_ids_are_found_by_their_hash_and_told_by_their_row(
     expected = recommend(tmp_path / "out", "7", 5)
     items = served.post("/recommend", json={"user": 7, "k": 5}).json()["results"][0]["items"]
     assert [(item["id"], item["row"]) for item in items] == [(None, item.row) for item in expected.items]
+
+
+def test_answers_are_what_the_openapi_page_says(client, tmp_path):
+    pq.write_table(pa.table({"item_id": [1, 2], "price": [float("nan"), 2.5]}), tmp_path / "more.parquet")
+    served = client(metadata=str(tmp_path / "more.parquet"))
+    for path, body, model in (
+        ("/recommend", {"users": [1, 4000], "k": 30, "exclude": [99]}, RecommendResponse),
+        ("/recommend", {"history": [4]}, RecommendResponse),
+        ("/similar", {"items": [1, 99], "k": 30}, SimilarResponse),
+        ("/score", {"user": 1, "items": [1, 99]}, ScoreResponse),
+        ("/recommend", {"user": 4000}, ErrorMessage),
+        ("/recommend", {}, ErrorMessage),
+    ):
+        answer = served.post(path, json=body)
+        assert model.model_validate_json(answer.text, strict=True)
+        assert "NaN" not in answer.text
+    Health.model_validate_json(served.get("/healthz").text)
 
 
 # -------------------------------------------------------------------------------------------------------- what is refused
@@ -280,7 +298,7 @@ def test_more_than_it_may_have_at_a_time_is_refused_at_once(two_exports):
 
     async def all_of_them():
         first = [asyncio.create_task(request("/recommend", {"user": user})) for user in range(4)]
-        while service.replica.metrics.pending._value.get() < 4:
+        while service.replica.pending < 4:
             await asyncio.sleep(0)
         refused = await request("/recommend", {"user": 5})
         health = await request("/healthz")
@@ -291,6 +309,17 @@ def test_more_than_it_may_have_at_a_time_is_refused_at_once(two_exports):
     assert refused[0] == 503
     assert refused[1][b"retry-after"] == b"1"
     assert [status for status, _ in (health, *answered, after)] == [200] * 6
+
+
+def test_a_service_that_ends_takes_no_more(client):
+    served = client()
+    served.service.replica.is_ending = True
+    answer = served.post("/recommend", json={"user": 7})
+    assert answer.status_code == 503
+    assert "ends" in answer.json()["error"]
+    assert served.get("/healthz").status_code == 503
+    assert served.get("/healthz").json()["status"] == "ending"
+    assert served.get("/metrics").status_code == 200
 
 
 # ----------------------------------------------------------------------------------------------------------------- tokens
