@@ -96,6 +96,25 @@ def quantiles(took: np.ndarray) -> dict[str, float]:
     }
 
 
+def processor_seconds(pid: int) -> dict[str, float]:
+    """Returns the time on a processor that a process and its descendants have used so far, by what they are."""
+    used: dict[str, float] = {}
+    todo = [pid]
+    while todo:
+        each = todo.pop()
+        try:
+            fields = Path(f"/proc/{each}/stat").read_text().rpartition(")")[2].split()
+            name = Path(f"/proc/{each}/cmdline").read_bytes().split(b"\0")[0].decode()
+            children = [task.read_text().split() for task in Path(f"/proc/{each}/task").glob("*/children")]
+        except FileNotFoundError:
+            continue
+        name = next((kind for kind in ("ProxyActor", "ServeReplica:embedshard:replica") if kind in name), "the rest")
+        ticks = int(fields[11]) + int(fields[12])
+        used[name] = used.get(name, 0.0) + ticks / os.sysconf("SC_CLK_TCK")
+        todo += [int(number) for numbers in children for number in numbers]
+    return used
+
+
 def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -146,7 +165,7 @@ async def run(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
             warm = Client(url, token, users, arguments.k, session)
             await warm.closed(4, 3.0)
             client = Client(url, token, users, arguments.k, session)
-            began = time.perf_counter()
+            began, used = time.perf_counter(), processor_seconds(process.pid)
             load = (
                 client.closed(arguments.connections, arguments.seconds)
                 if arguments.rate is None
@@ -154,6 +173,7 @@ async def run(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
             )
             await asyncio.gather(load, replace(exports, newer, arguments.seconds / 2))
             lasted = time.perf_counter() - began
+            used = {name: more - used.get(name, 0.0) for name, more in processor_seconds(process.pid).items()}
             async with session.get(f"{url}/metrics", headers={"Authorization": f"Bearer {token}"}) as answer:
                 page = await answer.text()
     finally:
@@ -180,6 +200,9 @@ async def run(arguments: argparse.Namespace, work: Path) -> dict[str, object]:
         "all": quantiles(took),
         "without_reload": quantiles(took[~near]),
         "around_reload": quantiles(took[near]),
+        "processor_ms_per_request": {
+            name: round(1000 * seconds / max(len(took), 1), 2) for name, seconds in sorted(used.items())
+        },
         "answers_by_step": dict(seen.steps),
         "reloads": totals["reloads_total"],
         "reload_failures": totals["reload_failures_total"],
