@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType
 
-from embedshard.errors import ConfigError
+from embedshard.errors import ConfigError, ExportError
 from embedshard.export.manifest import open_export
 from embedshard.export.recommend import ranking_parts
 from embedshard.serve.live import candidates
@@ -54,8 +54,7 @@ def serve_here(request: ServeRequest, environment: Mapping[str, str], say: Calla
     """
     settings = _with_tokens(request, environment)
     _check_address(request.host, request.port)
-    chosen = candidates(settings.out)[0]
-    ranking_parts(open_export(chosen.folder))
+    _check_export(settings.out)
     serving = _import_serving()
     stopped = threading.Event()
     signals: list[str] = []
@@ -64,16 +63,20 @@ def serve_here(request: ServeRequest, environment: Mapping[str, str], say: Calla
         signals.append(signal.Signals(number).name)
         stopped.set()
 
-    former = {number: signal.signal(number, stop) for number in _SIGNALS}
+    def catch() -> None:
+        for number in _SIGNALS:
+            signal.signal(number, stop)
+
+    former = {number: signal.getsignal(number) for number in _SIGNALS}
+    catch()
     try:
         num_cpus = max(os.cpu_count() or 1, int(settings.replicas * settings.cpus_per_replica + 0.999))
-        say(f"Starts {settings.replicas} replica{'s' * (settings.replicas > 1)} for {chosen.folder.uri}")
-        with serving(settings, request.host, request.port, num_cpus):
-            for number in _SIGNALS:  # Ray takes them when it starts
-                signal.signal(number, stop)
+        say(f"Starts {settings.replicas} replica{'s' * (settings.replicas > 1)} for {settings.out}")
+        with serving(settings, request.host, request.port, num_cpus, catch):
             host = f"[{request.host}]" if ":" in request.host else request.host
             who = "with a token" if settings.token_digests else "no token is asked for"
-            say(f"Serves at http://{host}:{request.port} ({who}); the API: http://{host}:{request.port}/docs")
+            if not stopped.is_set():
+                say(f"Serves at http://{host}:{request.port} ({who}); the API: http://{host}:{request.port}/docs")
             while not stopped.wait(1.0):
                 pass
             say(f"Stops after {signals[0]}: no new requests; those that are under way are answered")
@@ -93,6 +96,19 @@ def _with_tokens(request: ServeRequest, environment: Mapping[str, str]) -> Setti
             f"{TOKEN_VARIABLE}, or say --no-token if something else keeps strangers out."
         )
     return request.settings.model_copy(update={"token_digests": digests})
+
+
+def _check_export(out: str) -> None:
+    """Finds out at once whether there is an export that could be served; replicas then look at its files."""
+    first: ExportError | None = None
+    for candidate in candidates(out):
+        try:
+            ranking_parts(open_export(candidate.folder))
+            return
+        except ExportError as error:
+            first = first or error
+    assert first is not None, "there is a candidate, or an error"
+    raise first
 
 
 def _check_address(host: str, port: int) -> None:

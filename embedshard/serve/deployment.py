@@ -213,7 +213,9 @@ def build(args: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def serving(settings: Settings, host: str, port: int, num_cpus: int) -> Iterator[None]:
+def serving(
+    settings: Settings, host: str, port: int, num_cpus: int, has_cluster: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Serves on a Ray cluster of its own, on this machine, until the block ends; requests that are under way are answered.
 
     Args:
@@ -221,9 +223,9 @@ def serving(settings: Settings, host: str, port: int, num_cpus: int) -> Iterator
         host: address to listen on.
         port: to listen on.
         num_cpus: that the cluster may give away.
+        has_cluster: is called when the cluster is there, and Ray has taken the signals.
 
     Raises:
-        ConfigError: if the address cannot be listened on.
         ExportError: if the replicas do not start.
     """
     ray_: Any = ray  # some of it has no types, some types that are too narrow
@@ -234,6 +236,7 @@ def serving(settings: Settings, host: str, port: int, num_cpus: int) -> Iterator
         object_store_memory=100 * 2**20, _system_config={"worker_niceness": 0},
     )  # fmt: skip
     try:
+        has_cluster()
         options = {"host": host, "port": port, "request_timeout_s": settings.request_timeout_s}
         try:
             serve.start(http_options=options)

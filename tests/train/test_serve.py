@@ -381,6 +381,16 @@ def test_where_it_listens_and_who_is_let_in_must_fit(two_exports, changes, envir
         serve_here(request, environment, lambda sentence: None)
 
 
+def test_an_export_that_cannot_be_served_is_told_before_anything_starts(two_exports, tmp_path):
+    shutil.copytree(two_exports[1], tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    notes = {"user": None, "item": None, "index": None, "notes": ["This is a dlrm."]}
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest | notes))
+    for out in (tmp_path / "out", tmp_path):
+        with pytest.raises(ExportError, match=r"can recommend nothing\. This is a dlrm\."):
+            serve_here(ServeRequest(Settings(out=str(out))), {}, lambda sentence: None)
+
+
 def test_what_a_ray_service_is_given_is_checked(two_exports, tmp_path):
     with pytest.raises(ConfigError, match="no token"):
         build({"out": str(two_exports[1])})
