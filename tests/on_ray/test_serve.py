@@ -237,3 +237,18 @@ def test_a_service_that_cannot_start_says_why(two_exports, tmp_path, serve):
     assert service.process.wait(timeout=TIMEOUT_S) == 2, service.output
     assert "items.faiss has 1 bytes" in service.output
     assert "Traceback" not in service.output
+
+
+def test_a_signal_while_it_starts_ends_it_cleanly(two_exports, serve):
+    service = serve(two_exports[0])
+    deadline, found = time.monotonic() + TIMEOUT_S, []
+    while not any(b"ServeController" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in found if is_running(pid)):
+        assert service.process.poll() is None, service.output
+        assert time.monotonic() < deadline, service.output
+        time.sleep(0.05)
+        found = descendants(service.process.pid)
+    service.process.send_signal(signal.SIGTERM)
+    assert service.process.wait(timeout=TIMEOUT_S) == 0, service.output
+    while any(map(is_running, found)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert [pid for pid in found if is_running(pid)] == []
