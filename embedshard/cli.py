@@ -337,19 +337,42 @@ def export(
     index_tolerance: Annotated[
         float, typer.Option(min=0, max=1, help="Which share of the exact lists the index may miss.")
     ] = 0.05,
+    quantise: Annotated[
+        str, typer.Option(metavar="FORMAT", help="int8, fp16 or none: tables in fewer bits beside those in float32.")
+    ] = "none",
     checkpoint: Annotated[
         int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
+    ] = None,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MANIFEST", help="Of an earlier export: write what changed alone, for 'apply'.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
     device: Device = "cpu",
 ) -> None:
     """Write vectors, the dense part and an index of items out of a run, and verify them. Exit code 1 if they differ."""
     from embedshard.launch.export import export_here, show
+    from embedshard.launch.export_since import export_since, show_delta
 
     err = Console(stderr=True, soft_wrap=True, highlight=False)
+    if since is not None:
+        delta = export_since(
+            run_dir, out, since, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify,
+            metric_tolerance=tolerance, index_tolerance=index_tolerance, device=device,
+            say=lambda part: err.print(f"... {part}"),
+        )  # fmt: skip
+        if as_json:
+            typer.echo(json.dumps(delta.to_json(), indent=2))
+        else:
+            show_delta(delta, Console(highlight=False))
+        if delta.manifest is None:
+            raise typer.Exit(1)
+        return
     found = export_here(
         run_dir, out, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify, metric_tolerance=tolerance,
-        index_tolerance=index_tolerance, device=device, say=lambda part: err.print(f"... {part}"),
+        index_tolerance=index_tolerance, quantise=quantise, device=device, say=lambda part: err.print(f"... {part}"),
     )  # fmt: skip
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
@@ -359,10 +382,57 @@ def export(
         raise typer.Exit(1)
 
 
+ExportPath = Annotated[str, typer.Argument(metavar="EXPORT", help="An export: a path or a URI.", show_default=False)]
+
+
+@app.command()
+def apply(
+    delta: Annotated[
+        str, typer.Argument(metavar="DELTA", help="What 'export --since' wrote: a path or a URI.", show_default=False)
+    ],
+    onto: ExportPath,
+    keep: Annotated[int, typer.Option(min=0, help="How many earlier exports can be rolled back to.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Make the later export of the earlier one, in its folder, file by file what a whole export is."""
+    from embedshard.export.delta_apply import apply_delta
+    from embedshard.launch.export_since import show_applied
+
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    applied = apply_delta(delta, onto, keep, lambda part: err.print(f"... {part}"))
+    if as_json:
+        typer.echo(json.dumps(applied.to_json(), indent=2))
+    else:
+        show_applied(applied, Console(highlight=False))
+
+
+@app.command()
+def rollback(
+    onto: ExportPath,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Restore the export to which the newest delta was applied."""
+    from embedshard.export.delta_apply import roll_back
+    from embedshard.launch.export_since import show_applied
+
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    applied = roll_back(onto, lambda part: err.print(f"... {part}"))
+    if as_json:
+        typer.echo(json.dumps(applied.to_json(), indent=2))
+    else:
+        show_applied(applied, Console(highlight=False))
+
+
 @app.command()
 def recommend(
     out: Annotated[str, typer.Argument(metavar="OUT", help="An export: a path or a URI.", show_default=False)],
-    user: Annotated[str, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)],
+    user: Annotated[str | None, typer.Option(metavar="ID", help="Of a user that the data have.", show_default=False)] = None,
+    history: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IDS", help="Of items that an unseen user met, oldest first: 1,5,9, or LIST=1,5,9.", show_default=False
+        ),
+    ] = None,
     count: Annotated[int, typer.Option("-k", min=1, help="How many items.")] = 10,
     metadata: Annotated[
         str | None,
@@ -370,11 +440,11 @@ def recommend(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
-    """Show the best items for a user, from an export alone, without those that the user has met."""
+    """Show the best items for a user, or for who met some items, from an export alone, without those met."""
     from embedshard.export.recommend import recommend as recommended
     from embedshard.launch.recommend import show
 
-    found = recommended(out, user, count, metadata)
+    found = recommended(out, user, count, metadata, history)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2, default=str))
     else:

@@ -162,6 +162,25 @@ class Location:
             partial.unlink(missing_ok=True)
         _sync_folder(target.parent)
 
+    def replace_by(self, source: Location) -> None:
+        """Puts a file of the same filesystem here, over what is here; it is no longer there. The folder must exist.
+
+        On a disk by a rename that outlives a power cut; on an object store by a copy, which appears whole, and a deletion.
+        """
+        if not self.is_local and self.filesystem.type_name not in _OBJECT_STORES:
+            self.delete_file()
+        self.filesystem.move(source.path, self.path)
+        if self.is_local:
+            _sync_folder(Path(self.path).parent)
+            _sync_folder(Path(source.path).parent)
+
+    def sync(self) -> None:
+        """Makes the content of a local file outlive a power cut; what is elsewhere is its filesystem's."""
+        if self.is_local:
+            with Path(self.path).open("rb") as file:
+                os.fsync(file.fileno())
+            _sync_folder(Path(self.path).parent)
+
     def get_file(self, target: Path) -> None:
         """Copies a file to a local one, a part at a time."""
         local = fs.LocalFileSystem()

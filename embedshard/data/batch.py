@@ -161,6 +161,12 @@ class Batch(Pipelineable):
         """Places, padding included."""
         return len(self.rows)
 
+    def sequence_lengths(self, name: str) -> torch.Tensor:
+        """Returns how many ids each row has of a feature of `sequences`, (B,)."""
+        assert self.sequences is not None, "the collator fills what sequences are looked up by"
+        names = self.sequences.keys()
+        return self.sequences.lengths().view(len(names), -1)[names.index(name)]
+
     def to(self, device: torch.device, non_blocking: bool = False) -> Batch:
         """Returns a copy on a device; itself where it is there already."""
         if self.weights.device == device:

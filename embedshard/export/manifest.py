@@ -7,7 +7,10 @@ can run code.
 from __future__ import annotations
 
 __all__ = [
+    "APPLYING",
+    "JOURNAL",
     "MANIFEST",
+    "ROLLBACK",
     "VERIFICATION",
     "ExportedIndex",
     "ExportedTable",
@@ -32,12 +35,19 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from embedshard.errors import ExportError
+from embedshard.export.signature import ExportedProgram
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
 MANIFEST: Final = "manifest.json"
 VERIFICATION: Final = "verification.json"
+APPLYING: Final = "applying"
+"""The folder in which a delta is made ready."""
+JOURNAL: Final = "journal.json"
+"""There, while the files of an export are exchanged."""
+ROLLBACK: Final = "rollback"
+"""The folder of the deltas that lead back."""
 _MARKER: Final = "EMBEDSHARD_EXPORT"
-_FOLDERS: Final = ("tables", "vocabularies", "tokenizers")
+_FOLDERS: Final = ("tables", "vocabularies", "tokenizers", "programs")
 _FILES: Final = ("users.parquet", "items.parquet", "seen.parquet", "dense.safetensors", "items.faiss", VERIFICATION)
 _PREFIXES: Final = ("items-",)
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
@@ -139,6 +149,8 @@ class Manifest(_Part):
         seen: the file of the items (`item`, a row) that users (`user`, a row) have met and are not recommended.
         index: of the items.
         quantised: files of the items' vectors in fewer bits, by name.
+        programs: of the towers (`user`, `item`), or of the whole model (`model`), by name.
+        quantised_tables: files of the tables in fewer bits, by how (`int8`, `fp16`) and by table.
         verification: what was found when the export was read again.
         notes: what is not in it, and why.
         files: all of them but the manifest.
@@ -160,6 +172,8 @@ class Manifest(_Part):
     seen: FileName | None = None
     index: ExportedIndex | None = None
     quantised: dict[str, FileName] = {}
+    programs: dict[str, ExportedProgram] = {}
+    quantised_tables: dict[str, dict[str, FileName]] = {}
     verification: dict[str, Any] | None = None
     notes: list[str] = []
     files: dict[FileName, FileHash]
@@ -222,9 +236,10 @@ def prepare_folder(out: PathOrUri | Location) -> Location:
             )
         folder.make_dirs()
         folder.join(MANIFEST).delete_file()
+        folder.join(APPLYING, JOURNAL).delete_file()
         folder.join(_MARKER).write_text_atomically("An export of embedshard: it is whole if it has a manifest.json.\n")
         for name in names:
-            if name in _FOLDERS:
+            if name in (*_FOLDERS, APPLYING, ROLLBACK):
                 folder.join(name).delete_tree()
             elif name in _FILES or name.startswith(_PREFIXES):
                 folder.join(name).delete_file()
@@ -254,6 +269,11 @@ def open_export(out: PathOrUri | Location) -> OpenExport:
         if not place.is_file():
             if not folder.exists():
                 raise ExportError(f"{folder.uri} is not there. Make it: embedshard export RUN_DIR {folder.uri}")
+            if folder.join(APPLYING, JOURNAL).is_file():
+                raise ExportError(
+                    f"{folder.uri} is between two exports: a delta was being applied or rolled back, and did not finish. "
+                    f"Finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard rollback {folder.uri}"
+                )
             why = "holds no export"
             if folder.join(_MARKER).exists():
                 why = "has no manifest, so its export did not finish or did not pass verification"
@@ -265,6 +285,9 @@ def open_export(out: PathOrUri | Location) -> OpenExport:
     try:
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
+        if _is_delta(content):
+            advice = f"Apply it to the export that it was made of: embedshard apply {folder.uri} EXPORT"
+            raise ExportError(f"{folder.uri} is a delta: it has only what changed. {advice}") from error
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"]))
         raise ExportError(f"{place.uri} is damaged: {where or 'it'}: {detail['msg']}. {_again(folder)}") from error
@@ -300,6 +323,14 @@ def _chunks(place: Location) -> Iterator[bytes]:
     with place.open_input() as file:
         while chunk := file.read(_CHUNK):
             yield chunk
+
+
+def _is_delta(content: bytes) -> bool:
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return False
+    return isinstance(found, dict) and found.get("kind") == "delta"
 
 
 def _again(folder: Location) -> str:

@@ -1,13 +1,13 @@
-"""Items' vectors in fewer bits, and back: halves, and bytes with a scale and an offset a row as FBGEMM makes them.
+"""Vectors in fewer bits, and back: halves, and bytes with a scale and an offset a row as FBGEMM makes them.
 
 Shapes: B rows of a block, N rows of a file, D dim.
 """
 
 from __future__ import annotations
 
-__all__ = ["QUANTISED", "dequantised", "write_quantised"]
+__all__ = ["QUANTISED", "Format", "decoded", "dequantised", "quantised_formats", "write_quantised"]
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Final, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from embedshard.errors import ConfigError, nearest
 from embedshard.export.read import matrix
 from embedshard.storage import Location
 
@@ -23,6 +24,20 @@ FloatArray = npt.NDArray[np.float32]
 Format = Literal["fp16", "int8"]
 
 QUANTISED: Final[tuple[Format, ...]] = ("fp16", "int8")
+
+
+def quantised_formats(asked: str) -> tuple[Format, ...]:
+    """Returns in which formats tables are written too: the one that is asked for, nothing of `none`.
+
+    Raises:
+        ConfigError: if there is no such format.
+    """
+    if asked == "none":
+        return ()
+    for kind in QUANTISED:
+        if asked == kind:
+            return (kind,)
+    raise ConfigError(f"--quantise {asked}: there is no such format. {nearest(asked, ['none', *QUANTISED])}")
 
 
 def write_quantised(kind: Format, items: Location, place: Location) -> None:
@@ -56,15 +71,23 @@ def dequantised(kind: Format, place: Location) -> FloatArray:
     return np.concatenate(list(_blocks(kind, place)))
 
 
+def decoded(kind: Format | None) -> Callable[[pa.Table], FloatArray]:
+    """Returns what gives back the vectors, (B, D), of a part of a file; None is one of float32."""
+
+    def of_content(content: pa.Table) -> FloatArray:
+        numbers = matrix(content["vector"]).astype(np.float32, copy=False)
+        if kind == "int8":
+            numbers = numbers * content["scale"].to_numpy()[:, None] + content["bias"].to_numpy()[:, None]
+        return numbers
+
+    return of_content
+
+
 def _blocks(kind: Format, place: Location) -> Iterator[FloatArray]:
     with place.open_input() as file:
         parquet = pq.ParquetFile(file)
         for group in range(parquet.num_row_groups):
-            content = parquet.read_row_group(group)
-            numbers = matrix(content["vector"]).astype(np.float32)
-            if kind == "int8":
-                numbers = numbers * content["scale"].to_numpy()[:, None] + content["bias"].to_numpy()[:, None]
-            yield numbers
+            yield decoded(kind)(parquet.read_row_group(group))
 
 
 def _quantised(kind: Format, content: pa.Table) -> pa.Table:

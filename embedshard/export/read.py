@@ -5,9 +5,9 @@ Shapes: Q given rows, N rows of a file, D dim.
 
 from __future__ import annotations
 
-__all__ = ["ids_at", "matrix", "rows_of", "seen_by", "spread_vectors", "vector_blocks", "vectors_of"]
+__all__ = ["ids_at", "matrix", "rows_of", "seen_by", "spread_rows", "spread_vectors", "vector_blocks", "vectors_of"]
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -39,10 +39,19 @@ def rows_of(place: Location) -> IntArray:
         return _opened(place, file).read(columns=["row"])["row"].to_numpy()
 
 
-def vectors_of(place: Location, rows: IntArray) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
+def vectors_of(
+    place: Location,
+    rows: IntArray,
+    decoded: Callable[[pa.Table], FloatArray] = lambda content: matrix(content["vector"]),
+) -> tuple[FloatArray, npt.NDArray[np.bool_]]:
     """Returns the vectors of given rows, (Q, D), zeros where there is none, and whether there is one, (Q,).
 
     Vectors are read of the row groups alone in which one is wanted.
+
+    Args:
+        place: of the file.
+        rows: wanted.
+        decoded: returns the vectors of a row group, (n, D).
     """
     order = np.argsort(rows, kind="stable")
     ascending = rows[order]
@@ -50,13 +59,16 @@ def vectors_of(place: Location, rows: IntArray) -> tuple[FloatArray, npt.NDArray
     vectors: FloatArray | None = None
     with place.open_input() as file:
         parquet = _opened(place, file)
+        numbers = [name for name in parquet.schema_arrow.names if name in ("vector", "scale", "bias")]
         for group in range(parquet.num_row_groups):
+            if not _may_hold(parquet, group, ascending):
+                continue
             here = parquet.read_row_group(group, columns=["row"])["row"].to_numpy()
             begins, ends = (np.searchsorted(ascending, here, side=side) for side in ("left", "right"))
             counts = ends - begins
             if not counts.any():
                 continue
-            block = matrix(parquet.read_row_group(group, columns=["vector"])["vector"])
+            block = decoded(parquet.read_row_group(group, columns=numbers))
             if vectors is None:
                 vectors = np.zeros((len(rows), block.shape[1]), dtype=np.float32)
             for at in np.flatnonzero(counts).tolist():
@@ -65,21 +77,42 @@ def vectors_of(place: Location, rows: IntArray) -> tuple[FloatArray, npt.NDArray
     return np.zeros((len(rows), 0), dtype=np.float32) if vectors is None else vectors, found
 
 
+def _may_hold(parquet: pq.ParquetFile, group: int, ascending: IntArray) -> bool:
+    """Whether one of these rows can be in a row group, as far as its statistics tell."""
+    column = parquet.metadata.row_group(group).column(parquet.schema_arrow.get_field_index("row"))
+    statistics = column.statistics
+    if statistics is None or not statistics.has_min_max:
+        return True
+    first = np.searchsorted(ascending, statistics.min, side="left")
+    last = np.searchsorted(ascending, statistics.max, side="right")
+    return bool(last > first)
+
+
 def spread_vectors(place: Location, wanted: int) -> FloatArray:
     """Returns about so many vectors at even distances, (n, D); those alone are in memory, and a row group."""
+    taken = [matrix(content) for content in _spread(place, "vector", wanted)]
+    return np.concatenate(taken) if taken else np.zeros((0, 0), dtype=np.float32)
+
+
+def spread_rows(place: Location, wanted: int) -> IntArray:
+    """Returns the rows of about so many vectors at even distances, (n,)."""
+    taken = [content.to_numpy() for content in _spread(place, "row", wanted)]
+    return np.concatenate(taken) if taken else np.zeros(0, dtype=np.int64)
+
+
+def _spread(place: Location, column: str, wanted: int) -> Iterator[pa.ChunkedArray]:
+    """Yields about so many values of a column at even distances, those of a row group at a time."""
     with place.open_input() as file:
         parquet = _opened(place, file)
         count = parquet.metadata.num_rows
         places = np.unique(np.linspace(0, max(0, count - 1), min(wanted, count)).astype(np.int64))
-        taken: list[FloatArray] = []
         first = 0
         for group in range(parquet.num_row_groups):
             rows = parquet.metadata.row_group(group).num_rows
             here = places[(places >= first) & (places < first + rows)] - first
             if len(here):
-                taken.append(matrix(parquet.read_row_group(group, columns=["vector"])["vector"])[here])
+                yield parquet.read_row_group(group, columns=[column])[column].take(pa.array(here))
             first += rows
-    return np.concatenate(taken) if taken else np.zeros((0, 0), dtype=np.float32)
 
 
 def ids_at(place: Location, places: IntArray) -> tuple[list[int | str | None], IntArray]:

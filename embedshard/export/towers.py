@@ -9,9 +9,9 @@ Shapes: B rows of a batch, D dim.
 
 from __future__ import annotations
 
-__all__ = ["write_items", "write_seen", "write_users"]
+__all__ = ["tower_features", "write_held_vectors", "write_items", "write_seen", "write_users"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +19,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedshard.config.parts import TwoTowerConfig
-from embedshard.data.columns import Columns, gather
+from embedshard.config import Config
+from embedshard.config.parts import SASRecConfig, TwoTowerConfig
+from embedshard.data.columns import Columns, Flat, gather
 from embedshard.evaluate.held_out import SPLITS, HeldOutSets, Split
+from embedshard.export.join import join, table_vectors
+from embedshard.export.manifest import ExportedTable
+from embedshard.export.program_file import load_program
+from embedshard.export.signature import ExportedProgram
 from embedshard.export.vectors import id_array, id_type, vector_file
 from embedshard.storage import Location
 from embedshard.train.assembly import Assembly
@@ -29,6 +34,15 @@ from embedshard.train.assembly import Assembly
 IntArray = npt.NDArray[np.int64]
 
 _WAITING = 2**20
+
+
+def tower_features(config: Config) -> tuple[list[str], list[str]]:
+    """Returns what the model reads of a user and of an item, in order."""
+    model = config.model
+    if isinstance(model, SASRecConfig):
+        return [model.sequence], [model.item_id]
+    assert isinstance(model, TwoTowerConfig), "the caller looked"
+    return list(model.user.features), list(model.item.features)
 
 
 def write_items(parts: Assembly, model: Any, place: Location) -> tuple[int, int]:
@@ -57,6 +71,48 @@ def write_users(parts: Assembly, model: Any, place: Location) -> tuple[int, int]
                 start += write(id_array(vocabulary, rows, kind), rows, vectors.float().cpu().numpy())
                 dim = vectors.shape[1]
             written += start
+    return written, dim
+
+
+def write_held_vectors(
+    program: ExportedProgram,
+    identity: str,
+    tables: Mapping[str, ExportedTable],
+    folder: Location,
+    place: Location,
+    met: IntArray | None = None,
+) -> tuple[int, int]:
+    """Writes what a tower that reads an id alone makes of the ids of its table, over the exported files; no data are read.
+
+    Args:
+        program: of the tower.
+        identity: the id's feature.
+        tables: that are exported.
+        folder: of the export.
+        place: the file that is written.
+        met: rows of the ids that are written, ascending; None writes all.
+
+    Returns:
+        How many vectors there are, and D.
+    """
+    run = load_program(folder.join(*program.file.split("/")))
+    of_files = table_vectors({name: folder.join(*table.file.split("/")) for name, table in tables.items()})
+    owner = next(spec for spec in program.inputs if spec.table == spec.config["table"])
+    assert owner.table is not None, "an id is looked up"
+    written = dim = 0
+    with vector_file(place) as write, folder.join(*tables[owner.table].file.split("/")).open_input() as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            content = parquet.read_row_group(group, columns=["id", "row"])
+            content = content.filter(content["id"].is_valid()).combine_chunks()
+            if met is not None:
+                content = content.filter(pa.array(np.isin(content["row"].to_numpy(), met, assume_unique=True)))
+            if not len(content):
+                continue
+            rows = content["row"].to_numpy()
+            vectors = run(**join(program.inputs, {identity: Flat(rows)}, of_files))["vector"].numpy()
+            written += write(content["id"].combine_chunks(), rows, vectors)
+            dim = vectors.shape[1]
     return written, dim
 
 
@@ -90,9 +146,7 @@ def _representatives(parts: Assembly, sets: HeldOutSets) -> Iterator[tuple[IntAr
         if is_new.any():
             yield met[is_new], gather(columns, asking[first[is_new]].astype(np.int64), None)
         known = np.union1d(known, met)
-    model = parts.config.model
-    assert isinstance(model, TwoTowerConfig), "the caller looked"
-    names = list(dict.fromkeys([sets.user_id, *model.user.features]))
+    names = list(dict.fromkeys([sets.user_id, *tower_features(parts.config)[0]]))
     yield from _of_training(parts, sets.user_id, names, known)
 
 

@@ -13,13 +13,15 @@ __all__ = ["INDEX_TOLERANCE", "METRIC_TOLERANCE", "Verification", "prepare", "ve
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedshard.data.columns import gather
+from embedshard.data.columns import Columns, gather
 from embedshard.evaluate.held_out import GivenSet, RankedSet, RetrievalSet, Split
 from embedshard.evaluate.jagged import JaggedIds
 from embedshard.evaluate.lists import topk
@@ -41,6 +43,8 @@ _SCORE_TOLERANCE: Final = 1e-4
 _MOST_LISTS: Final = 2000
 """Of so many users, at even distances, lists are compared."""
 _MOST_SCORED: Final = 256
+_TIE: Final = 1e-6
+"""Scores that are as near as this, relative where they are above 1, are as good as each other."""
 _LEAST_K: Final = 10
 
 
@@ -57,7 +61,8 @@ class Verification:
         metrics: by name the `run` and the `export`.
         k: length of the lists that are compared.
         index: `kind`, and the `recall` of the exact lists; `recall_lost` is the rest.
-        quantised: the same of vectors in fewer bits, by their name. They are reported, not judged.
+        quantised: the same of vectors in fewer bits, by their name; of tables also the largest `score_error`, through the
+            towers. They are reported, not judged.
         problems: what is out of tolerance.
     """
 
@@ -84,7 +89,7 @@ class Verification:
 
 def prepare(ranked: RankedSet) -> tuple[RankedSet, bool]:
     """Returns a held-out set with one query a user, since an export has one vector of each, and whether it was so before."""
-    if isinstance(ranked, RetrievalSet):
+    if isinstance(ranked, RetrievalSet) or (len(ranked.users) and (ranked.users < 0).all()):  # or nobody is named
         return ranked, True
     known = np.flatnonzero(ranked.users >= 0)
     _, first = np.unique(ranked.users[known], return_index=True)
@@ -106,11 +111,12 @@ def verify(
     metrics: Sequence[str],
     expected: Mapping[str, float] | None,
     encode: Callable[[str], torch.Tensor],
-    users: Location,
+    users: Location | Callable[[Columns], FloatArray],
     items: Location,
     seen: Location | None,
     index: tuple[str, Location],
     quantised: Mapping[str, Callable[[], FloatArray]],
+    tables: Mapping[str, Callable[[Columns], tuple[FloatArray, FloatArray]]] = MappingProxyType({}),
     metric_tolerance: float = METRIC_TOLERANCE,
     index_tolerance: float = INDEX_TOLERANCE,
 ) -> Verification:
@@ -122,11 +128,12 @@ def verify(
         metrics: names of ranking metrics.
         expected: the run's own metrics of the same queries; None measures the model now.
         encode: returns the model's vectors of `queries` or of `candidates`, in the order of the set and the catalogue.
-        users: the file of users' vectors.
+        users: the file of users' vectors; where no feature names the user, what makes the queries' of their columns.
         items: that of items' vectors.
         seen: that of what users have met; None where nothing is left out.
         index: its kind and file.
         quantised: return the items' vectors as their files give them back, by name.
+        tables: of tables in fewer bits, by name, return what the towers make of queries and of the whole catalogue.
         metric_tolerance: how far a metric may be from the run's.
         index_tolerance: which share of the exact lists the index may miss.
     """
@@ -136,7 +143,10 @@ def verify(
         split, len(ranked.users), "the model" if expected is None else "result.json",
         {"metric": metric_tolerance, "score": _SCORE_TOLERANCE, "recall": index_tolerance}, k=k,
     )  # fmt: skip
-    query_QD, has_vector = vectors_of(users, ranked.users)
+    if isinstance(users, Location):
+        query_QD, has_vector = vectors_of(users, ranked.users)
+    else:
+        query_QD, has_vector = users(ranked.queries), np.ones(len(ranked.users), dtype=np.bool_)
     if not has_vector.all():
         found.problems.append(
             f"{int((~has_vector).sum())} of {len(has_vector)} users of the {split} set have no exported vector"
@@ -158,7 +168,7 @@ def verify(
         found.metrics[name] = {"run": theirs, "export": ours}
         if abs(ours - theirs) > metric_tolerance or math.isnan(ours) != math.isnan(theirs):
             found.problems.append(f"{name} is {ours:.6f}, the run's {theirs:.6f}; they may differ by {metric_tolerance:g}")
-    _compare_lists(found, ranked, query_QD, item_ND, item_rows, seen, index, quantised, index_tolerance)
+    _compare_lists(found, ranked, query_QD, item_ND, item_rows, seen, index, quantised, tables, index_tolerance)
     return found
 
 
@@ -193,33 +203,47 @@ def _compare_lists(
     seen: Location | None,
     index: tuple[str, Location],
     quantised: Mapping[str, Callable[[], FloatArray]],
+    tables: Mapping[str, Callable[[Columns], tuple[FloatArray, FloatArray]]],
     index_tolerance: float,
 ) -> None:
     """Notes how much of the exact lists other ways of looking find. Lists are as `recommend` makes them."""
     chosen = _spread(len(query_QD), _MOST_LISTS)
     queries = query_QD[chosen]
     hidden = None if seen is None else seen_by(seen, ranked.users[chosen], item_rows)
-    exact, _ = _exact(queries, item_ND, found.k, hidden)
+    recall_of = partial(_recall, queries, item_ND, *_exact(queries, item_ND, found.k, hidden))
     kind, place = index
     places, _ = look_up(load_index(place), queries, found.k, hidden)
-    found.index = {"kind": kind, **_recall(places, exact)}
+    found.index = {"kind": kind, **recall_of(places)}
     if found.index["recall_lost"] > index_tolerance:
         found.problems.append(
             f"the {kind} index misses {found.index['recall_lost']:.2%} of the exact lists of {found.k}; allowed are "
             f"{index_tolerance:.2%}"
         )
     for name, load in quantised.items():
-        found.quantised[name] = _recall(_exact(queries, load(), found.k, hidden)[0], exact)
+        found.quantised[name] = recall_of(_exact(queries, load(), found.k, hidden)[0])
+    for name, encode in tables.items():
+        coarse_QD, coarse_ND = encode(gather(ranked.queries, chosen, None))
+        scored = _spread(len(queries), _MOST_SCORED).tolist()
+        errors = [float(np.abs(coarse_ND @ coarse_QD[i] - item_ND @ queries[i]).max(initial=0.0)) for i in scored]
+        recall = recall_of(_exact(coarse_QD, coarse_ND, found.k, hidden)[0])
+        found.quantised[name] = recall | {"score_error": max(errors, default=0.0)}
 
 
 def _exact(queries: FloatArray, item_ND: FloatArray, k: int, hidden: JaggedIds | None) -> tuple[IntArray, Any]:
     return topk(DotProducts(torch.from_numpy(queries), torch.from_numpy(item_ND)), k, hidden)
 
 
-def _recall(places: IntArray, exact: IntArray) -> dict[str, float]:
-    """Returns which share of what the exact lists hold the others hold too."""
-    wanted = int((exact >= 0).sum())
-    hits = sum(int(np.isin(row[row >= 0], other).sum()) for row, other in zip(exact, places, strict=True))
+def _recall(
+    query_QD: FloatArray, item_ND: FloatArray, exact: IntArray, scores: FloatArray, places: IntArray
+) -> dict[str, float]:
+    """Returns which share of what the exact lists hold the others hold too, or items that score as high as their last."""
+    wanted, hits = int((exact >= 0).sum()), 0
+    for query_D, row, its_scores, other in zip(query_QD, exact, scores, places, strict=True):
+        if not (count := int((row >= 0).sum())):
+            continue
+        last = float(its_scores[count - 1])
+        found = item_ND[other[other >= 0]] @ query_D >= last - _TIE * max(1.0, abs(last))
+        hits += min(count, int(found.sum()))
     recall = hits / wanted if wanted else 1.0
     return {"recall": recall, "recall_lost": 1.0 - recall}
 

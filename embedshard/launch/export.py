@@ -5,39 +5,41 @@ from __future__ import annotations
 __all__ = ["Exported", "export_here", "show"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from embedshard import __version__
 from embedshard.config import Config
-from embedshard.config.parts import ManagedVocabulary, TwoTowerConfig
+from embedshard.config.parts import ManagedVocabulary, SASRecConfig, TwoTowerConfig
+from embedshard.data.columns import Columns
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import ConfigError
-from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.evaluate.ranking import parse_metric
-from embedshard.export.index import build_index, choose_kind, save_index
+from embedshard.export.index import choose_kind
 from embedshard.export.manifest import (
     VERIFICATION,
-    ExportedIndex,
-    ExportedTower,
+    ExportedTable,
     Manifest,
     hash_files,
     plain,
     prepare_folder,
     write_manifest,
 )
-from embedshard.export.parts import copy_vocabularies, kept_vocabulary, tables_in, write_dense, write_tables
-from embedshard.export.quantised import QUANTISED, dequantised, write_quantised
-from embedshard.export.read import spread_vectors, vector_blocks
-from embedshard.export.towers import write_items, write_seen, write_users
+from embedshard.export.parts import copy_vocabularies, tables_in, write_dense, write_tables
+from embedshard.export.program_checks import ProgramChecks
+from embedshard.export.quantised import Format, dequantised, quantised_formats
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
+from embedshard.launch.export_programs import WrittenPrograms, encoder, show_programs, told, write_programs
+from embedshard.launch.export_towers import Towers, met_in, split_of, write_held, write_towers
 from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
@@ -48,9 +50,10 @@ from embedshard.train.snapshot import restore_model
 from embedshard.train.tracking import json_text
 from embedshard.world import open_world
 
+FloatArray = npt.NDArray[np.float32]
+
 _RANKING = "recall@10"
 """What users are replayed by where the run has no metric that ranks."""
-_TUNING_QUERIES, _LEAST_K = 256, 10
 
 
 @dataclass(frozen=True)
@@ -62,16 +65,18 @@ class Exported:
         step: of the checkpoint.
         manifest: None where verification failed, and the folder is no export.
         verification: what was found; None where nothing could be, or was not to be, replayed.
+        programs: what was found of programs and of tables in fewer bits; None where they were not to be verified.
     """
 
     out: str
     step: int
     manifest: Manifest | None
     verification: Verification | None
+    programs: ProgramChecks | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
-        found = None if self.verification is None else self.verification.to_json()
+        found = told(self.verification, self.programs)
         files = {} if self.manifest is None else {name: file.size for name, file in self.manifest.files.items()}
         notes = [] if self.manifest is None else self.manifest.notes
         return {"out": self.out, "step": self.step, "exported": self.manifest is not None, "notes": notes,
@@ -80,7 +85,7 @@ class Exported:
 
 def export_here(
     run_dir: PathOrUri,
-    out: PathOrUri,
+    out: PathOrUri | Location,
     environment: Mapping[str, str],
     *,
     checkpoint_step: int | None = None,
@@ -88,6 +93,7 @@ def export_here(
     verifies: bool = True,
     metric_tolerance: float = METRIC_TOLERANCE,
     index_tolerance: float = INDEX_TOLERANCE,
+    quantise: str = "none",
     device: str = "cpu",
     say: Callable[[str], None] = lambda sentence: None,
 ) -> Exported:
@@ -102,6 +108,7 @@ def export_here(
         verifies: whether held-out users are replayed. What fails has no manifest, and is no export.
         metric_tolerance: how far a metric may be from the run's.
         index_tolerance: which share of the exact lists the index may miss.
+        quantise: `int8` or `fp16` writes the tables in fewer bits too; `none` does not.
         device: where the towers are computed.
         say: is told what is being done.
 
@@ -109,6 +116,7 @@ def export_here(
         EmbedshardError: what a user can act on.
     """
     choose_kind(index, 0)
+    formats = quantised_formats(quantise)
     run = RunDirectory.open(run_dir)
     loaded = run.load_config(environment)
     config, checkpoint = loaded.config, open_checkpoint_of(run, checkpoint_step)
@@ -121,10 +129,16 @@ def export_here(
         tables = write_tables(checkpoint, _owners(config, checkpoint, vocabularies), folder)
         dense = write_dense(checkpoint, folder)
         files = copy_vocabularies(config, counted, tokenizers, folder)
-        why_not = _why_no_towers(config)
+        scoring = write_programs(
+            config, checkpoint, vocabularies, files, resolved, tables, formats, folder, verifies=verifies, say=say
+        )
+        why_not, changes_hands = _why_no_towers(config), _that_changes_hands(config)
         own_metrics = plain(result.get("metrics", {})) if result.get("selected_step") == checkpoint.step else {}
         if why_not:
-            towers = _Towers(notes=[why_not])
+            towers = Towers(notes=[why_not])
+        elif changes_hands:
+            met_users = partial(met_in, config, device, resolved or None, run.vocabularies)
+            towers = write_held(config, folder, files, tables, scoring, changes_hands, index, say, met_users)
         else:
             with open_world(device) as world:
                 if world.world_size > 1:
@@ -135,16 +149,17 @@ def export_here(
                 config = _that_ranks(config)
                 parts = assemble(config, world, resolved or None, vocabularies=run.vocabularies, initialises=False)
                 restore_model(checkpoint, parts.model, parts.managed)
-                towers = _write_towers(parts, folder, files, index, say)
+                towers = write_towers(parts, folder, files, index, say)
                 if verifies:
                     say("verification")
                     tolerances = metric_tolerance, index_tolerance
-                    towers.verification = _verify(parts, folder, towers, own_metrics, tolerances)
-        found = towers.verification
-        if found is not None:
-            folder.join(VERIFICATION).write_text_atomically(json_text(plain(found.to_json()), indent=2) + "\n")
-            if not found.passed:
-                return Exported(folder.uri, checkpoint.step, None, found)
+                    towers.verification = _verify(parts, folder, towers, own_metrics, tolerances, scoring, tables)
+        found, checks = towers.verification, scoring.checks
+        tree = told(found, checks)
+        if tree is not None:
+            folder.join(VERIFICATION).write_text_atomically(json_text(plain(tree), indent=2) + "\n")
+            if not tree["passed"]:
+                return Exported(folder.uri, checkpoint.step, None, found, checks)
         manifest = Manifest(
             embedshard=__version__,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -166,12 +181,14 @@ def export_here(
             seen=towers.seen,
             index=towers.index,
             quantised={str(name): file for name, file in towers.quantised.items()},
-            verification=None if found is None else plain(found.to_json()),
-            notes=towers.notes,
+            programs=scoring.programs,
+            quantised_tables={str(kind): written for kind, written in scoring.quantised_tables.items()},
+            verification=plain(tree),
+            notes=[*towers.notes, *scoring.notes],
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
-    return Exported(folder.uri, checkpoint.step, manifest, found)
+    return Exported(folder.uri, checkpoint.step, manifest, found, checks)
 
 
 def show(found: Exported, console: Console) -> None:
@@ -195,9 +212,10 @@ def show(found: Exported, console: Console) -> None:
                 f"{name}: of the exact lists of {checked.k}", "", f"{recall['recall']:.4f}", f"{recall['recall_lost']:.1e}"
             )
         console.print(table)
+    if found.programs is not None:
+        show_programs(found.programs, console)
     if found.manifest is None:
-        assert checked is not None, "nothing else keeps the manifest back"
-        for problem in checked.problems:
+        for problem in (told(checked, found.programs) or {}).get("problems", []):
             console.print(f"Out of tolerance: {problem}.", markup=False, soft_wrap=True, highlight=False)
         console.print(f"{found.out} is no export: it has no manifest.", markup=False, soft_wrap=True, highlight=False)
         return
@@ -229,15 +247,14 @@ def _owners(config: Config, checkpoint: Checkpoint, vocabularies: Mapping[str, V
 def _why_no_towers(config: Config) -> str:
     """Returns why there are no vectors of users and items; nothing where there are."""
     model = config.model
-    if not isinstance(model, TwoTowerConfig):
-        return f"Vectors of users and items are exported of a two_tower; this is a {model.kind}."
+    if not isinstance(model, TwoTowerConfig | SASRecConfig):
+        return f"Vectors of users and items are exported of a two_tower and a sasrec; this is a {model.kind}."
     for role in ("user_id", "item_id"):
         feature = config.identity(role)
+        if feature is None and isinstance(model, SASRecConfig):
+            continue  # a user is a history
         if feature is None:
             return f"There are no vectors of users and items: no id feature names the {role.removesuffix('_id')}."
-        table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
-        if isinstance(config.tables[table].vocabulary, ManagedVocabulary):
-            return f"No vectors of users and items: the rows of table '{table}' change hands, and nothing ranks by them."
     if config.data.catalogue is None and config.item_features() != [config.identity("item_id")]:
         return (
             "There are no vectors of users and items: the item tower reads more than the id, and there is no data.catalogue."
@@ -245,91 +262,39 @@ def _why_no_towers(config: Config) -> str:
     return ""
 
 
+def _that_changes_hands(config: Config) -> str:
+    """Returns the table of users or items whose rows change hands, so that nothing ranks by them; nothing where none do."""
+    features = [config.features[name] for role in ("user_id", "item_id") if (name := config.identity(role)) is not None]
+    tables = [getattr(feature, "table", "") for feature in features]
+    return next((name for name in tables if isinstance(config.tables[name].vocabulary, ManagedVocabulary)), "")
+
+
 def _that_ranks(config: Config) -> Config:
     """Returns the config, with a metric that ranks where it has none: the catalogue is opened for it."""
     if any(parse_metric(name).ranks for name in config.evaluate.metrics):
         return config
+    if config.identity("user_id") is None:
+        return config  # a list of candidates is all that could be ranked
     metrics = [*config.evaluate.metrics, _RANKING]
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": metrics})})
 
 
 # ----------------------------------------------------------------------------------------------------------- the towers
-@dataclass
-class _Towers:
-    """What came of the towers."""
-
-    user: ExportedTower | None = None
-    item: ExportedTower | None = None
-    seen: str | None = None
-    index: ExportedIndex | None = None
-    quantised: dict[Literal["fp16", "int8"], str] = field(default_factory=dict)
-    verification: Verification | None = None
-    notes: list[str] = field(default_factory=list)
-
-
-def _split(parts: Assembly) -> Split | None:
-    return next((split for split in reversed(SPLITS) if parts.evaluator.has(split)), None)
-
-
-@torch.no_grad()
-def _write_towers(
-    parts: Assembly, folder: Location, files: Mapping[str, str], index: str, say: Callable[[str], None]
-) -> _Towers:
-    model, sets = parts.model.module, parts.evaluator.sets
-    parts.model.eval()
-    say("items")
-    items = folder.join("items.parquet")
-    num_items, dim = write_items(parts, model, items)
-    say("users")
-    num_users, _ = write_users(parts, model, folder.join("users.parquet"))
-    written = _Towers(
-        user=_tower(parts.config, files, "users.parquet", sets.user_id, num_users, dim),
-        item=_tower(parts.config, files, "items.parquet", sets.item_id, num_items, dim),
-    )
-    if parts.config.evaluate.filter_seen:
-        say("items that users have met")
-        written.seen = "seen.parquet"
-        write_seen(parts, _split(parts), folder.join(written.seen))
-    say("index")
-    kind = choose_kind(index, num_items)
-    queries = spread_vectors(folder.join("users.parquet" if num_users else "items.parquet"), _TUNING_QUERIES)
-    built, settings = build_index(kind, lambda: vector_blocks(items), num_items, dim, queries, _LEAST_K)
-    save_index(built, folder.join("items.faiss"))
-    written.index = ExportedIndex(file="items.faiss", kind=kind, settings=settings)
-    say("items in fewer bits")
-    for name in QUANTISED if num_items else ():
-        file = f"items-{name}.parquet"
-        write_quantised(name, items, folder.join(file))
-        written.quantised[name] = file
-    if _split(parts) is None:
-        written.notes.append("Nothing was replayed: the run has neither a validation nor a test set.")
-    return written
-
-
-def _tower(config: Config, files: Mapping[str, str], file: str, feature: str, count: int, dim: int) -> ExportedTower:
-    table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
-    of_table = {name: one for name, one in config.features.items() if getattr(one, "table", None) == table}
-    names = [feature, *(name for name in of_table if name != feature)]
-    model = config.model
-    assert isinstance(model, TwoTowerConfig), "there are towers"
-    tower = model.user if file == "users.parquet" else model.item
-    return ExportedTower(
-        file=file, vectors=count, dim=dim, feature=feature, columns=[of_table[name].column or name for name in names],
-        table=table, vocabulary=kept_vocabulary(config, table, files), features=list(tower.features),
-    )  # fmt: skip
-
-
 @torch.no_grad()
 def _verify(
     parts: Assembly,
     folder: Location,
-    towers: _Towers,
+    towers: Towers,
     own_metrics: Mapping[str, float],
     tolerances: tuple[float, float],
+    scoring: WrittenPrograms,
+    tables: Mapping[str, ExportedTable],
 ) -> Verification | None:
-    split = _split(parts)
+    split = split_of(parts)
     if split is None or towers.index is None:
         return None
+    if towers.user is None and ("user" not in scoring.programs or parts.config.evaluate.candidates == "catalogue"):
+        return None  # nobody is named, and no lists are given
     model, sets = parts.model.module, parts.evaluator.sets
     ranked, is_whole = prepare(sets.ranked(split))
     metrics = [name for name in parts.config.evaluate.metrics if parse_metric(name).ranks]
@@ -341,14 +306,26 @@ def _verify(
         catalogue = sets.catalogue
         return torch.cat(list(parts.evaluator.encoded(model.encode_candidates, catalogue.columns, len(catalogue))))
 
+    encoders = partial(encoder, folder=folder, batch_size=parts.config.evaluate.batch_size)
+
+    def both(kind: Format, files: Mapping[str, str], queries: Columns) -> tuple[FloatArray, FloatArray]:
+        user, item = (encoders(scoring.programs[name], files, kind=kind) for name in ("user", "item"))
+        return user(queries), item(sets.catalogue.columns)
+
+    of_files = {table: exported.file for table, exported in tables.items()}
     return verify(
         split, ranked, metrics, own_metrics if has_own else None, encode,
-        users=folder.join("users.parquet"),
+        users=encoders(scoring.programs["user"], of_files) if towers.user is None else folder.join("users.parquet"),
         items=folder.join("items.parquet"),
         seen=None if towers.seen is None else folder.join(towers.seen),
         index=(towers.index.kind, folder.join(towers.index.file)),
         quantised={
             f"{name} items": partial(dequantised, name, folder.join(file)) for name, file in towers.quantised.items()
+        },
+        tables={
+            f"{kind} tables": partial(both, kind, files)
+            for kind, files in scoring.quantised_tables.items()
+            if {"user", "item"} <= scoring.programs.keys()
         },
         metric_tolerance=tolerances[0],
         index_tolerance=tolerances[1],

@@ -17,7 +17,9 @@ def show(found: Recommendations, console: Console) -> None:
     """Prints it as a table."""
     columns = list(dict.fromkeys(name for item in found.items for name in item.metadata))
     left_out = f", without {found.num_seen:,} that the user has met" if found.num_seen else ""
-    title = f"For user {found.user}, step {found.step}{left_out}"
+    who = "an unseen user" if found.user is None else f"user {found.user}"
+    of_history = "" if found.history is None else f", who met {found.history}"
+    title = f"For {who}{of_history}, step {found.step}{left_out}"
     console.print(title, markup=False, soft_wrap=True)
     table = Table()
     table.add_column("", justify="right")

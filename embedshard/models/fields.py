@@ -69,8 +69,7 @@ class Fields(nn.Module):
     def _vector(self, name: str, lookups: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
         if name not in self.poolings:
             return lookups[name]
-        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
-        lengths_B, pooling = batch.sequences[name].lengths(), self.poolings[name]
+        lengths_B, pooling = batch.sequence_lengths(name), self.poolings[name]
         if not isinstance(pooling, TargetPooling):
             return pooling(lookups[name], lengths_B)
         return pooling(lookups[name], lengths_B, lookups[self._targets[name]])

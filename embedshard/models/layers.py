@@ -204,6 +204,14 @@ class Flatten(nn.Module):
         """Returns (B, L * D)."""
         return padded(values_VD, lengths_B, self._length, self._side)[0].flatten(1)
 
+    def of_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Returns the same of rows that are padded at their end, all to the length that may be."""
+        if self._side == "pre":
+            places_BL = torch.arange(self._length, device=lengths_B.device) - (self._length - lengths_B).unsqueeze(1)
+            indices_BLD = places_BL.remainder(self._length).unsqueeze(2).expand_as(values_BLD)
+            values_BLD = values_BLD.gather(1, indices_BLD)  # zeros from the end come to the front
+        return values_BLD.flatten(1)
+
 
 class Convolutions(nn.Module):
     """Convolutions of several widths, ReLU and the greatest over all places (Kim 2014).
@@ -225,6 +233,10 @@ class Convolutions(nn.Module):
     def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, channels * widths); zeros for an empty row."""
         values_BLD, _ = padded(values_VD, lengths_B, _longest(lengths_B), "post")
+        return self.of_padded(values_BLD, lengths_B)
+
+    def of_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Returns the same of rows that are padded with zeros at their end."""
         found = []
         for layer, width in zip(self.layers, self._widths, strict=True):
             windows_BLH = torch.relu(layer(values_BLD.transpose(1, 2))).transpose(1, 2)

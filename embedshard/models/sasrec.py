@@ -82,7 +82,7 @@ class SASRec(nn.Module):
         """Returns what is known at each place and what comes next. Collective where tables are sharded."""
         assert batch.sequences is not None, "the collator fills what sequences are looked up by"
         assert batch.draws is not None, "the reader draws what the objective asks for"
-        lookups, lengths_B = self.embeddings(batch), batch.sequences[self._sequence].lengths()
+        lookups, lengths_B = self.embeddings(batch), batch.sequence_lengths(self._sequence)
         hidden_BLD, reached_BL = self._hidden(lookups, batch)
         rows_V = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
         last = (torch.cumsum(lengths_B, 0) - 1)[lengths_B > 0]
@@ -101,10 +101,14 @@ class SASRec(nn.Module):
 
     def encode_queries(self, batch: Batch) -> torch.Tensor:
         """Returns (B, D): what is known after each row's list; zeros for an empty one. Collective as `forward`."""
-        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
-        hidden_BLD, _ = self._hidden(self.embeddings(batch), batch)
-        lengths_B = batch.sequences[self._sequence].lengths()
-        last_BD = hidden_BLD[torch.arange(len(lengths_B), device=lengths_B.device), (lengths_B - 1).clamp(min=0)]
+        lengths_B, vectors_VD = batch.sequence_lengths(self._sequence), self.embeddings(batch)[self._sequence]
+        return self.encode_padded(padded(vectors_VD, lengths_B, _longest(lengths_B), "post")[0], lengths_B, batch)
+
+    def encode_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns the same of lists' vectors that are padded at their end; of the batch, what dropout draws by is read."""
+        hidden_BLD = self._of_padded(values_BLD, lengths_B, batch)
+        rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
+        last_BD = hidden_BLD[rows_B, (lengths_B - 1).clamp(min=0)]
         return torch.where((lengths_B > 0).unsqueeze(1), last_BD, 0.0)
 
     def encode_candidates(self, batch: Batch) -> torch.Tensor:
@@ -113,13 +117,19 @@ class SASRec(nn.Module):
 
     def _hidden(self, lookups: Mapping[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns what is known at each place, (B, L, D), and which places there are, (B, L)."""
-        assert batch.sequences is not None, "checked by the callers"
-        lengths_B, vectors_VD = batch.sequences[self._sequence].lengths(), lookups[self._sequence]
-        longest = max(1, int(lengths_B.max())) if len(lengths_B) else 1
-        values_BLD, reached_BL = padded(vectors_VD, lengths_B, longest, "post")
+        lengths_B, vectors_VD = batch.sequence_lengths(self._sequence), lookups[self._sequence]
+        values_BLD, reached_BL = padded(vectors_VD, lengths_B, _longest(lengths_B), "post")
+        return self._of_padded(values_BLD, lengths_B, batch), reached_BL
+
+    def _of_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor, batch: Batch) -> torch.Tensor:
+        _, longest, dim = values_BLD.shape
         from_end_BL = (lengths_B.unsqueeze(1) - 1 - torch.arange(longest, device=lengths_B.device)).clamp(min=0)
-        values_BLD = values_BLD * vectors_VD.shape[1] ** 0.5 + F.embedding(from_end_BL, self.places)
+        values_BLD = values_BLD * dim**0.5 + F.embedding(from_end_BL, self.places)
         values_BLD = self.dropout(values_BLD, batch)
         for block in self.blocks:
             values_BLD = block(values_BLD, batch)
-        return self.norm(values_BLD), reached_BL
+        return self.norm(values_BLD)
+
+
+def _longest(lengths_B: torch.Tensor) -> int:
+    return max(1, int(lengths_B.max())) if len(lengths_B) else 1

@@ -83,8 +83,7 @@ class TextClassifier(nn.Module):
         lookups = self.embeddings(batch)
         parts = []
         if self.encoder is not None and self._text is not None:
-            assert batch.sequences is not None, "the collator fills what sequences are looked up by"
-            parts.append(self.encoder(lookups[self._text], batch.sequences[self._text].lengths()))
+            parts.append(self.encoder(lookups[self._text], batch.sequence_lengths(self._text)))
         for name in self._features:
             place = self._dense.index(name) if name in self._dense else None
             parts.append(lookups[name] if place is None else batch.dense[:, place : place + 1])

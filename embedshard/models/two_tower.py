@@ -117,14 +117,13 @@ class TwoTower(nn.Module):
         like: torch.Tensor,
     ) -> torch.Tensor:
         if side not in self._config.biases or feature is None:
-            return like.new_zeros(len(like), 1)
+            return like.new_zeros(like.shape[0], 1)
         return self._looked_up(lookups, bias_key(feature), slot_count)[:, :1]
 
     def _of_user(self, lookups: Mapping[str, torch.Tensor], batch: Batch, name: str) -> torch.Tensor:
         if name not in self.poolings:
             return self._vector(lookups, batch.dense, name, None)
-        assert batch.sequences is not None, "the collator fills what sequences are looked up by"
-        return self.poolings[name](lookups[name], batch.sequences[name].lengths())
+        return self.poolings[name](lookups[name], batch.sequence_lengths(name))
 
     def _vector(
         self, lookups: Mapping[str, torch.Tensor], dense: torch.Tensor, name: str, slot_count: int | None

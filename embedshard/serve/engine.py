@@ -26,7 +26,8 @@ from embedshard.export.ids import Id, align_metadata, find_row
 from embedshard.export.index import load_index, look_up
 from embedshard.export.manifest import ExportedTower, OpenExport
 from embedshard.export.read import rows_of, seen_by, vector_blocks
-from embedshard.export.recommend import ranking_parts, tower_vocabulary
+from embedshard.export.recommend import ranking_parts
+from embedshard.export.unseen import kept_vocabulary_of
 from embedshard.storage import reaching
 
 FloatArray = npt.NDArray[np.float32]
@@ -314,7 +315,7 @@ class _Places:
     """Where the vectors of ids stand."""
 
     def __init__(self, export: OpenExport, tower: ExportedTower) -> None:
-        self._vocabulary: Vocabulary = tower_vocabulary(export, tower)
+        self._vocabulary: Vocabulary = kept_vocabulary_of(export, tower.table, tower.vocabulary)
         self.rows = rows_of(export.file(tower.file))
         self._order = np.argsort(self.rows)
         self._ascending = self.rows[self._order]

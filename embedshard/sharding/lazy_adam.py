@@ -21,6 +21,7 @@ from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import nn
 
 from embedshard.config.parts import TableOptimizerConfig
+from embedshard.sharding.row_kernels import NO_STATE, Rule, State
 from embedshard.sharding.row_tables import RowTables
 from embedshard.sharding.shards import Shard, fused_kernels
 
@@ -36,6 +37,7 @@ class LazyAdamTables(RowTables):
         steps: of each table, how many steps it has taken, (1,) int64. `AdamSteps` counts.
     """
 
+    rule = Rule.ADAM
     moments: list[tuple[torch.Tensor, torch.Tensor]]
     steps: list[torch.Tensor]
 
@@ -47,17 +49,17 @@ class LazyAdamTables(RowTables):
             self.moments.append((torch.zeros(weight.shape), torch.zeros(weight.shape)))
             self.steps.append(torch.zeros(1, dtype=torch.int64))
 
-    def move(self, table: int, rows_U: torch.Tensor, gradient_UD: torch.Tensor) -> None:
-        """Takes Adam's step of distinct rows of a table, and of their moments."""
-        beta1, beta2, eps = self.optimizer_args.beta1, self.optimizer_args.beta2, self.optimizer_args.eps
+    def state(self, table: int) -> State:
+        """Returns a table's moments, as `move_rows` takes them."""
+        means, squares = self.moments[table]
+        return NO_STATE[0], squares.numpy(), means.numpy()
+
+    def numbers(self, table: int) -> tuple[float, float, float, float, float]:
+        """Returns the rate of a table's next step, its bias correction included, and Adam's numbers."""
+        beta1, beta2 = self.optimizer_args.beta1, self.optimizer_args.beta2
         step = int(self.steps[table]) + 1
         size = self.get_learning_rate() * math.sqrt(1 - beta2**step) / (1 - beta1**step)
-        mean, square = (moment.index_select(0, rows_U) for moment in self.moments[table])
-        mean.lerp_(gradient_UD, 1 - beta1)
-        square.mul_(beta2).addcmul_(gradient_UD, gradient_UD, value=1 - beta2)
-        for moment, moved in zip(self.moments[table], (mean, square), strict=True):
-            moment.index_copy_(0, rows_U, moved)
-        self.change(table, rows_U, mean.div_(square.sqrt_().add_(eps)), -size)
+        return size, self.optimizer_args.eps, 1 - beta1, beta2, 1 - beta2
 
 
 class AdamSteps:

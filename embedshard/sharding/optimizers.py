@@ -37,6 +37,16 @@ _DENSE_CLASSES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
     "rmsprop": torch.optim.RMSprop,
 }
+_FUSED_ON = {
+    "sgd": {"cpu", "cuda"},
+    "adagrad": {"cpu"},
+    "adam": {"cpu", "cuda"},
+    "adamw": {"cpu", "cuda"},
+    "rmsprop": set(),
+}
+"""On which devices torch takes the step of all parameters in one kernel."""
+_WAYS = {"foreach", "fused", "differentiable", "capturable"}
+"""Arguments of torch's optimizers that say how the step is taken."""
 
 
 def learning_rate_factor(schedule: ScheduleConfig, step: int, num_steps: int, former_steps: int = 0) -> float:
@@ -191,9 +201,13 @@ def _replicated_optimizers(
 def _dense_optimizer(dense: DenseOptimizerConfig, parameters: Mapping[str, nn.Parameter]) -> KeyedOptimizerWrapper | None:
     if not parameters:
         return None
+    options = dict(dense.options)
+    devices = {parameter.device.type for parameter in parameters.values()}
+    if devices <= _FUSED_ON[dense.kind] and not _WAYS & options.keys():
+        options["fused"] = True
     try:
         return KeyedOptimizerWrapper(
-            dict(parameters), lambda values: _DENSE_CLASSES[dense.kind](values, lr=dense.lr, **dense.options)
+            dict(parameters), lambda values: _DENSE_CLASSES[dense.kind](values, lr=dense.lr, **options)
         )
     except (TypeError, ValueError) as error:
         raise ConfigError(

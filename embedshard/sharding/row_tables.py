@@ -1,19 +1,22 @@
-"""FBGEMM's tables on a CPU with a backward pass of our own: sort ids, add up each distinct row's gradient, move the row.
+"""FBGEMM's tables on a CPU with loops of our own: the lookup, and the backward pass that moves the rows.
 
-FBGEMM's lookup and its memory of weights and state stay, which TorchRec goes on to shard, save and load. As there, the step
-is taken in the backward pass: there never is a gradient of a table. Equal ids of a batch, in several features too, are one
-row, whose gradient is summed in the order of the batch.
+FBGEMM's memory of weights and state stays, which TorchRec goes on to shard, save and load. As there, the step is taken in
+the backward pass: there never is a gradient of a table. Ids are sorted; equal ids of a batch, in several features too, are
+one row, whose gradient is summed in the order of the batch. The loops are torch's and those of `row_kernels.py`; what they
+save is in docs/performance.md.
 
-It serves tables whose optimizer FBGEMM does not have on a CPU (`lazy_adam.py`), and sequences: FBGEMM has their backward
-pass (SGD, Adagrad, row-wise Adagrad; the rules here are the same) and is slow at it (docs/log.md). Bags are FBGEMM's own.
+They serve all tables that FBGEMM's fused kernels would: bags and sequences, under SGD, Adagrad and row-wise Adagrad, whose
+rules are FBGEMM's, and Adam, which FBGEMM does not have on a CPU (`lazy_adam.py`).
 """
 
 from __future__ import annotations
 
-__all__ = ["RowTables", "take_over_sequences"]
+__all__ = ["RowTables", "take_over_tables"]
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -21,34 +24,44 @@ import torch.nn.functional as F
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
+from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from embedshard.sharding.row_kernels import NO_STATE, Rule, State, bags_of_ids, count_rows, group_rows, move_rows
 from embedshard.sharding.shards import fused_kernels
 
-_BLOCK_ELEMENTS = 2**16
-"""Rows are moved in blocks of so many numbers: what is gathered of weights and state stays in the cache."""
+Ids = NDArray[np.int64]
+_LEAST_OF_A_THREAD = 2**12
+"""Rows for which a further thread is worth its while."""
+_ROWS_AN_ID = 8
+"""Rows of a table for each id of a batch, up to which ids are sorted by counting."""
 
 
 class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
-    """FBGEMM's tables of one kernel. A subclass says how rows are moved by their gradients."""
+    """FBGEMM's tables of one kernel. A subclass says by which rule rows are moved, and what state it has.
+
+    Attributes:
+        rule: by which rows are moved.
+    """
+
+    rule: ClassVar[Rule]
 
     def begin(self) -> None:
         """Does what a constructor would of a kernel that was not there already."""
         assert self.pooling_mode != PoolingMode.MEAN, "embedshard pools by weighted sums"
         self._anchor = torch.empty(0, requires_grad=True)
         self._weights_of_tables = self.split_embedding_weights()
-        self._features, self._columns = [], []
-        ends = self.D_offsets.tolist()
+        self._features = []
         for table in range(len(self._weights_of_tables)):
             first = self.feature_table_map.index(table)
             self._features.append((first, first + self.feature_table_map.count(table)))
-            self._columns.append(slice(*(int(ends[feature]) for feature in self._features[-1])))
+        self._dims = [int(end - begin) for begin, end in pairwise(self.D_offsets.tolist())]
 
     def forward(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Looks ids up.
+        """Looks ids up, as FBGEMM does.
 
         Args:
             indices: rows, (V,), feature by feature.
@@ -57,85 +70,128 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
 
         Returns:
             Pooled vectors, (B, columns of all features); or those of all ids, (V, columns), where nothing is pooled.
-        """
-        return _lookup(self._anchor, self, indices, offsets, per_sample_weights)
 
-    def look_up(self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
-        """Returns what FBGEMM's own kernel returns."""
-        return super().forward(indices, offsets, weights)
+        Raises:
+            IndexError: if an id is no row of its table.
+        """
+        parts = self.by_feature(indices, offsets, per_sample_weights)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0 if self.pooling_mode == PoolingMode.NONE else 1)
+
+    def by_feature(
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns for each feature what `forward` returns for all, side by side or one after the other."""
+        return _lookup(self._anchor, self, indices.long(), offsets.long(), weights)
+
+    def look_up(
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
+        """Returns what `by_feature` does, without a backward pass."""
+        batch_size = (len(offsets) - 1) // len(self.feature_table_map)
+        is_pooled = self.pooling_mode != PoolingMode.NONE
+        if any(weight.dtype != torch.float32 for weight in self._weights_of_tables):
+            found = super().forward(indices, offsets, weights)
+            cuts = self._dims if is_pooled else offsets[::batch_size].diff().tolist()
+            return tuple(part.contiguous() for part in torch.split(found, cuts, dim=1 if is_pooled else 0))
+        parts: list[torch.Tensor] = []
+        for weight, (first, last) in zip(self._weights_of_tables, self._features, strict=True):
+            bags = offsets[first * batch_size : last * batch_size + 1]
+            begins = bags.numpy()
+            span = slice(int(begins[0]), int(begins[-1]))
+            cuts = [batch_size] * (last - first) if is_pooled else begins[::batch_size].tolist()
+            if not is_pooled:
+                cuts = [end - begin for begin, end in pairwise(cuts)]
+            try:
+                if not is_pooled or (weights is None and _are_single(begins)):
+                    vectors = weight.index_select(0, indices[span])
+                else:
+                    vectors = F.embedding_bag(
+                        indices[span], weight, bags - span.start if span.start else bags, mode="sum",
+                        per_sample_weights=None if weights is None else weights[span].float(), include_last_offset=True,
+                    )  # fmt: skip
+            except (IndexError, RuntimeError) as error:
+                _check_rows(indices[span], weight, error)
+                raise
+            parts += [vectors] if len(cuts) == 1 else torch.split(vectors, cuts)
+        return tuple(parts)
 
     def take_step(
-        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None, gradient: torch.Tensor
-    ) -> None:
-        """Takes the step of all rows that were looked up: arguments as of `forward`, and the gradient of its result."""
+        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None,
+        gradients: Sequence[torch.Tensor | None],
+    ) -> None:  # fmt: skip
+        """Takes the step of all rows that were looked up: arguments as of `by_feature`, and the gradients of its results."""
+        begins = offsets.numpy()
         batch_size = (len(offsets) - 1) // len(self.feature_table_map)
+        is_pooled = self.pooling_mode != PoolingMode.NONE
         for table, (first, last) in enumerate(self._features):
-            begins = offsets[first * batch_size : last * batch_size + 1]
-            span = slice(int(begins[0]), int(begins[-1]))
-            if span.start == span.stop:
+            bags = begins[first * batch_size : last * batch_size + 1]
+            span, dim = slice(int(bags[0]), int(bags[-1])), self._dims[first]
+            if span.start == span.stop or all(part is None for part in gradients[first:last]):
                 continue
-            if self.pooling_mode == PoolingMode.NONE:
-                vectors, sources_V = gradient[span], None
-            else:
-                vectors = gradient[:, self._columns[table]].reshape(batch_size * (last - first), -1)
-                bags_V = torch.repeat_interleave(begins.diff())  # feature by feature, as ids are; vectors are row by row
-                sources_V = bags_V if last - first == 1 else bags_V % batch_size * (last - first) + bags_V // batch_size
-            rows_U, gradient_UD = _by_row(indices[span], sources_V, vectors, None if weights is None else weights[span])
-            for rows, of_rows in self._blocks(rows_U, gradient_UD):
-                self.move(table, rows, of_rows)
+            sizes = [batch_size] * (last - first) if is_pooled else np.diff(bags[::batch_size]).tolist()
+            parts = [
+                torch.zeros(size, dim) if part is None else part.float()
+                for size, part in zip(sizes, gradients[first:last], strict=True)
+            ]
+            vectors, stride = _as_rows(parts[0]) if len(parts) == 1 else (torch.cat(parts), 1)
+            rows_U, sources, ends = _grouped(indices[span].numpy(), len(self._weights_of_tables[table]))
+            of_weights = None if weights is None else weights[span][torch.from_numpy(sources)].float()
+            if is_pooled and not _are_single(bags):
+                sources = bags_of_ids(bags)[sources]
+            gradient_UD = F.embedding_bag(
+                torch.from_numpy(sources if stride == 1 else sources * stride), vectors, torch.from_numpy(ends),
+                mode="sum", include_last_offset=True, per_sample_weights=of_weights,
+            )  # fmt: skip
+            self._move(table, rows_U, gradient_UD.numpy())
 
-    def move(self, table: int, rows_U: torch.Tensor, gradient_UD: torch.Tensor) -> None:
-        """Takes the step of distinct rows of a table, and of their state. It may write to the gradient."""
-        raise NotImplementedError
+    def state(self, table: int) -> State:
+        """Returns a table's state: sums (R,), squares (R, D) and means (R, D); those that the rule has not are empty."""
+        return NO_STATE
 
-    def change(self, table: int, rows_U: torch.Tensor, change_UD: torch.Tensor, size: float | torch.Tensor = 1.0) -> None:
-        """Adds `size`, one number or one a row, times the change to the weights of distinct rows."""
-        weight_RD = self._weights_of_tables[table]
-        weight_UD = weight_RD.index_select(0, rows_U).float()
-        if isinstance(size, torch.Tensor):
-            weight_UD.addcmul_(change_UD, size)
-        else:
-            weight_UD.add_(change_UD, alpha=size)
-        weight_RD.index_copy_(0, rows_U, weight_UD.to(weight_RD.dtype))
+    def numbers(self, table: int) -> tuple[float, float, float, float, float]:
+        """Returns the rate, epsilon, 1 - beta1, beta2 and 1 - beta2 of a table's next step."""
+        return self.get_learning_rate(), self.optimizer_args.eps, 0.0, 0.0, 0.0
 
-    def _blocks(self, rows_U: torch.Tensor, gradient_UD: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        block = max(1, _BLOCK_ELEMENTS // gradient_UD.shape[1])
-        return zip(torch.split(rows_U, block), torch.split(gradient_UD, block), strict=True)
+    def _move(self, table: int, rows_U: Ids, gradient_UD: NDArray[np.float32]) -> None:
+        weight, state, numbers = self._weights_of_tables[table], self.state(table), np.array(self.numbers(table), np.float32)
+        if weight.dtype == torch.float32:
+            moved, slots = weight, rows_U
+        else:  # the loops know float32 alone: they move a copy of the rows
+            moved, slots = weight.index_select(0, torch.from_numpy(rows_U)).float(), np.arange(len(rows_U))
+        values = moved.numpy()
+
+        def run(first: int, last: int) -> None:
+            move_rows(int(self.rule), values, slots, *state, rows_U, gradient_UD, numbers, first, last)
+
+        _in_threads(run, len(rows_U))
+        if moved is not weight:
+            weight.index_copy_(0, torch.from_numpy(rows_U), moved.to(weight.dtype))
 
 
 class _SgdTables(RowTables):
-    """weight -= lr * gradient."""
-
-    def move(self, table: int, rows_U: torch.Tensor, gradient_UD: torch.Tensor) -> None:
-        self.change(table, rows_U, gradient_UD, -self.get_learning_rate())
+    rule = Rule.SGD
 
 
 class _AdagradTables(RowTables):
-    """sum += gradient^2; weight -= lr * gradient / (sqrt(sum) + eps)."""
+    rule = Rule.ADAGRAD
 
     def begin(self) -> None:
         super().begin()
         self._sums = [states[0] for states in self.split_optimizer_states()]
 
-    def move(self, table: int, rows_U: torch.Tensor, gradient_UD: torch.Tensor) -> None:
-        sums_UD = self._sums[table].index_select(0, rows_U).addcmul_(gradient_UD, gradient_UD)
-        self._sums[table].index_copy_(0, rows_U, sums_UD)
-        step_UD = gradient_UD.div_(sums_UD.sqrt_().add_(self.optimizer_args.eps))
-        self.change(table, rows_U, step_UD, -self.get_learning_rate())
+    def state(self, table: int) -> State:
+        return NO_STATE[0], self._sums[table].numpy(), NO_STATE[2]
 
 
 class _RowwiseAdagradTables(RowTables):
-    """sum += mean over columns of gradient^2; weight -= lr * gradient / (sqrt(sum) + eps)."""
+    rule = Rule.ROWWISE_ADAGRAD
 
     def begin(self) -> None:
         super().begin()
         self._sums = [states[0] for states in self.split_optimizer_states()]
 
-    def move(self, table: int, rows_U: torch.Tensor, gradient_UD: torch.Tensor) -> None:
-        sums_U = self._sums[table].index_select(0, rows_U).add_(gradient_UD.square().mean(dim=1))
-        self._sums[table].index_copy_(0, rows_U, sums_U)
-        sizes_U = sums_U.sqrt_().add_(self.optimizer_args.eps).reciprocal_().mul_(-self.get_learning_rate())
-        self.change(table, rows_U, gradient_UD, sizes_U.unsqueeze(1))
+    def state(self, table: int) -> State:
+        return self._sums[table].numpy(), *NO_STATE[1:]
 
 
 _TABLES: dict[EmbOptimType, type[RowTables]] = {
@@ -145,12 +201,11 @@ _TABLES: dict[EmbOptimType, type[RowTables]] = {
 }
 
 
-def take_over_sequences(model: nn.Module) -> None:
-    """Gives a sharded model's fused kernels of sequences this backward pass where they are on a CPU and have another."""
+def take_over_tables(model: nn.Module) -> None:
+    """Gives a sharded model's fused kernels these loops where they are on a CPU and have others."""
     for kernel in fused_kernels(model):
         tables = kernel.emb_module
-        is_sequence = tables.pooling_mode == PoolingMode.NONE
-        if tables.use_cpu and is_sequence and not isinstance(tables, RowTables) and tables.optimizer in _TABLES:
+        if tables.use_cpu and not isinstance(tables, RowTables) and tables.optimizer in _TABLES:
             tables.__class__ = _TABLES[tables.optimizer]  # in place: TorchRec's optimizers and state dicts hold it
             tables.begin()
 
@@ -166,58 +221,81 @@ class _Lookup(torch.autograd.Function):
         indices: torch.Tensor,
         offsets: torch.Tensor,
         weights: torch.Tensor | None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, ...]:
         assert weights is None or not weights.requires_grad, "weights of ids are data: they get no gradient"
         ctx.tables = tables
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices, offsets, weights)
         return tables.look_up(indices, offsets, weights)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
         indices, offsets, weights = ctx.saved_tensors
-        ctx.tables.take_step(indices, offsets, weights, gradient)
+        ctx.tables.take_step(indices, offsets, weights, gradients)
         return (None,) * 5
 
 
-_lookup: Callable[..., torch.Tensor] = _Lookup.apply
+_lookup: Callable[..., tuple[torch.Tensor, ...]] = _Lookup.apply
 
 
-def _by_row(
-    ids_V: torch.Tensor, sources_V: torch.Tensor | None, vectors: torch.Tensor, weights_V: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the distinct ids, ascending, and the sum over each one's occurrences of weight times source vector.
+def _are_single(begins: Ids) -> bool:
+    """Returns whether bags that begin there have one id each."""
+    return int(begins[-1] - begins[0]) == len(begins) - 1 and bool((begins[1:] - begins[:-1] == 1).all())
 
-    An id's source is the vector in its own place where `sources_V` is None.
+
+def _as_rows(part: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Returns a matrix (., D) and a stride: row b * stride of it is row b of the part, (B, D).
+
+    Where the part is columns of a matrix that has whole vectors side by side, it is that matrix, and nothing is copied.
     """
-    rows_U, order_V, begins = _grouped(ids_V)
-    return rows_U, F.embedding_bag(
-        order_V if sources_V is None else sources_V[order_V],
-        vectors.contiguous(),
-        begins,
-        mode="sum",
-        per_sample_weights=None if weights_V is None else weights_V[order_V].to(vectors.dtype),
-        include_last_offset=True,
-    )
+    size, dim = part.shape
+    if part.stride(1) == 1 and part.stride(0) > dim and part.stride(0) % dim == 0:
+        stride = part.stride(0) // dim
+        return part.as_strided(((size - 1) * stride + 1, dim), (dim, 1)), stride
+    return part.contiguous(), 1
 
 
-def _grouped(ids_V: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _check_rows(ids_V: torch.Tensor, weight_RD: torch.Tensor, error: Exception) -> None:
+    wrong_V = ids_V[(ids_V < 0) | (ids_V >= len(weight_RD))]
+    if len(wrong_V):
+        raise IndexError(f"id {wrong_V[0]} was looked up in a table of {len(weight_RD):,} rows") from error
+
+
+def _grouped(ids_V: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:
     """Returns the distinct ids, ascending, the places of all by id and then in order, and where each one's places begin.
 
-    An id and its place are sorted as one number where they fit into one: numpy sorts numbers several times as fast as torch
-    finds out their order.
+    In a table that is not much larger than the batch each row's ids are counted. Else an id and its place are sorted as one
+    number where they fit into one: numpy sorts numbers several times as fast as it finds out their order.
     """
-    ids, bits = ids_V.numpy(), len(ids_V).bit_length()
-    if ids_V.dtype == torch.int64 and int(ids.max()) < 2 ** (62 - bits):
-        keys = ids << bits
-        keys |= np.arange(len(ids))
-        keys.sort()
-        order, ids = keys & ((1 << bits) - 1), keys >> bits
-    else:
-        order = np.argsort(ids, kind="stable")
-        ids = ids[order]
-    changes = np.flatnonzero(ids[1:] != ids[:-1])
-    begins = np.empty(len(changes) + 2, dtype=np.int64)
-    begins[0], begins[-1] = 0, len(ids)
-    np.add(changes, 1, out=begins[1:-1])
-    return torch.from_numpy(ids[begins[:-1]]), torch.from_numpy(order), torch.from_numpy(begins)
+    bits = len(ids_V).bit_length()
+    is_counted = num_rows <= _ROWS_AN_ID * len(ids_V)
+    if is_counted or num_rows < 2 ** (62 - bits):
+        places, rows, begins = np.empty_like(ids_V), np.empty_like(ids_V), np.empty(len(ids_V) + 1, np.int64)
+        if is_counted:
+            count = count_rows(ids_V, np.zeros(num_rows, np.int64), places, rows, begins)
+        else:
+            keys = ids_V << bits
+            keys |= np.arange(len(ids_V))
+            keys.sort()
+            count = group_rows(keys, bits, places, rows, begins)
+        return rows[:count], places, begins[: count + 1]
+    places = np.argsort(ids_V, kind="stable")
+    rows = ids_V[places]
+    begins = np.flatnonzero(np.append(True, rows[1:] != rows[:-1]))
+    return rows[begins], places, np.append(begins, len(rows))
+
+
+_pools: list[ThreadPoolExecutor] = []
+
+
+def _in_threads(run: Callable[[int, int], None], count: int) -> None:
+    """Runs a loop from 0 to a count, in as many threads as torch has."""
+    threads = min(torch.get_num_threads(), count // _LEAST_OF_A_THREAD)
+    if threads <= 1:
+        run(0, count)
+        return
+    if not _pools:
+        _pools.append(ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="rows"))
+    cuts = [count * part // threads for part in range(threads + 1)]
+    list(_pools[0].map(run, cuts[:-1], cuts[1:]))

@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
 from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, ShardingPlan
 
 from embedshard.config import Config, TableSpec
 from embedshard.errors import ConfigError
+from embedshard.sharding.alone import look_up_directly
 from embedshard.sharding.cache import keep_apart
 from embedshard.sharding.initialise import initialise_tables
 from embedshard.sharding.lazy_adam import pose_as_sgd, take_over
@@ -23,7 +23,7 @@ from embedshard.sharding.memory import check_memory
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, SequenceSharder, Sharders, make_plan
 from embedshard.sharding.recorded import RecordedPlan
-from embedshard.sharding.row_tables import take_over_sequences
+from embedshard.sharding.row_tables import take_over_tables
 from embedshard.sharding.shards import weight_shards
 from embedshard.world import World
 
@@ -70,22 +70,15 @@ def shard_model(
         # leaves its buckets as they are; else it orders them anew after its first step, and with them the sums over more
         # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
         data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
+        init_data_parallel=world.world_size > 1,  # there is no gradient to share in a world of one
     )
-    replica = sharded._dmp_wrapped_module
-    if world.world_size == 1 and isinstance(replica, DistributedDataParallel):
-        # The sum over one rank: as it is, without a detour through gloo's thread.
-        replica.register_comm_hook(None, lambda _, bucket: _done(bucket.buffer()))
     take_over(sharded)
-    take_over_sequences(sharded)
+    take_over_tables(sharded)
+    if world.world_size == 1:
+        look_up_directly(sharded)
     if initialises:
         initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
-
-
-def _done(gradients: torch.Tensor) -> torch.futures.Future[torch.Tensor]:
-    done: torch.futures.Future[torch.Tensor] = torch.futures.Future()
-    done.set_result(gradients)
-    return done
 
 
 def round_at_random(plan: ShardingPlan, specs: Sequence[TableSpec]) -> None:

@@ -15,8 +15,9 @@ left, in file order, the first eight tenths train, the next tenth is the validat
 
 `next`, for sasrec.yaml: of the movies with five ratings or more that a user rated, in order of time, the last is the test
 row's item, the one before the validation row's, and the one before that the training row's, each with the movies before it
-as its history; the former two with 100 movies that the user has not rated (Kang and McAuley 2018). Movies are numbered anew,
-as movies.parquet says.
+as its history; the former two with 100 movies that the user has not rated (Kang and McAuley 2018). Ratings of the same
+second have no order: they are put in one that is drawn (README.md says why). Movies are numbered anew, as movies.parquet
+says.
 
 Without --source the official files are fetched: for all protocols unless --protocol names one. A source is a folder
 with train.parquet and test.parquet (ncf), with ratings.parquet (ratings), with movies.parquet too (histories), or with
@@ -102,10 +103,10 @@ def prepare(protocol: str, source: Path | None, downloads: Path) -> dict[str, pa
         ratings = pq.read_table(source / "ratings.parquet") if source else read_archive(fetch(RATINGS_ARCHIVE, downloads))
         return liked(ratings, read_users(source, downloads), read_movies(source, downloads))
     if protocol == "next":
-        columns = ["user_id", "movie_id", "seq_pos"]
         if source:
-            return next_items(pq.read_table(source / "ratings.parquet", columns=columns), "seq_pos")
-        return next_items(read_archive(fetch(RATINGS_ARCHIVE, downloads)), "time")
+            columns = ["user_id", "movie_id", "seq_pos", "timestamp"]
+            return next_items(pq.read_table(source / "ratings.parquet", columns=columns), "seq_pos", "timestamp")
+        return next_items(read_archive(fetch(RATINGS_ARCHIVE, downloads)), "time", "time")
     if protocol == "histories":
         if source:
             columns = ["user_id", "movie_id", "seq_pos"]
@@ -208,13 +209,19 @@ def histories(ratings: pa.Table, time: str) -> pa.Table:
 
 
 # ---------------------------------------------------------------------------------------------------------------- next
-def next_items(ratings: pa.Table, time: str) -> dict[str, pa.Table]:
-    """Returns a row for each user and set: what came before an item, the item, and what the user has not rated."""
+def next_items(ratings: pa.Table, order: str, time: str) -> dict[str, pa.Table]:
+    """Returns a row for each user and set: what came before an item, the item, and what the user has not rated.
+
+    Args:
+        ratings: of users, in any order.
+        order: the column whose order within a user is that of time.
+        time: the column of the seconds, null where it is not known.
+    """
     ids, counts = np.unique(ratings["movie_id"].to_numpy(), return_counts=True)
     kept = ids[counts >= FEWEST_RATINGS]
     ratings = ratings.filter(pc.is_in(ratings["movie_id"], value_set=pa.array(kept)))
     users, movies = ratings["user_id"].to_numpy(), np.searchsorted(kept, ratings["movie_id"].to_numpy())
-    order = np.lexsort((ratings[time].to_numpy(), users))
+    order = chronological(users, ratings[order].to_numpy(), ratings[time].to_numpy())
     known, first, lengths = np.unique(users[order], return_index=True, return_counts=True)
     if not len(kept):
         raise ValueError(f"no movie has {FEWEST_RATINGS} ratings, which protocol 'next' asks of each")
@@ -230,6 +237,34 @@ def next_items(ratings: pa.Table, time: str) -> dict[str, pa.Table]:
         sets[name] = pa.table(columns if name == "train" else {**columns, "negatives": negatives})
     sets["train"] = sets["train"].replace_schema_metadata({"movies": ",".join(map(str, kept.tolist()))})
     return sets
+
+
+def chronological(users: np.ndarray, places: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Returns the order of rows by user and time, those of the same second in an order drawn from SEED.
+
+    Rows between two of the same second are of that second, and so are those after the latest known one: a user's latest
+    time is known. Of other rows whose time is not known the place alone counts.
+
+    Args:
+        users: of each row.
+        places: whose order within a user is that of time.
+        times: of each row, NaN where it is not known.
+    """
+    order = np.lexsort((places, users))
+    users, times = users[order], times[order].astype(np.float64)
+    index, is_known = np.arange(len(users)), ~np.isnan(times)
+    before = np.maximum.accumulate(np.where(is_known, index, -1))
+    after = np.minimum.accumulate(np.where(is_known, index, len(users))[::-1])[::-1]
+    has_before, has_after = before >= 0, after < len(users)
+    has_before[has_before] = users[before[has_before]] == users[has_before]
+    has_after[has_after] = users[after[has_after]] == users[has_after]
+    same = has_before & ~has_after
+    both = has_before & has_after
+    same[both] = times[before[both]] == times[after[both]]
+    times = np.where(same, times[before], np.nan)
+    starts = np.append(True, (users[1:] != users[:-1]) | ~(times[1:] == times[:-1]))[: len(users)]
+    drawn = np.random.default_rng(SEED).random(len(users))
+    return order[np.lexsort((drawn, np.cumsum(starts)))]
 
 
 def numbered(movies: pa.Table, sets: dict[str, pa.Table]) -> pa.Table:

@@ -22,6 +22,6 @@ def test_an_export_in_a_bucket_is_that_of_a_disk(make_config, bucket, tmp_path):
     same = there.files.keys() - {"items.faiss", "verification.json"}
     assert here.files.keys() == there.files.keys()
     assert {name: there.files[name].sha256 for name in same} == {name: here.files[name].sha256 for name in same}
-    assert all(name.startswith(("tables", "vocabularies")) or "/" not in name for name in there.files)
+    assert all(name.startswith(("tables", "vocabularies", "programs")) or "/" not in name for name in there.files)
     assert locate(f"{bucket}/out").join("manifest.json").is_file()
     assert recommend(f"{bucket}/out", "7", 5) == recommend(tmp_path / "out", "7", 5)

@@ -225,7 +225,7 @@ def test_what_comes_next_is_held_out_from_the_end(prepare, tmp_path, monkeypatch
     rows = [(7, 10, 1), (7, 99, 0), (7, 20, 2), (7, 30, 4), (7, 40, 3), (7, 50, 5)]
     rows += [(8, movie, 100 - movie) for movie in range(30, 90, 10)] + [(9, movie, movie) for movie in (60, 70, 80, 10, 20)]
     ratings = pa.table(dict(zip(("user_id", "movie_id", "seq_pos"), zip(*rows, strict=True), strict=True)))
-    sets = prepare.next_items(ratings, "seq_pos")
+    sets = prepare.next_items(ratings, "seq_pos", "seq_pos")
     movies = [10, 20, 30, 40, 50, 60, 70, 80]
     raw = {
         name: [[movies[place] for place in [*row["history"], row["item_id"]]] for row in table.to_pylist()]
@@ -239,3 +239,21 @@ def test_what_comes_next_is_held_out_from_the_end(prepare, tmp_path, monkeypatch
             assert not {movies[place] for place in row["negatives"]} & set(met)
     titles = pa.table({"movie_id": [*movies, 99], "title": list("abcdefghx"), "genres": [[]] * 9})
     assert prepare.numbered(titles, sets)["title"].to_pylist() == list("abcdefgh")
+
+
+def test_ratings_of_the_same_second_are_put_in_a_drawn_order(prepare):
+    nan = float("nan")
+    # User 0's second 5 ends with the user: rows after the latest known time are of it. User 1's rows between two of second 3
+    # are of it, and the one before, whose time is not known, keeps its place.
+    times = [1, nan, 5, nan, nan, nan, nan, 3, nan, nan, 3, 4]
+    users, places = np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
+    shuffled = np.random.default_rng(1).permutation(12)
+    order = shuffled[prepare.chronological(users[shuffled], places[shuffled], np.array(times)[shuffled])]
+    assert order[:2].tolist() == [0, 1]
+    assert set(order[2:6].tolist()) == {2, 3, 4, 5}
+    assert order[6] == 6
+    assert set(order[7:11].tolist()) == {7, 8, 9, 10}
+    assert order[11] == 11
+    many = prepare.chronological(np.zeros(1000, int), np.arange(1000), np.zeros(1000))
+    assert sorted(many.tolist()) == list(range(1000))
+    assert abs(np.corrcoef(many, np.arange(1000))[0, 1]) < 0.15

@@ -237,7 +237,7 @@ def test_what_fails_verification_is_no_export(trained, tmp_path):
 
 
 def test_vectors_that_are_not_the_models_are_found(trained, tmp_path, monkeypatch):
-    import embedshard.launch.export as module
+    import embedshard.launch.export_towers as module
 
     write = module.write_items
 
@@ -256,7 +256,7 @@ def test_vectors_that_are_not_the_models_are_found(trained, tmp_path, monkeypatc
 
 
 def test_an_index_that_misses_is_told_by_itself(trained, tmp_path, monkeypatch):
-    import embedshard.launch.export as module
+    import embedshard.launch.export_towers as module
 
     build = module.build_index
 
@@ -311,7 +311,7 @@ def test_given_candidates_and_several_rows_a_user_are_replayed_by_one_row_each(t
     assert list(found.metrics) == ["hit_rate@3"]
 
 
-def test_what_has_no_towers_is_exported_without_them(trained, tmp_path):
+def test_where_rows_change_hands_the_ids_that_hold_one_are_exported(trained, tmp_path):
     managed = {"kind": "managed", "rows": 64}
     changes = {
         "tables": {"user": {"rows": None, "vocabulary": managed}},
@@ -320,11 +320,29 @@ def test_what_has_no_towers_is_exported_without_them(trained, tmp_path):
     found = export_here(trained(changes), tmp_path / "out", {})
     manifest = manifest_of(tmp_path / "out")
     assert found.verification is None
-    assert manifest["user"] is manifest["item"] is manifest["index"] is None
+    assert manifest["user"] is manifest["seen"] is None
     assert "change hands" in manifest["notes"][0]
+    assert "There are no vectors of users: their tower reads history, age" in manifest["notes"][1]
     ids = pq.read_table(tmp_path / "out" / manifest["tables"]["user"]["file"])["id"].to_pylist()
     assert ids[-1] is None
     assert set(ids[:-1]) <= set(range(40))
     assert ids[:-1]
+    assert pq.read_table(tmp_path / "out" / "items.parquet")["id"].to_pylist() == list(range(30))
     with pytest.raises(ExportError, match=r"can recommend nothing.*change hands"):
+        recommend(tmp_path / "out", "3", 5)
+
+
+def test_what_has_no_towers_is_exported_without_them(trained, tmp_path):
+    changes = {
+        "data": {"label": "clicked"},
+        "model": {"kind": "wide_and_deep", "mlp": [8]},
+        "objective": {"kind": "bce"},
+        "evaluate": {"metrics": ["auc"]},
+    }
+    found = export_here(trained(changes), tmp_path / "out", {})
+    manifest = manifest_of(tmp_path / "out")
+    assert found.verification is None
+    assert manifest["user"] is manifest["item"] is manifest["index"] is None
+    assert manifest["programs"].keys() == {"model"}
+    with pytest.raises(ExportError, match=r"can recommend nothing.*this is a wide_and_deep"):
         recommend(tmp_path / "out", "3", 5)

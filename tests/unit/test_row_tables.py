@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,8 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_common import EmbeddingLocati
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import ComputeDevice, SplitTableBatchedEmbeddingBagsCodegen
 from torch import nn
 
-from embedshard.sharding.row_tables import RowTables, take_over_sequences
+from embedshard.sharding import row_tables
+from embedshard.sharding.row_tables import RowTables, take_over_tables
 
 ROWS, DIM, BATCH = (7, 300), 8, 16
 
@@ -38,10 +41,10 @@ class Lookups(nn.Module):
         self._lookups = [Kernel(*arguments)]
 
 
-def trained(is_taken_over, optimizer, pooling=PoolingMode.NONE, dtype=SparseType.FP32, steps=4):
+def trained(is_taken_over, optimizer, pooling=PoolingMode.NONE, dtype=SparseType.FP32, steps=4, is_weighted=False):
     model = Lookups(optimizer, pooling, dtype)
     if is_taken_over:
-        take_over_sequences(model)
+        take_over_tables(model)
     tables = model._lookups[0].emb_module
     generator = np.random.default_rng(5)
     losses = []
@@ -51,8 +54,9 @@ def trained(is_taken_over, optimizer, pooling=PoolingMode.NONE, dtype=SparseType
         limits = np.repeat([ROWS[0], ROWS[0], ROWS[1]], per_feature)
         ids = torch.from_numpy((generator.random(len(limits)) * limits).astype(np.int64))
         offsets = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]))
-        found = tables(ids, offsets)
-        loss = (found.sin() * torch.arange(1, found.shape[1] + 1)).sum()
+        weights = torch.from_numpy(generator.random(len(ids), dtype=np.float32)) if is_weighted else None
+        found = tables(ids, offsets, weights)
+        loss = (found.sin() * torch.arange(1, found.shape[1] + 1)).sum() / 20
         loss.backward()
         losses.append(loss.item())
     states = tables.split_optimizer_states()
@@ -60,14 +64,45 @@ def trained(is_taken_over, optimizer, pooling=PoolingMode.NONE, dtype=SparseType
 
 
 @pytest.mark.parametrize(("dtype", "steps", "tolerance"), [(SparseType.FP32, 4, 1e-5), (SparseType.FP16, 1, 4e-3)])
+@pytest.mark.parametrize("is_weighted", [False, True])
+@pytest.mark.parametrize("pooling", [PoolingMode.NONE, PoolingMode.SUM])
 @pytest.mark.parametrize("optimizer", ["EXACT_SGD", "EXACT_ADAGRAD", "EXACT_ROWWISE_ADAGRAD"])
-def test_sequences_are_trained_as_fbgemm_trains_them(optimizer, dtype, steps, tolerance):
-    tables, losses, tensors = trained(True, EmbOptimType[optimizer], dtype=dtype, steps=steps)
+def test_tables_are_trained_as_fbgemm_trains_them(optimizer, pooling, is_weighted, dtype, steps, tolerance):
+    if is_weighted and pooling == PoolingMode.NONE:
+        pytest.skip("a sequence has no weights")
+    arguments = EmbOptimType[optimizer], pooling, dtype, steps, is_weighted
+    tables, losses, tensors = trained(True, *arguments)
     assert isinstance(tables, RowTables)
-    _, expected_losses, expected = trained(False, EmbOptimType[optimizer], dtype=dtype, steps=steps)
-    np.testing.assert_allclose(losses, expected_losses, rtol=tolerance)
+    kernel, expected_losses, expected = trained(False, *arguments)
+    assert not isinstance(kernel, RowTables)
+    np.testing.assert_allclose(losses, expected_losses, rtol=tolerance, atol=tolerance)
     for tensor, other in zip(tensors, expected, strict=True):
         torch.testing.assert_close(tensor.float(), other.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("pooling", [PoolingMode.NONE, PoolingMode.SUM])
+@pytest.mark.parametrize("dtype", [SparseType.FP32, SparseType.FP16])
+def test_more_threads_give_the_same_bits(pooling, dtype, monkeypatch):
+    arguments = True, EmbOptimType.EXACT_ROWWISE_ADAGRAD, pooling, dtype
+    alone = trained(*arguments)[1:]
+    monkeypatch.setattr(row_tables, "_LEAST_OF_A_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    spans = []
+    move = row_tables.move_rows
+    monkeypatch.setattr(row_tables, "move_rows", lambda *given: (spans.append(given[-2:]), move(*given)))
+    losses, tensors = trained(*arguments)[1:]
+    assert any(first > 0 for first, _ in spans)
+    assert losses == alone[0]
+    assert all(torch.equal(tensor, other) for tensor, other in zip(tensors, alone[1], strict=True))
+
+
+@pytest.mark.parametrize("pooling", [PoolingMode.NONE, PoolingMode.SUM])
+@pytest.mark.parametrize("wrong", [-1, ROWS[1]])
+def test_an_id_that_is_no_row_is_an_error(pooling, wrong):
+    model = Lookups(EmbOptimType.EXACT_SGD, pooling, SparseType.FP32)
+    take_over_tables(model)
+    with pytest.raises(IndexError, match=f"id {wrong} was looked up in a table of {ROWS[1]} rows"):
+        model._lookups[0].emb_module(torch.tensor([0, 1, wrong]), torch.tensor([0, 1, 2, 3]))
 
 
 def test_the_same_batches_give_the_same_bits():
@@ -79,5 +114,12 @@ def test_the_same_batches_give_the_same_bits():
         assert torch.equal(tensor, other)
 
 
-def test_bags_keep_fbgemms_own_kernel():
-    assert not isinstance(trained(True, EmbOptimType.EXACT_SGD, PoolingMode.SUM)[0], RowTables)
+@pytest.mark.parametrize(("rows_an_id", "num_rows"), [(8, 40), (0, 40), (0, 2**62)], ids=["counted", "packed", "sorted"])
+def test_ids_are_grouped_the_same_in_all_ways(rows_an_id, num_rows, monkeypatch):
+    monkeypatch.setattr(row_tables, "_ROWS_AN_ID", rows_an_id)
+    ids = np.random.default_rng(3).integers(0, 40, 200)
+    rows, places, begins = row_tables._grouped(ids, num_rows)
+    assert rows.tolist() == sorted(set(ids.tolist()))
+    assert [places[begin:end].tolist() for begin, end in pairwise(begins)] == [
+        np.flatnonzero(ids == row).tolist() for row in rows
+    ]

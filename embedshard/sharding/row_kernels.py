@@ -1,0 +1,176 @@
+"""Compiled loops over the rows of a table on a CPU: finding the distinct ones of a batch, and moving them.
+
+What torch needs a dozen passes for is one here, without a tensor in between. Numba compiles a loop when it is first called,
+and keeps the machine code in a folder (`NUMBA_CACHE_DIR`, else beside this file, else the user's cache). All loops let go of
+Python's lock. Where torch has a fast loop (`index_select`, `embedding_bag`), that is used (`row_tables.py`).
+
+Shapes: V ids, U distinct ids, R rows of the table, D numbers of a vector, G bags.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NO_STATE", "Rule", "State", "bags_of_ids", "count_rows", "group_rows", "move_rows"]
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, Final, TypeVar
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+State = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
+NO_STATE: Final[State] = (np.zeros(0, np.float32), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
+"""For `move_rows`: the state of a rule that has none."""
+
+
+class Rule(IntEnum):
+    """How rows are moved, g being the gradient of a row.
+
+    Attributes:
+        SGD: weight -= lr * g.
+        ADAGRAD: sum += g^2; weight -= lr * g / (sqrt(sum) + eps).
+        ROWWISE_ADAGRAD: sum += mean(g^2), one number a row; weight -= lr * g / (sqrt(sum) + eps).
+        ADAM: mean += (1 - beta1) * (g - mean); square = beta2 * square + (1 - beta2) * g^2;
+            weight -= lr * mean / (sqrt(square) + eps), the bias correction being part of lr.
+    """
+
+    SGD = 0
+    ADAGRAD = 1
+    ROWWISE_ADAGRAD = 2
+    ADAM = 3
+
+
+def _compiled(function: _Function) -> _Function:
+    """Has a loop compiled at its first call; kept for other processes where there is a folder to write to.
+
+    Sums over the numbers of a vector may be added up several at a time, and products not be rounded before they are added.
+    """
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+    try:
+        compiled: _Function = numba.njit(**options, cache=True)(function)
+    except RuntimeError:  # numba's, where neither its folder nor the user's can be written to
+        compiled = numba.njit(**options)(function)
+    return compiled
+
+
+@_compiled
+def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int:
+    """Finds out where in sorted ids a new row begins.
+
+    Args:
+        keys: of each id, ascending: `id << bits | place`, (V,) int64.
+        bits: for the place.
+        places: (V,) int64; it becomes the places.
+        rows: (V,) int64; it begins with the distinct ids, then.
+        begins: (V + 1,) int64; it begins with where those of each distinct id begin, and V.
+
+    Returns:
+        How many ids are distinct.
+    """
+    count, former, mask = 0, np.int64(-1), (np.int64(1) << bits) - 1
+    for at in range(len(keys)):
+        row = keys[at] >> bits
+        places[at] = keys[at] & mask
+        if row != former:
+            rows[count], begins[count] = row, at
+            former = row
+            count += 1
+    begins[count] = len(keys)
+    return count
+
+
+@_compiled
+def count_rows(ids: Any, counts: Any, places: Any, rows: Any, begins: Any) -> int:
+    """Sorts ids by counting each row's, which is quicker than any sort where there are not many more rows than ids.
+
+    Args:
+        ids: (V,) int64, from 0 to R - 1.
+        counts: (R,) int64, zeros; it is used up.
+        places: (V,) int64; it becomes the places of the ids, ascending by id and then by place.
+        rows: (V,) int64; it begins with the distinct ids, then.
+        begins: (V + 1,) int64; it begins with where those of each distinct id begin, and V.
+
+    Returns:
+        How many ids are distinct.
+    """
+    for place in range(len(ids)):
+        counts[ids[place]] += 1
+    total, distinct = 0, 0
+    for row in range(len(counts)):
+        met = counts[row]
+        if met > 0:
+            rows[distinct], begins[distinct] = row, total
+            distinct += 1
+            counts[row] = total
+            total += met
+    begins[distinct] = total
+    for place in range(len(ids)):
+        at = counts[ids[place]]
+        places[at] = place
+        counts[ids[place]] = at + 1
+    return distinct
+
+
+@_compiled
+def bags_of_ids(begins: Any) -> Any:
+    """Returns the bag of each id, (V,) int64.
+
+    Args:
+        begins: where the ids of each bag begin, (G + 1,) int64.
+    """
+    first = begins[0]
+    bags = np.empty(begins[-1] - first, np.int64)
+    for bag in range(len(begins) - 1):
+        for place in range(begins[bag] - first, begins[bag + 1] - first):
+            bags[place] = bag
+    return bags
+
+
+@_compiled
+def move_rows(
+    rule: int, weights: Any, slots: Any, sums: Any, squares: Any, means: Any, rows: Any, gradient: Any, numbers: Any,
+    first: int, last: int,
+) -> None:  # fmt: skip
+    """Takes the step of distinct rows, and of their state.
+
+    Args:
+        rule: a `Rule`.
+        weights: (slots, D) float32, which are moved.
+        slots: in which of them each row lies, (U,) int64.
+        sums: of `ROWWISE_ADAGRAD`, (R,) float32.
+        squares: the sums of `ADAGRAD` or squares of `ADAM`, (R, D) float32.
+        means: of `ADAM`, (R, D) float32.
+        rows: (U,) int64.
+        gradient: of each of them, (U, D) float32.
+        numbers: lr, eps, 1 - beta1, beta2, 1 - beta2; float32.
+        first: in `rows`, to begin with.
+        last: in `rows`, to stop before.
+    """
+    dim = weights.shape[1]
+    lr, eps, new_mean, old_square, new_square = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    for at in range(first, last):
+        row, weight, total = rows[at], weights[slots[at]], gradient[at]
+        if rule == Rule.SGD:
+            for column in range(dim):
+                weight[column] -= lr * total[column]
+        elif rule == Rule.ADAGRAD:
+            square = squares[row]
+            for column in range(dim):
+                square[column] += total[column] * total[column]
+                weight[column] -= lr * (total[column] / (np.sqrt(square[column]) + eps))
+        elif rule == Rule.ROWWISE_ADAGRAD:
+            squared = np.float32(0)
+            for column in range(dim):
+                squared += total[column] * total[column]
+            sums[row] += squared / np.float32(dim)
+            size = lr / (np.sqrt(sums[row]) + eps)
+            for column in range(dim):
+                weight[column] -= size * total[column]
+        else:
+            square, mean = squares[row], means[row]
+            for column in range(dim):
+                mean[column] += new_mean * (total[column] - mean[column])
+                square[column] = square[column] * old_square + new_square * total[column] * total[column]
+                weight[column] -= lr * (mean[column] / (np.sqrt(square[column]) + eps))

@@ -1,0 +1,293 @@
+"""Compares reading and training with what else there is, on the same data, in turns; prints the tables in Markdown.
+
+    python tests/benchmarks/peers/run.py [--only reading training workers start] [--repeats 3] [--write docs/benchmarks.md]
+
+Each measurement is a fresh process with one thread, bound to one core (`--cpu`; the cases with two workers to two). The
+contenders of a case are measured in turns, so often as `--repeats` says; what is told is the median, and from the least to
+the greatest. Others get the best of three settings. `--write` puts the tables between the file's marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+from data import criteo_tree, towers_tree, write  # noqa: E402
+
+BATCH, TRAIN_BATCH = 8_192, 4_096
+WARM_UP_STEPS = 40
+MARKS = "<!-- peers: begin -->", "<!-- peers: end -->"
+LIMIT_S = 1_200
+
+
+@dataclass
+class Side:
+    """A contender.
+
+    Attributes:
+        name: what the table calls it.
+        command: that measures it, and prints JSON in its last line; or the tree of a config that is trained.
+        workers: processes.
+    """
+
+    name: str
+    command: list[str] | dict
+    workers: int = 1
+    speeds: list[float] = field(default_factory=list)
+    memory: int = 0
+
+    @property
+    def speed(self) -> float:
+        return statistics.median(self.speeds)
+
+
+def finished(command: list[str], cpus: set[int], scratch: Path) -> tuple[str, float, int]:
+    """Runs a command to its end; returns what it printed, its seconds and the greatest resident bytes of a process of it."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "RAY_DEDUP_LOGS": "0"}
+    begin = time.perf_counter()
+    with (scratch / "out").open("w+") as output, (scratch / "err").open("w") as errors:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=errors, env=variables, preexec_fn=lambda: os.sched_setaffinity(0, cpus)
+        )
+        most = 0
+        while process.poll() is None:
+            most = max(most, resident(process.pid))
+            time.sleep(0.05)
+            if time.perf_counter() - begin > LIMIT_S:
+                process.kill()
+        seconds = time.perf_counter() - begin
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{(scratch / 'err').read_text()[-2000:]}")
+    return text, seconds, most
+
+
+def resident(pid: int) -> int:
+    """Returns the resident bytes of a process and all below it, shared pages counted for each."""
+    total = 0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmRSS:"):
+                total = int(line.split()[1]) * 1024
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(resident(int(child)) for child in (task / "children").read_text().split())
+    except OSError:
+        pass
+    return total
+
+
+def measure(sides: list[Side], repeats: int, cpus: list[int], scratch: Path) -> None:
+    """Measures contenders in turns."""
+    for number in range(repeats):
+        for side in sides:
+            bound = set(cpus[: side.workers])
+            if isinstance(side.command, dict):
+                speed, memory = trained(side, bound, scratch)
+            else:
+                text, _, memory = finished(side.command, bound, scratch)
+                told = json.loads(text.strip().splitlines()[-1])
+                speed = told.get("rows_per_second") or told["samples_per_second"]
+            side.speeds.append(speed)
+            side.memory = max(side.memory, memory)
+            print(
+                f"{number + 1}/{repeats} {side.name}: {speed:,.0f}/s, {memory / 2**20:,.0f} MiB", file=sys.stderr, flush=True
+            )
+
+
+def trained(side: Side, cpus: set[int], scratch: Path) -> tuple[float, int]:
+    """Trains a config from its Parquet files by `embedshard train`; returns samples a second after warm-up, and memory."""
+    run, config = scratch / "run", scratch / "config.json"
+    shutil.rmtree(run, ignore_errors=True)
+    config.write_text(json.dumps(side.command))
+    command = [sys.executable, "-m", "embedshard.cli", "train", str(config), "--run-dir", str(run)]
+    _, _, memory = finished([*command, *(["--workers", str(side.workers)] if side.workers > 1 else [])], cpus, scratch)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    # A line tells the mean speed since the beginning: rows divided by it are the seconds so far.
+    batch = side.command["train"]["global_batch_size"]
+    spent = {
+        line["step"]: line["step"] * batch / line["train/samples_per_second"]
+        for line in lines
+        if "train/samples_per_second" in line
+    }
+    last = max(spent)
+    return (last - WARM_UP_STEPS) * batch / (spent[last] - spent[WARM_UP_STEPS]), memory
+
+
+def table(title: str, unit: str, sides: list[Side], first: int, asked: dict[str, float]) -> list[str]:
+    """Returns a table in which each side is told against the one of a place."""
+    base = sides[first].speed
+    lines = [f"**{title}**", "", f"| | {unit} | least to greatest | against {sides[first].name} | asked | peak MiB |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for side in sides:
+        span = f"{min(side.speeds):,.0f} to {max(side.speeds):,.0f}"
+        least = f"{asked[side.name]:g}" if side.name in asked else ""
+        lines.append(
+            f"| {side.name} | {side.speed:,.0f} | {span} | {side.speed / base:.2f} | {least} | {side.memory / 2**20:,.0f} |"
+        )
+    return [*lines, ""]
+
+
+def reading(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """Parquet to batches."""
+    lines = []
+    for kind, rows, groups, least in (
+        ("ids", arguments.rows, (65_536, 2**20), 0.5),
+        ("lists", arguments.rows // 4, (65_536,), 0.4),
+    ):
+        for row_group in groups:
+            folder = write(arguments.data, kind, rows, row_group)
+
+            def side(name: str, reader: str, setting: str = "-", folder: Path = folder, kind: str = kind) -> Side:
+                return Side(name, [sys.executable, str(HERE / "reading.py"), str(folder), kind, reader, setting, str(BATCH)])
+
+            sides = [side("pyarrow alone", "pyarrow"), side("embedshard", "embedshard")]
+            if row_group == groups[0]:
+                sides += [side(f"Ray Data, {name}", "ray", name) for name in ("batch", "group", "large")]
+                sides += [
+                    side("DataLoader, row by row", "dataloader", "rows"),
+                    side("DataLoader, batches by the dataset", "dataloader", "batches"),
+                    side("DataLoader, those by a worker", "dataloader", "worker"),
+                ]
+            measure(sides, arguments.repeats, [arguments.cpu], scratch)
+            shape = "26 columns of ids" if kind == "ids" else "26 columns of lists of 3 ids"
+            title = f"{shape}, 13 numbers, a label; {rows:,} rows, zstd, row groups of {row_group:,}, batches of {BATCH:,}"
+            lines += table(title, "rows/s", sides, 0, {"embedshard": least})
+    return lines
+
+
+def training(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """Parquet to trained tables, one worker."""
+    lines = []
+    towers = write(arguments.data, "towers", arguments.steps * TRAIN_BATCH, 65_536)
+    criteo = write(arguments.data, "ids", arguments.steps * TRAIN_BATCH // 2, 65_536)
+    for title, tree, least in (
+        ("Two towers, dim 64, 1 million items", towers_tree(towers, TRAIN_BATCH, 64, "rowwise_adagrad"), 0.85),
+        ("DLRM, 26 tables of 16 numbers", criteo_tree(criteo, False, TRAIN_BATCH, 16), 0.92),
+    ):
+        sides = [
+            in_memory("bare TorchRec, batches in memory", "torchrec", tree, arguments, scratch),
+            Side("embedshard", tree),
+        ]
+        measure(sides, arguments.repeats, [arguments.cpu], scratch)
+        lines += table(f"{title}; batches of {TRAIN_BATCH:,}", "samples/s", sides, 0, {"embedshard": least})
+    tree = towers_tree(towers, TRAIN_BATCH, 64, "adagrad")
+    sides = [in_memory("plain PyTorch, batches in memory", "pytorch", tree, arguments, scratch), Side("embedshard", tree)]
+    measure(sides, arguments.repeats, [arguments.cpu], scratch)
+    title = f"Two towers, dim 64, 1 million items, Adagrad; batches of {TRAIN_BATCH:,}"
+    return lines + table(title, "samples/s", sides, 0, {"embedshard": 1.5})
+
+
+def workers(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """Two workers, a thread and a core each."""
+    lines, cpus = [], [arguments.cpu, *sorted(os.sched_getaffinity(0) - {arguments.cpu})]
+    if len(cpus) < 2:
+        return ["Two workers need two cores.", ""]
+    towers = write(arguments.data, "towers", arguments.steps * TRAIN_BATCH, 65_536)
+    criteo = write(arguments.data, "ids", arguments.steps * TRAIN_BATCH // 2, 65_536)
+    for title, tree, asked in (
+        ("Two towers, dim 64, 1 million items", towers_tree(towers, TRAIN_BATCH, 64, "rowwise_adagrad"), {}),
+        ("DLRM, 26 tables of 16 numbers", criteo_tree(criteo, False, TRAIN_BATCH, 16), {"embedshard, 1 worker": 1 / 1.3}),
+    ):
+        sides = [
+            Side("embedshard, 2 workers", tree, 2),
+            Side("embedshard, 1 worker", tree),
+            in_memory("bare TorchRec, 2 workers", "torchrec", tree, arguments, scratch, 2),
+        ]
+        measure(sides, arguments.repeats, cpus, scratch)
+        asked = {**asked, "bare TorchRec, 2 workers": 1 / 0.95}
+        lines += table(f"{title}; batches of {TRAIN_BATCH:,} (asked: at most)", "samples/s", sides, 0, asked)
+    return lines
+
+
+def in_memory(name: str, way: str, tree: dict, arguments: argparse.Namespace, scratch: Path, count: int = 1) -> Side:
+    """Returns a side that trains on batches in memory."""
+    config = scratch / f"{way}-{tree['model']['kind']}-{tree['optimizer']['tables']['kind']}.json"
+    config.write_text(json.dumps(tree))
+    start = [sys.executable]
+    if count > 1:
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+    return Side(name, [*start, str(HERE / "training.py"), str(config), way, str(arguments.steps // 2)], count)
+
+
+def start(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """From the command to its first word, and to the first step."""
+    towers = write(arguments.data, "towers", 8 * TRAIN_BATCH, 65_536)
+    config, run = scratch / "start.json", scratch / "started"
+    tree = towers_tree(towers, TRAIN_BATCH, 64, "rowwise_adagrad")
+    tree["train"] |= {"max_steps": 1, "log_every_steps": 1}
+    config.write_text(json.dumps(tree))
+    lines = ["| command | seconds, median | least to greatest | asked, at most |", "|---|---|---|---|"]
+    for name, command, most in (
+        ("`embedshard --help`", ["--help"], 0.5),
+        ("`embedshard train`, one step and its checkpoint, to its end", ["train", str(config), "--run-dir", str(run)], 6),
+    ):
+        seconds = []
+        for _ in range(arguments.repeats + 1):
+            shutil.rmtree(run, ignore_errors=True)
+            seconds.append(finished([sys.executable, "-m", "embedshard.cli", *command], {arguments.cpu}, scratch)[1])
+        seconds = seconds[1:]  # the first finds nothing in the page cache
+        middle = statistics.median(seconds)
+        lines.append(f"| {name} | {middle:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {most} |")
+    return [*lines, ""]
+
+
+CASES = {"reading": reading, "training": training, "workers": workers, "start": start}
+
+
+def machine() -> str:
+    """Returns the machine, the day and the versions in a line."""
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    names = []
+    for package in ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "ray", "numba"):
+        try:
+            names.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            continue
+    load = "/".join(f"{value:.0f}" for value in os.getloadavg())
+    return (
+        f"{datetime.now(UTC):%Y-%m-%d}, {cpu.group(1).strip() if cpu else platform.machine()}, {os.cpu_count()} cores, "
+        f"load {load} at the end, Python {platform.python_version()}, {', '.join(names)}."
+    )
+
+
+def main() -> None:
+    """Parses arguments, measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=2**22, help="to read, with ids; a quarter with lists")
+    parser.add_argument("--steps", type=int, default=400, help="to train")
+    parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)), help="core that contenders are bound to")
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-peers", help="kept")
+    parser.add_argument("--write", type=Path, help="file whose tables, between its marks, are replaced")
+    arguments = parser.parse_args()
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="embedshard-peers-") as scratch:
+        for name in arguments.only:
+            lines += CASES[name](arguments, Path(scratch))
+    text = "\n".join([machine(), "", *lines])
+    print(text)
+    if arguments.write:
+        whole = arguments.write.read_text()
+        before, after = whole.split(MARKS[0])[0], whole.split(MARKS[1])[1]
+        arguments.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
