@@ -452,6 +452,50 @@ def recommend(
 
 
 @app.command()
+def serve(
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="An export, or a folder of exports: a path or a URI.", show_default=False),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's need a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="To listen on.")] = 8000,
+    replicas: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that answer, each with the export.")] = 1,
+    cpus_per_replica: Annotated[float, typer.Option(min=0.01, help="CPUs that each takes, and threads.")] = 1.0,
+    token_file: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Holds the tokens, one a line. Default: EMBEDSHARD_SERVE_TOKEN.", show_default=False
+        ),
+    ] = None,
+    no_token: Annotated[bool, typer.Option("--no-token", help="Let in whoever reaches it.")] = False,
+    poll: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Between two looks for a newer export.")] = 10.0,
+    max_batch: Annotated[int, typer.Option(min=1, metavar="N", help="Requests that are answered together.")] = 32,
+    batch_wait_ms: Annotated[float, typer.Option(min=0, help="For which a request waits for others.")] = 2.0,
+    max_k: Annotated[int, typer.Option("--max-k", min=1, metavar="N", help="Longest list.")] = 1000,
+    max_users: Annotated[int, typer.Option(min=1, metavar="N", help="Users, or items to /similar, in a request.")] = 100,
+    max_items: Annotated[int, typer.Option(min=1, metavar="N", help="Items to score, exclude or as history.")] = 1000,
+    max_body_kib: Annotated[int, typer.Option(min=1, metavar="KIB", help="Size of a request.")] = 1024,
+    max_pending: Annotated[int, typer.Option(min=1, metavar="N", help="Requests at a time, a replica; then 503.")] = 256,
+    metadata: Annotated[
+        str | None,
+        typer.Option(metavar="PARQUET", help="What is known of items: their ids' column and others.", show_default=False),
+    ] = None,
+) -> None:
+    """Answer over HTTP from an export, on Ray Serve: lists, near items, scores. A newer export takes over as it comes."""
+    from embedshard.launch.serve import ServeRequest, serve_here
+    from embedshard.serve.settings import Settings
+
+    settings = Settings(
+        out=out, metadata=metadata, replicas=replicas, cpus_per_replica=cpus_per_replica, poll_s=poll, max_batch=max_batch,
+        batch_wait_ms=batch_wait_ms, max_k=max_k, max_users=max_users, max_items=max_items,
+        max_body_bytes=1024 * max_body_kib, max_pending=max_pending,
+    )  # fmt: skip
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    stopped_by = serve_here(ServeRequest(settings, host, port, token_file, no_token), os.environ, console.print)
+    raise typer.Exit(_INTERRUPTED if stopped_by == "SIGINT" else 0)
+
+
+@app.command()
 def report(
     run_dirs: Annotated[
         list[str],

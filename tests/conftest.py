@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from embedshard.config import Loaded, build_config
+from embedshard.launch.export import export_here
 from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
@@ -142,6 +143,19 @@ def run_to_result(tree, path, resume_step=None, reporter=None):
     with open_world("cpu") as world:
         train(loaded.config, world, directory, reporter or Reporter(), resume_from)
     return json.loads((path / "result.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def two_exports(interactions, tmp_path_factory):
+    """Two exports of one run, of an earlier and of a later step: not to be changed."""
+    root = tmp_path_factory.mktemp("exports")
+    data = {split: str(interactions / split / "*.parquet") for split in ("train", "validation", "test")}
+    changes = {"data": data, "train": {"epochs": 2}, "checkpoint": {"every_steps": 4, "keep": 5}}
+    run_to_result(merged(TREE, changes), root / "run")
+    steps = [4, newest_intact(RunDirectory(root / "run").checkpoints).step]
+    for step, name in zip(steps, ("older", "newer"), strict=True):
+        assert export_here(root / "run", root / name, {}, checkpoint_step=step).manifest is not None
+    return root / "older", root / "newer"
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Id", "read_metadata", "row_of"]
+__all__ = ["Id", "align_metadata", "find_row", "read_metadata", "row_of"]
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -47,6 +47,24 @@ def row_of(id_: str, table: str, vocabulary: Vocabulary) -> int:
     return row
 
 
+def find_row(id_: int | str, vocabulary: Vocabulary) -> int:
+    """Returns the row of an id as JSON has it, -1 where the vocabulary does not know it.
+
+    It is looked up as what it is; where the vocabulary's ids are of the other type, as that.
+    """
+    word = str(id_)
+    number = int(word) if word.removeprefix("-").isdecimal() and abs(int(word)) < 2**63 else None
+    for as_integer in (True, False) if isinstance(id_, int) else (False, True):
+        try:
+            if not as_integer:
+                return int(vocabulary.map_strings(pa.array([word], pa.large_string()))[0])
+            if number is not None:
+                return int(vocabulary.map_integers(np.array([number], dtype=np.int64))[0])
+        except DataError:  # its ids are of the other type
+            continue
+    return -1
+
+
 def read_metadata(path: str, columns: Sequence[str], table: str, ids: Sequence[Id]) -> dict[Id, dict[str, Any]]:
     """Returns what a Parquet file knows of ids, a row each.
 
@@ -59,19 +77,40 @@ def read_metadata(path: str, columns: Sequence[str], table: str, ids: Sequence[I
     Raises:
         DataError: if it cannot be read, or its ids are of another type.
     """
+    content, key = _metadata(path, columns)
+    wanted = _as_key(pa.array([id_ for id_ in ids if id_ is not None]), content[key].type, key, path, columns, table)
+    content = content.filter(pc.is_in(content[key], value_set=wanted))
+    return {record.pop(key): record for record in content.to_pylist()}
+
+
+def align_metadata(path: str, columns: Sequence[str], table: str, ids: pa.Array) -> pa.Table:
+    """Returns what a Parquet file knows of ids, a row for each of them in their order, nulls where it knows nothing.
+
+    Args and raises: as `read_metadata`.
+    """
+    content, key = _metadata(path, columns)
+    places = pc.index_in(
+        _as_key(ids, content[key].type, key, path, columns, table), value_set=content[key].combine_chunks(), skip_nulls=True
+    )
+    return content.drop_columns([key]).take(places)
+
+
+def _metadata(path: str, columns: Sequence[str]) -> tuple[pa.Table, str]:
+    """Returns a Parquet file of metadata, and the column of the ids in it."""
     location = locate(path)
     try:
         with location.open_input() as file:
             content = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"--metadata {location.uri} cannot be read: {error}. It must be a Parquet file.") from error
-    key = next((column for column in columns if column in content.column_names), content.column_names[0])
-    wanted = pa.array([id_ for id_ in ids if id_ is not None])
+    return content, next((column for column in columns if column in content.column_names), content.column_names[0])
+
+
+def _as_key(ids: pa.Array, kind: pa.DataType, key: str, path: str, columns: Sequence[str], table: str) -> pa.Array:
     try:
-        content = content.filter(pc.is_in(content[key], value_set=wanted.cast(content[key].type)))
+        return ids.cast(kind)
     except pa.ArrowInvalid as error:
         raise DataError(
-            f"--metadata {location.uri}: column '{key}' is {content[key].type}, the ids of table '{table}' are not. "
+            f"--metadata {path}: column '{key}' is {kind}, the ids of table '{table}' are not. "
             f"Name the column of the ids '{columns[0]}', or put it first."
         ) from error
-    return {record.pop(key): record for record in content.to_pylist()}

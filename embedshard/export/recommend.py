@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Recommendation", "Recommendations", "recommend"]
+__all__ = ["Recommendation", "Recommendations", "ranking_parts", "recommend"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,7 +15,7 @@ from embedshard.errors import ConfigError, DataError, ExportError
 from embedshard.evaluate.jagged import JaggedIds
 from embedshard.export.ids import Id, read_metadata, row_of
 from embedshard.export.index import load_index, look_up
-from embedshard.export.manifest import ExportedTower, OpenExport, open_export
+from embedshard.export.manifest import ExportedIndex, ExportedTower, OpenExport, open_export
 from embedshard.export.read import ids_at, rows_of, seen_by, vectors_of
 from embedshard.export.unseen import kept_vocabulary_of, unseen_user
 from embedshard.storage import PathOrUri, reaching
@@ -127,6 +127,19 @@ def recommend(
         ),
         history,
     )
+
+
+def ranking_parts(export: OpenExport) -> tuple[ExportedTower, ExportedTower, ExportedIndex]:
+    """Returns the users, the items and the index of an export.
+
+    Raises:
+        ExportError: if it lacks them; says why.
+    """
+    manifest = export.manifest
+    if manifest.user is None or manifest.item is None or manifest.index is None:
+        why = " ".join(manifest.notes) or "It has no vectors of users and items."
+        raise ExportError(f"{export.folder.uri} can recommend nothing. {why}")
+    return manifest.user, manifest.item, manifest.index
 
 
 def _seen_user(export: OpenExport, tower: ExportedTower, user: str) -> tuple[int, FloatArray]:

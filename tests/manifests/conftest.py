@@ -56,6 +56,6 @@ def pyproject():
 @pytest.fixture(scope="session")
 def pins(pyproject):
     """The versions that images and manifests must name: pyproject's Ray, and the Python that ruff is told of."""
-    ray = re.fullmatch(r"ray\[default,train\]==(\S+)", pyproject["project"]["optional-dependencies"]["ray"][0])[1]
+    ray = re.fullmatch(r"ray\[default,serve,train\]==(\S+)", pyproject["project"]["optional-dependencies"]["ray"][0])[1]
     python = re.fullmatch(r"py3(\d+)", pyproject["tool"]["ruff"]["target-version"])[1]
     return Pins(version=embedshard.__version__, ray=ray, python=f"3.{python}")

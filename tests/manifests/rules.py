@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from typing import Any
 
+import yaml
+
 from tests.manifests.schema import quantity, walk
 
 PART_OF = {"app.kubernetes.io/part-of": "embedshard"}
 COMPONENT = "app.kubernetes.io/component"
-DASHBOARD, GCS, CLIENT = 8265, 6379, 10001
+DASHBOARD, GCS, CLIENT, SERVE = 8265, 6379, 10001, 8000
 METRICS = {8080, 44217, 44227}
 RESTRICTED_VOLUMES = {
     "configMap",
@@ -58,6 +60,8 @@ def clusters(documents: list[Document]) -> Iterator[tuple[Document, Document]]:
             yield document, document["spec"]["rayClusterSpec"]
         if document["kind"] == "RayCluster":
             yield document, document["spec"]
+        if document["kind"] == "RayService":
+            yield document, document["spec"]["rayClusterConfig"]
 
 
 def pods(documents: list[Document]) -> list[Pod]:
@@ -190,7 +194,7 @@ def ray_settings(documents: list[Document]) -> Iterator[str]:
             for pod in pods([document]):
                 if pod.role in ("head", "worker") and pod.spec.get("restartPolicy") != "Never":
                     yield f"{pod.role}: the autoscaler's version 2 needs restartPolicy Never"
-        name, longest = document["metadata"]["name"], {"RayJob": 47, "RayCluster": 53}[document["kind"]]
+        name, longest = document["metadata"]["name"], {"RayJob": 47, "RayService": 47, "RayCluster": 53}[document["kind"]]
         if len(name) > longest or not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name):
             yield f"{document['kind']}: KubeRay refuses the name {name}"
 
@@ -235,6 +239,43 @@ def ray_job(documents: list[Document]) -> Iterator[str]:
                 yield "RayJob: Kueue admits it only suspended, and without an autoscaler"
         elif spec.get("suspend"):
             yield "RayJob: suspended, and nobody lifts it"
+
+
+def ray_service(documents: list[Document]) -> Iterator[str]:
+    """A RayService serves an export that its pods reach, to who has the token, on the port that its pods open."""
+    for document in documents:
+        if document["kind"] != "RayService":
+            continue
+        spec = document["spec"]
+        config = yaml.safe_load(spec.get("serveConfigV2") or "{}") or {}
+        if config.get("proxy_location") != "EveryNode" or config.get("http_options", {}).get("host") != "0.0.0.0":
+            yield "RayService: not every pod listens to others"
+        if spec.get("excludeHeadPodFromServeSvc") is not True:
+            yield "RayService: requests are sent to the head, which holds no replica"
+        applications = config.get("applications", [])
+        if [one.get("import_path") for one in applications] != ["embedshard.serve.deployment:build"]:
+            yield "RayService: serves something else than embedshard"
+            continue
+        args, port = applications[0].get("args", {}), config["http_options"].get("port")
+        if args.get("no_token") or "token_file" not in args:
+            yield "RayService: everyone is let in"
+        replicas = sum(group["replicas"] for group in spec["rayClusterConfig"].get("workerGroupSpecs", []))
+        if args.get("replicas", 1) != replicas:
+            yield f"RayService: {args.get('replicas', 1)} replicas, but the cluster has places for {replicas}"
+        for pod in pods([document]):
+            secrets = {volume["name"] for volume in pod.spec.get("volumes", []) if "secret" in volume}
+            mounts = {mount["mountPath"]: mount for mount in pod.spec["containers"][0].get("volumeMounts", [])}
+            token = mounts.get(str(args.get("token_file", "")).rpartition("/")[0], {})
+            if token.get("name") not in secrets or not token.get("readOnly"):
+                yield f"{pod.role}: {args.get('token_file')} is not of a Secret"
+            out = str(args.get("out", ""))
+            if "://" not in out and not any(out.startswith(f"{path}/") and mounts[path].get("readOnly") for path in mounts):
+                yield f"{pod.role}: {out} is on no volume that is only read"
+            if {"name": "serve", "containerPort": port} not in pod.spec["containers"][0].get("ports", []):
+                yield f"{pod.role}: port {port} is not named 'serve', by which KubeRay's service finds it"
+            ready = pod.spec["containers"][0].get("readinessProbe", {}).get("httpGet", {})
+            if pod.role == "worker" and ready != {"path": "/-/healthz", "port": port}:
+                yield "worker: is ready before its proxy knows of a replica"
 
 
 def references(documents: list[Document]) -> Iterator[str]:
@@ -397,6 +438,15 @@ def network(documents: list[Document]) -> Iterator[str]:
             for port in (GCS, CLIENT)
         ):
             yield f"{pod.role}: the operator reaches more than the dashboard"
+    if any(document["kind"] == "RayService" for document in documents):
+        clients = {"kubernetes.io/metadata.name": "shop", "embedshard-clients": "true"}
+        for pod in ray:
+            if not reaches(policies, pod.labels, STRANGER, clients, SERVE):
+                yield f"{pod.role}: no client reaches the service"
+            if any(reaches(policies, pod.labels, STRANGER, clients, port) for port in (GCS, DASHBOARD, CLIENT)):
+                yield f"{pod.role}: a client reaches more than the service"
+            if any(reaches(policies, pod.labels, peer, elsewhere, SERVE) for peer in (STRANGER, None)):
+                yield f"{pod.role}: a stranger reaches the service"
     for pod in there:
         if pod.role in ("head", "worker", "submitter") and not leaves(policies, pod.labels, DNS, SYSTEM, 53, "UDP"):
             yield f"{pod.role}: no way to DNS"
@@ -432,7 +482,7 @@ def pins_agree(documents: list[Document], pins: Pins) -> Iterator[str]:
         yield f"pods of different images: {sorted(map(str, images))}"
 
 
-RULES = (pod_security, resources, probes, ray_settings, ray_job, references, namespace, network)
+RULES = (pod_security, resources, probes, ray_settings, ray_job, ray_service, references, namespace, network)
 
 
 def problems(documents: list[Document], pins: Pins) -> list[str]:

@@ -256,6 +256,68 @@ def test_no_network_policies_are_found(render, pins):
     assert any("head: a stranger reaches port 6379" in problem for problem in found)
 
 
+SERVICE = ("RayService", "spec")
+SERVE_POD = (*SERVICE, "rayClusterConfig", "workerGroupSpecs", 0, "template", "spec")
+SERVE_FAULTS = {
+    "another application": (("import_path: embedshard", "import_path: other"), "serves something else"),
+    "no token": (("token_file: /etc/embedshard/token", "no_token: true"), "everyone is let in"),
+    "a token of no Secret": (("/etc/embedshard/token", "/runs/token"), "/runs/token is not of a Secret"),
+    "more replicas than places": (("replicas: 2", "replicas: 3"), "3 replicas, but the cluster has places for 2"),
+    "another port": (("port: 8000", "port: 9000"), "worker: port 9000 is not named 'serve'"),
+    "loopback alone": (("0.0.0.0", "127.0.0.1"), "not every pod listens"),
+    "exports that die with their pod": (("/runs/exports", "/tmp2/exports"), "/tmp2/exports is on no volume"),
+    "exports that can be written": (
+        ((*SERVE_POD, "containers", 0, "volumeMounts", 2, "readOnly"), False),
+        "worker: /runs/exports is on no volume that is only read",
+    ),
+    "a head among the places": ((*SERVICE, "excludeHeadPodFromServeSvc"), "requests are sent to the head"),
+    "ready too early": (
+        ((*SERVE_POD, "containers", 0, "readinessProbe", "httpGet", "path"), "/api/local_raylet_healthz"),
+        "worker: is ready before",
+    ),
+    "a service open to the world": (
+        (("NetworkPolicy/ray-serve", "spec", "ingress", 0, "from"), [{"ipBlock": {"cidr": "0.0.0.0/0"}}]),
+        "a stranger reaches the service",
+    ),
+    "a service closed to its clients": ((("NetworkPolicy/ray-serve", "spec", "ingress"), []), "no client reaches"),
+    "clients at every port": (
+        ("NetworkPolicy/ray-serve", "spec", "ingress", 0, "ports"),
+        "a client reaches more than the service",
+    ),
+    "no hook": ((*SERVE_POD, "containers", 0, "lifecycle"), "worker: its preStop hook does not drain"),
+    "no limit of memory": (
+        (*SERVE_POD, "containers", 0, "resources", "limits", "memory"),
+        "worker/ray-worker: no request or no limit of memory",
+    ),
+    "no authentication of Ray": ((*SERVICE, "rayClusterConfig", "authOptions"), "RayService: no token authentication"),
+}
+
+
+@pytest.mark.parametrize("fault", SERVE_FAULTS)
+def test_the_rules_find_in_serve(render, pins, fault):
+    """A fault is a word of the service's config for another, a path and its value, or a path that is taken away."""
+    seed, sentence = SERVE_FAULTS[fault]
+    documents = render("serve")
+    assert problems(documents, pins) == []
+    if isinstance(seed[0], tuple):
+        change(documents, *seed)
+    elif len(seed) > 2:
+        change(documents, seed, GONE)
+    else:
+        [service] = [document for document in documents if document["kind"] == "RayService"]
+        assert seed[0] in service["spec"]["serveConfigV2"]
+        service["spec"]["serveConfigV2"] = service["spec"]["serveConfigV2"].replace(*seed)
+    assert any(sentence in problem for problem in problems(documents, pins)), problems(documents, pins)
+
+
+def test_the_crds_find_a_misspelled_field_of_the_service(render, crds):
+    documents = render("serve")
+    service = next(document for document in documents if document["kind"] == "RayService")
+    assert schema_errors(service, crds) == []
+    change(documents, (*SERVICE, "serveConfigV3"), "")
+    assert any("serveConfigV3" in error for error in schema_errors(service, crds))
+
+
 SPOT_FAULTS = {
     "an autoscaler that may write": (
         (*CLUSTER, "autoscalerOptions", "securityContext", "readOnlyRootFilesystem"),

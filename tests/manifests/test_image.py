@@ -152,7 +152,7 @@ def test_the_image_and_the_pods_agree(stages, render):
     user, group = map(int, dict(stages[-1])["USER"].split(":"))
     targets = {target.rstrip("/") + "/" + source.rstrip("/").rpartition("/")[2] for _, source, target in copies(stages[-1:])}
     targets |= {target.rstrip("/") for _, _, target in copies(stages[-1:])}
-    for folder in ("base", "interactive", "data"):
+    for folder in ("base", "interactive", "data", "serve"):
         documents = render(folder)
         for pod in pods(documents):
             context = pod.spec["securityContext"]

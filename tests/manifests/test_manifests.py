@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from embedshard.config import load_config
+from embedshard.errors import ConfigError
 from tests.manifests.conftest import KUSTOMIZATIONS, ROOT
 from tests.manifests.rules import clusters, leaves, pods, problems
 from tests.manifests.schema import load_all, quantity, schema_errors
@@ -16,7 +17,7 @@ OVERLAYS = {"overlays/cpu", "overlays/gpu", "overlays/spot", "overlays/kueue", "
 
 
 def test_every_part_is_there():
-    assert {"base", "interactive", "data", "foundation", "monitoring", "queues"} | OVERLAYS <= set(KUSTOMIZATIONS)
+    assert {"base", "interactive", "data", "foundation", "monitoring", "queues", "serve"} | OVERLAYS <= set(KUSTOMIZATIONS)
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZATIONS)
@@ -166,6 +167,43 @@ def test_the_config_is_valid(render, tmp_path):
     mounts = {mount["mountPath"]: mount["name"] for mount in worker_of(documents).spec["containers"][0]["volumeMounts"]}
     assert mounts["/data"] == "data"
     assert mounts["/config"] == "config"
+
+
+@pytest.mark.parametrize("folder", ["serve", "overlays/serve-object-store"])
+def test_the_service_is_one_that_ray_serve_and_embedshard_take(render, folder, tmp_path):
+    """The config by Ray Serve's own schema; its arguments by what builds the application, with a token in the file."""
+    pytest.importorskip("ray.serve", reason="Ray Serve is not installed: pip install -r requirements/ray.txt")
+    from ray.serve.schema import ServeDeploySchema
+
+    from embedshard.serve.deployment import build
+
+    [service] = [document for document in render(folder) if document["kind"] == "RayService"]
+    config = ServeDeploySchema.model_validate(yaml.safe_load(service["spec"]["serveConfigV2"]))
+    [application] = config.applications
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    built = build({**application.args, "token_file": str(token)})
+    assert built._bound_deployment.num_replicas == application.args["replicas"]
+    assert application.args["out"].startswith("s3://") == (folder != "serve")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        build({**application.args, "token_file": str(tmp_path / "nothing")})
+
+
+def test_the_bucket_of_the_service_keeps_the_rest(render):
+    """The overlay takes away the volume, and nothing else of the pods."""
+
+    def named(folder):
+        return {
+            (pod.role, kind, entry["name"])
+            for pod in pods(render(folder))
+            for kind, entries in (("volume", pod.spec["volumes"]), ("mount", pod.spec["containers"][0]["volumeMounts"]))
+            for entry in entries
+        }
+
+    dropped = {(role, kind, "runs") for role in ("head", "worker") for kind in ("volume", "mount")}
+    assert named("serve") - named("overlays/serve-object-store") == dropped
+    policies = [document for document in render("overlays/serve-object-store") if document["kind"] == "NetworkPolicy"]
+    assert all(leaves(policies, pod.labels, None, None, 443) for pod in pods(render("overlays/serve-object-store")))
 
 
 def test_pins_agree(pyproject, pins):
