@@ -1,4 +1,4 @@
-"""The waterfall of a training step: its stages one below another, each where the former ends; below, the threads beside it."""
+"""The waterfall of a training step: stages one below another, each where the former ends; and the threads beside it."""
 
 from __future__ import annotations
 
