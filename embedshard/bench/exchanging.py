@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedshard.bench.computing import lookup_of, take_batches
 from embedshard.bench.machine import copied_memory
-from embedshard.bench.measure import Limit, Measure, Timer
-from embedshard.stages import Laps
+from embedshard.bench.measure import Limit, Measure, Timer, waiting
 from embedshard.train.assembly import Assembly
 from embedshard.world import World
 
@@ -90,7 +89,8 @@ def exchange_measures(parts: Assembly, timer: Timer) -> list[Measure]:
 
     sent = _counted(parts, world)
     raw = {name: _AllToAll(sent[name], world) for name in names}
-    turns = timer.in_turns([(look_up, None), (raw["input_dist"], None), (raw["output_dist"], None)])
+    with waiting(laps, world.device):
+        turns = timer.in_turns([(look_up, None), (raw["input_dist"], None), (raw["output_dist"], None)])
     peak = timer.peak_bytes
     measures = [_plain(raw["output_dist"], turns[2], timer, world)]
     for name, shown, limit in zip(names, _NAMES, turns[1:], strict=True):
@@ -106,34 +106,31 @@ def exchange_measures(parts: Assembly, timer: Timer) -> list[Measure]:
             continue
         note = "ids are told apart by worker in it" if name == "input_dist" else "from when the vectors were read"
         own = tuple(taken[name][1:])  # without the warm-up
-        measures.append(Measure(shown, what, "B", sent[name], own, Limit(_RAW, sent[name], limit), peak, note))
+        measures.append(Measure(shown, what, "B", sent[name], own, Limit(_RAW, raw[name].size_bytes, limit), peak, note))
     return measures
 
 
 def _counted(parts: Assembly, world: World) -> dict[str, float]:
-    """Returns the bytes that a forward pass sends before its rows are read, and after. Collective."""
-    lookup, counter = lookup_of(parts.model), SentBytes(world)
-    before: list[float] = []
+    """Returns the bytes that a forward pass sends with ids, and with vectors. Collective."""
+    lookup, counter, [batch] = lookup_of(parts.model), SentBytes(world), take_batches(parts, 1)
+    sent, told = {"input_dist": 0.0, "output_dist": 0.0}, [0.0]
 
-    class Watch(Laps):
-        def lap(self, stage: str) -> float:
-            if stage == "input_dist":
-                before.append(counter.total)
-            return 0.0
+    def at_lap(stage: str) -> float:
+        sent["input_dist" if stage == "input_dist" else "output_dist"] += counter.total - told[0]
+        told[0] = counter.total
+        return 0.0
 
-    # The marks know their clock; it is lent to what counts.
-    clock, parts.laps.lap = parts.laps.lap, Watch(()).lap  # type: ignore[method-assign]
+    parts.laps.lap = at_lap  # type: ignore[method-assign]  # the marks call it; of this one alone, for a while
     try:
         with counter, torch.no_grad():
-            lookup(take_batches(parts, 1)[0])
+            lookup(batch)
     finally:
-        parts.laps.lap = clock  # type: ignore[method-assign]
-    at_input = before[-1] if before else 0.0
-    return {"input_dist": at_input, "output_dist": counter.total - at_input}
+        del parts.laps.lap
+    return sent
 
 
 class _AllToAll:
-    """Sends each other rank an equal part of so many bytes."""
+    """Sends each other rank an equal part of as many bytes as the rank gives that gives most."""
 
     def __init__(self, size_bytes: float, world: World) -> None:
         each = max(1, round(size_bytes / 4 / max(world.world_size - 1, 1)))
@@ -158,5 +155,5 @@ def _plain(raw: _AllToAll, seconds: tuple[float, ...], timer: Timer, world: Worl
         raw.size_bytes,
         seconds[:pairs],
         Limit(first.name, first.work, first.seconds[:pairs]),
-        note="as many bytes as the output all-to-all sends",
+        note="as many bytes as the worker that sends most gives to the output all-to-all",
     )

@@ -5,11 +5,12 @@ What is measured and what limits it take turns, so that both meet the same noise
 
 from __future__ import annotations
 
-__all__ = ["Limit", "Measure", "Timer", "peak_memory"]
+__all__ = ["Limit", "Measure", "Timer", "peak_memory", "waiting"]
 
 import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median, quantiles
@@ -17,6 +18,8 @@ from typing import Any, Final
 
 import pyarrow as pa
 import torch
+
+from embedshard.stages import Laps
 
 _FEWEST, _MOST = 5, 1_000
 _FEWEST_SLOW: Final = 3
@@ -199,6 +202,25 @@ class Timer:
     def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+
+@contextmanager
+def waiting(laps: Laps, device: torch.device) -> Iterator[None]:
+    """Makes laps wait for the device, so that a stage holds what the device did in it; on a CPU nothing changes."""
+    if device.type == "cpu":
+        yield
+        return
+    lap = laps.lap
+
+    def after_the_device(stage: str) -> float:
+        torch.cuda.synchronize(device)
+        return lap(stage)
+
+    laps.lap = after_the_device  # type: ignore[method-assign]  # of this one alone, for a while
+    try:
+        yield
+    finally:
+        del laps.lap
 
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")

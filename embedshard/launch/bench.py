@@ -246,11 +246,12 @@ def _show_steps(steps: Steps, console: Console) -> None:
     waterfall, wall = steps.waterfall, steps.waterfall.wall
     workers = f"{steps.workers} worker{'s' if steps.workers > 1 else ''}"
     title = (
-        f"A step of {steps.batch_size:,} samples, {workers}: {number(1e3 * wall)} ms, "
+        f"\nA step of {steps.batch_size:,} samples, {workers}: {number(1e3 * wall)} ms, "
         f"{number(round(steps.samples_per_second))} samples/s (mean of {steps.steps:,} steps; "
         f"{share(abs(steps.remainder))} of the wall time is in no stage)"
     )
-    table = Table(title=title, title_justify="left")
+    console.print(title, soft_wrap=True)
+    table = Table()
     table.add_column("stage")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")

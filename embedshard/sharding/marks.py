@@ -24,40 +24,45 @@ def mark_lookups(model: nn.Module, laps: Laps) -> None:
     """
     for module in model.modules():
         if isinstance(module, EmbeddingLookup):
-            module.register_forward_pre_hook(_Before(laps))
-            module.register_forward_hook(_After(laps))
+            mark = _Marks(laps)
+            module.register_forward_pre_hook(mark.begin)
+            module.register_forward_hook(mark.end)
             for collection in module.modules():
                 if isinstance(collection, ShardedModule):
+                    collection.register_forward_pre_hook(mark.begin_collection)
                     collection.compute_and_output_dist = _timed(collection, collection.compute_and_output_dist, laps)
 
 
-class _Before:
+class _Marks:
+    """The marks of one lookup; those on its backward pass are made anew by each forward pass."""
+
     def __init__(self, laps: Laps) -> None:
         self._laps = laps
+        self._is_first = self._waits_for_gradient = False
 
-    def __call__(self, module: nn.Module, given: object) -> None:
+    def begin(self, module: nn.Module, given: object) -> None:
         if module.training:
             self._laps.lap("dense_forward")
+            self._is_first = True
 
+    def begin_collection(self, module: nn.Module, given: object) -> None:
+        """Ends the former collection's way back, where there is one."""
+        if module.training and not self._is_first:
+            self._laps.lap("output_dist")
+        self._is_first = False
 
-class _After:
-    def __init__(self, laps: Laps) -> None:
-        self._laps = laps
-        self._is_open = False
-
-    def __call__(self, module: nn.Module, given: object, vectors: Mapping[str, torch.Tensor]) -> None:
+    def end(self, module: nn.Module, given: object, vectors: Mapping[str, torch.Tensor]) -> None:
         if not module.training:
             return
         self._laps.lap("output_dist")
+        self._waits_for_gradient = True
         # Vectors of a collection are slices of one tensor: a node for all, which runs when each one's gradient is there.
-        nodes = {vector.grad_fn for vector in vectors.values() if vector.grad_fn is not None}
-        self._is_open = True
-        for node in nodes:
-            node.register_prehook(self._gradient)
+        for node in {vector.grad_fn for vector in vectors.values() if vector.grad_fn is not None}:
+            node.register_prehook(self.gradient)
 
-    def _gradient(self, gradients: object) -> None:
-        if self._is_open:
-            self._is_open = False
+    def gradient(self, gradients: object) -> None:
+        if self._waits_for_gradient:
+            self._waits_for_gradient = False
             self._laps.lap("dense_backward")
 
 
