@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Touched", "bytes_of_rows", "computing_measures", "lookup_of", "take_batches", "touched_rows"]
+__all__ = ["OWN_LOOKUP", "Touched", "bytes_of_rows", "computing_measures", "lookup_of", "take_batches", "touched_rows"]
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ IntArray = npt.NDArray[np.int64]
 
 _BATCHES: Final = 8
 _ITEM_BYTES: Final = {"fp32": 4, "fp16": 2}
+OWN_LOOKUP: Final = "the custom model looks up in a way of its own, not by its context's lookup()"
 _STATE_BYTES: Final[dict[str, Callable[[int], int]]] = {
     "sgd": lambda dim: 0,
     "rowwise_adagrad": lambda dim: 4,
@@ -98,20 +99,22 @@ def touched(parts: Assembly, batch: Batch) -> Touched:
 
 def computing_measures(parts: Assembly, timer: Timer) -> Iterator[Measure]:
     """Measures a step's parts in a world of one."""
-    device, batches = parts.world.device, take_batches(parts)
+    device, batches, lookup = parts.world.device, take_batches(parts), lookup_of(parts.model)
     yield _copied(batches[0], timer, device)
+    if lookup is None:
+        for name in ("lookup", "backward, fused update", "dense forward, backward"):
+            yield Measure(name, f"{batches[0].size:,} samples", not_applicable=OWN_LOOKUP)
+        return
     found = [touched(parts, batch) for batch in batches]
     looked_up = _mean([len(one.rows) for one in found])
     row_bytes = _mean([one.read for one in found]) / max(looked_up, 1)
     num_rows = sum(spec.num_embeddings for spec in parts.specs)
     yield random_rows(timer, round(looked_up), row_bytes, num_rows, device)
-    yield _looked_up(
-        parts, batches, found, PlainRows(_tensors_of(one.rows for one in found), row_bytes, num_rows, device), timer
-    )
-    yield _updated(
-        parts, batches, found, PlainRows(_tensors_of(one.distinct for one in found), row_bytes, num_rows, device), timer
-    )
-    yield _dense(parts, batches, timer)
+    read = PlainRows(_tensors_of(one.rows for one in found), row_bytes, num_rows, device)
+    yield _looked_up(parts, lookup, batches, found, read, timer)
+    changed = PlainRows(_tensors_of(one.distinct for one in found), row_bytes, num_rows, device)
+    yield _updated(parts, lookup, batches, found, changed, timer)
+    yield _dense(parts, lookup, batches[0], timer)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -123,9 +126,14 @@ def _tensors_of(rows: Iterable[IntArray]) -> list[torch.Tensor]:
 
 
 def _looked_up(
-    parts: Assembly, batches: Sequence[Batch], found: Sequence[Touched], plain: PlainRows, timer: Timer
+    parts: Assembly,
+    lookup: EmbeddingLookup,
+    batches: Sequence[Batch],
+    found: Sequence[Touched],
+    plain: PlainRows,
+    timer: Timer,
 ) -> Measure:
-    lookup, turn = lookup_of(parts.model), cycle(batches)
+    turn = cycle(batches)
 
     def look_up() -> None:
         with torch.no_grad():
@@ -146,9 +154,9 @@ def _looked_up(
     )
 
 
-def lookup_of(model: torch.nn.Module) -> EmbeddingLookup:
-    """Returns the part of a model that looks up."""
-    return next(module for module in model.modules() if isinstance(module, EmbeddingLookup))
+def lookup_of(model: torch.nn.Module) -> EmbeddingLookup | None:
+    """Returns the part of a model that looks up; None of a custom one that does so in another way."""
+    return next((module for module in model.modules() if isinstance(module, EmbeddingLookup)), None)
 
 
 def _copied(batch: Batch, timer: Timer, device: torch.device) -> Measure:
@@ -172,8 +180,15 @@ def _tensors(batch: Batch) -> Iterator[torch.Tensor]:
     yield from (batch.dense, batch.labels, batch.weights, *batch.ids.values())
 
 
-def _updated(parts: Assembly, batches: Sequence[Batch], found: Sequence[Touched], plain: PlainRows, timer: Timer) -> Measure:
-    lookup, turn = lookup_of(parts.model), cycle(batches)
+def _updated(
+    parts: Assembly,
+    lookup: EmbeddingLookup,
+    batches: Sequence[Batch],
+    found: Sequence[Touched],
+    plain: PlainRows,
+    timer: Timer,
+) -> Measure:
+    turn = cycle(batches)
 
     def look_up() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         parts.optimizers.zero_grad()
@@ -201,10 +216,9 @@ def _updated(parts: Assembly, batches: Sequence[Batch], found: Sequence[Touched]
     )
 
 
-def _dense(parts: Assembly, batches: Sequence[Batch], timer: Timer) -> Measure:
+def _dense(parts: Assembly, lookup: EmbeddingLookup, batch: Batch, timer: Timer) -> Measure:
     """Measures the model beyond its tables and the objective, forward and backward, from vectors that were looked up."""
-    name, device, lookup = "dense forward, backward", parts.world.device, lookup_of(parts.model)
-    batch = batches[0]
+    name, device = "dense forward, backward", parts.world.device
     with torch.no_grad():
         vectors = {key: vector.detach().clone() for key, vector in lookup(batch).items()}
 

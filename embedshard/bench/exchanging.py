@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from embedshard.bench.computing import lookup_of, take_batches
+from embedshard.bench.computing import OWN_LOOKUP, lookup_of, take_batches
 from embedshard.bench.machine import copied_memory
 from embedshard.bench.measure import Limit, Measure, Timer, waiting
+from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.train.assembly import Assembly
 from embedshard.world import World
 
@@ -75,7 +76,10 @@ def exchange_measures(parts: Assembly, timer: Timer) -> list[Measure]:
     The rates are this rank's: bytes that it sends to others. They are from the marks that training's waterfall is of; all
     ranks begin each pass together.
     """
-    world, lookup, batches = parts.world, lookup_of(parts.model), cycle(take_batches(parts))
+    world, lookup = parts.world, lookup_of(parts.model)
+    if lookup is None:
+        return [Measure(name, f"{world.world_size} workers", not_applicable=OWN_LOOKUP) for name in _NAMES]
+    batches = cycle(take_batches(parts))
     names, laps = ("input_dist", "output_dist"), parts.laps
     taken: dict[str, list[float]] = {name: [] for name in names}
 
@@ -87,7 +91,7 @@ def exchange_measures(parts: Assembly, timer: Timer) -> list[Measure]:
         for name in names:
             taken[name].append(laps.seconds[name] - before[name])
 
-    sent = _counted(parts, world)
+    sent = _counted(parts, lookup)
     raw = {name: _AllToAll(sent[name], world) for name in names}
     with waiting(laps, world.device):
         turns = timer.in_turns([(look_up, None), (raw["input_dist"], None), (raw["output_dist"], None)])
@@ -110,9 +114,9 @@ def exchange_measures(parts: Assembly, timer: Timer) -> list[Measure]:
     return measures
 
 
-def _counted(parts: Assembly, world: World) -> dict[str, float]:
+def _counted(parts: Assembly, lookup: EmbeddingLookup) -> dict[str, float]:
     """Returns the bytes that a forward pass sends with ids, and with vectors. Collective."""
-    lookup, counter, [batch] = lookup_of(parts.model), SentBytes(world), take_batches(parts, 1)
+    counter, [batch] = SentBytes(parts.world), take_batches(parts, 1)
     sent, told = {"input_dist": 0.0, "output_dist": 0.0}, [0.0]
 
     def at_lap(stage: str) -> float:

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from embedshard.bench import measure as measure_module
-from embedshard.bench.computing import _instead, lookup_of, take_batches, touched, touched_rows
+from embedshard.bench.computing import _instead, computing_measures, lookup_of, take_batches, touched, touched_rows
 from embedshard.bench.machine import PlainRows, raw_files
 from embedshard.bench.measure import Limit, Measure, Timer
 from embedshard.bench.ranking import ranking_measure
@@ -216,6 +216,47 @@ def test_a_config_that_does_not_rank_has_no_top_k(make_config):
     with open_world("cpu") as world:
         found = ranking_measure(assemble(make_config(changes).config, world), Timer(0.0, CPU))
     assert "no metric that ranks" in found.not_applicable
+
+
+LABEL = {"data": {"label": "clicked"}, "objective": {"kind": "bce"}, "evaluate": {"metrics": ["auc"]}}
+LIST = {"history": {"kind": "sequence", "table": "item", "max_length": 4}}
+MODELS = {
+    "two_tower, biases": {},
+    "dlrm": LABEL | {"model": {"kind": "dlrm", "dense_mlp": [8], "mlp": [8]}},
+    "sasrec": {
+        "features": LIST | {"item_id": {"kind": "id", "table": "item"}, "user_id": None, "age": None},
+        "tables": {"user": None},
+        "model": {"kind": "sasrec", "sequence": "history", "item_id": "item_id", "heads": 2},
+        "objective": {"kind": "sampled_softmax", "num_negatives": 8},
+        "evaluate": {"metrics": []},
+    },
+    "item_embedding": {
+        "features": LIST | {"item_id": None, "user_id": None, "age": None},
+        "tables": {"user": None},
+        "model": {"kind": "item_embedding", "sequence": "history", "window": 2},
+        "objective": {"kind": "negative_sampling", "num_negatives": 4},
+        "evaluate": {"metrics": []},
+    },
+}
+
+
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+def test_every_kind_of_model_is_measured(make_config, changes):
+    tree = make_config().tree
+    for part, values in changes.items():
+        whole = values if "kind" in values else tree[part] | values
+        tree[part] = {name: value for name, value in whole.items() if value is not None}
+    with open_world("cpu") as world:
+        found = list(computing_measures(assemble(build_config(tree, {}, "test"), world), Timer(0.0, CPU)))
+    names = ["host to device", "random rows", "lookup", "backward, fused update", "dense forward, backward"]
+    assert [measure.name for measure in found] == names
+    assert all(measure.rate > 0 for measure in found[1:])
+
+
+def test_a_model_that_looks_up_in_its_own_way_says_so(parts, monkeypatch):
+    monkeypatch.setattr("embedshard.bench.computing.lookup_of", lambda model: None)
+    found = list(computing_measures(parts, Timer(0.0, CPU)))
+    assert all("a way of its own" in measure.not_applicable for measure in found[1:])
 
 
 # ------------------------------------------------------------------------------------------------------------ the steps
