@@ -7,6 +7,7 @@ __all__ = ["Bench", "bench_as_worker", "bench_here", "show"]
 import gc
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ from embedshard.world import World, launched_world_size, open_world
 
 _FORMAT: Final = 1
 _BAR, _WIDTH = 44, 120
+_QUIET: Final = 0.9
 _PREFIXES: Final = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
 
@@ -112,8 +114,10 @@ def bench_here(
             raise ConfigError(f"--workers {workers}: data.lanes={loaded.data.lanes} fit {fit}. Choose one of these.")
         with open_world(device) as world:
             found = Bench(None if config is None else str(config), describe_machine(world.device), workers, seconds)
+            begin, computed = time.monotonic(), time.process_time()
             for measure in _alone(loaded, world, seconds, folder, lambda what: console.print(f"... {what}")):
                 found.measures.append(measure)
+            found.machine["computing"] = (time.process_time() - computed) / (time.monotonic() - begin)
             gc.collect()  # the tables are let go before they are made anew
             console.print("... steps, one worker")
             steps = take_steps(loaded, world, folder / "run-1", seconds)
@@ -202,6 +206,12 @@ def show(found: Bench, console: Console) -> None:
         f"{machine['load']:.1f}, {size(machine['memory_bytes'])}; {machine['system']}\n{versions}; {machine['date']}",
         soft_wrap=True,
     )
+    if machine["computing"] < _QUIET:
+        console.print(
+            f"While it measured, this process computed for {machine['computing']:.0%} of the time: others wanted its cores, "
+            f"or it waited for the disk or a device. Rates are of the whole time; shares suffer less: limits took turns.",
+            soft_wrap=True,
+        )
     table = Table(title="What the machine allows, and how near the system comes (medians)", title_justify="left")
     if not console.is_terminal:
         console.width = max(console.width, _WIDTH)

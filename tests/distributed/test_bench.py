@@ -55,7 +55,18 @@ def test_it_tells_each_measure_as_a_rate_and_a_share_of_its_limit(measured):
     assert set(found) == {"format", "config", "machine", "workers", "seconds_per_measure", "measures", "steps"}
     assert (found["format"], found["config"], found["workers"]) == (1, str(folder / "config.yaml"), 2)
     machine = found["machine"]
-    assert {"date", "cpu", "cores", "cores_allowed", "threads", "load", "memory_bytes", "device", "versions"} <= set(machine)
+    assert {
+        "date",
+        "cpu",
+        "cores",
+        "cores_allowed",
+        "threads",
+        "load",
+        "memory_bytes",
+        "device",
+        "versions",
+        "computing",
+    } <= set(machine)
     assert {"torch", "torchrec", "pyarrow", "python", "embedshard"} <= set(machine["versions"])
     assert [measure["name"] for measure in found["measures"]] == ALONE + TOGETHER
     for measure in found["measures"]:

@@ -326,7 +326,7 @@ def test_mistakes_are_told(make_config, tmp_path):
 def test_a_table_shows_each_measure_and_what_is_not_measured(capsys):
     machine = {
         "date": "2026-01-01", "cpu": "a processor", "cores": 2, "cores_allowed": 1, "threads": 1, "load": 0.5,
-        "memory_bytes": 2**30, "device": "cpu", "system": "a system", "versions": {"torch": "2"},
+        "memory_bytes": 2**30, "device": "cpu", "system": "a system", "versions": {"torch": "2"}, "computing": 0.4,
     }  # fmt: skip
     measures = [
         Measure("lookup", "rows", "B", 2e9, (1.0, 2.0, 4.0), Limit("plain rows", 4e9, (1.0, 2.0, 4.0)), 2**20, "a note"),
@@ -334,7 +334,17 @@ def test_a_table_shows_each_measure_and_what_is_not_measured(capsys):
     ]
     show(Bench("a.yaml", machine, 2, 1.0, measures, [steps_of(), steps_of(2, window=99)]), Console(width=120))
     shown = capsys.readouterr().out
-    for words in ("1 GB/s", "50%", "plain rows, 2 GB/s", "1.0 MiB", "n/a", "there is no device", "a note", "1 of 2 cores"):
+    for words in (
+        "1 GB/s",
+        "50%",
+        "plain rows, 2 GB/s",
+        "1.0 MiB",
+        "n/a",
+        "there is no device",
+        "a note",
+        "1 of 2 cores",
+        "40% of the time",
+    ):
         assert words in shown
     for words in (
         "table_backward",
