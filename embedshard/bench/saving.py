@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["saving_measures"]
+__all__ = ["lack_of_room", "saving_measures"]
 
 import shutil
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+
+import torch
 
 from embedshard.bench.machine import raw_files
 from embedshard.bench.measure import Limit, Measure, Timer
@@ -31,9 +33,8 @@ def saving_measures(parts: Assembly, timer: Timer, folder: Path) -> Iterator[Mea
     parts.optimizers.make_dense_state()
     size = num_bytes(_pieces(parts))
     what = f"{size / 2**20:,.1f} MiB of weights and optimizer state"
-    free = shutil.disk_usage(folder).free
-    if free < _COPIES * size:
-        why = f"{folder} has {free / 2**30:.1f} GiB free, and {_COPIES * size / 2**30:.1f} are needed: set TMPDIR"
+    why = lack_of_room(parts, folder)
+    if why:
         yield Measure("checkpoint write", what, not_applicable=why)
         yield Measure("checkpoint read", what, not_applicable=why)
         return
@@ -65,6 +66,15 @@ def saving_measures(parts: Assembly, timer: Timer, folder: Path) -> Iterator[Mea
     )  # fmt: skip
     shutil.rmtree(root)
     shutil.rmtree(folder / "raw")
+
+
+def lack_of_room(parts: Assembly, folder: Path) -> str:
+    """Returns why checkpoints of all ranks have no room in a folder; empty where they have. Collective."""
+    size = int(parts.world.sum(torch.tensor(num_bytes(_pieces(parts)))).item())
+    free = parts.world.broadcast_object(shutil.disk_usage(folder).free)
+    if free >= _COPIES * size:
+        return ""
+    return f"{folder} has {free / 2**30:.1f} GiB free, and {_COPIES * size / 2**30:.1f} are needed: set TMPDIR"
 
 
 def _pieces(parts: Assembly) -> Iterator[Piece]:

@@ -23,7 +23,7 @@ from embedshard.bench.machine import copied_memory, describe_machine
 from embedshard.bench.measure import Measure, Timer
 from embedshard.bench.ranking import ranking_measure
 from embedshard.bench.reading import reading_measures
-from embedshard.bench.saving import saving_measures
+from embedshard.bench.saving import lack_of_room, saving_measures
 from embedshard.bench.stepping import Steps, take_steps
 from embedshard.bench.synthetic import synthetic_config, write_criteo_shape
 from embedshard.config import Config, dump_tree, load_config
@@ -52,6 +52,7 @@ class Bench:
         seconds: that each measure might take.
         measures: in the order of a step's way, limits beside what they limit.
         steps: whole steps: alone, and with workers.
+        left_out: why steps were not taken, where they were not.
     """
 
     config: str | None
@@ -60,6 +61,7 @@ class Bench:
     seconds: float
     measures: list[Measure] = field(default_factory=list)
     steps: list[Steps] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
@@ -71,6 +73,7 @@ class Bench:
             "seconds_per_measure": self.seconds,
             "measures": [measure.to_json() for measure in self.measures],
             "steps": [steps.to_json() for steps in self.steps],
+            "left_out": self.left_out,
         }
 
 
@@ -119,16 +122,21 @@ def bench_here(
                 found.measures.append(measure)
             found.machine["computing"] = (time.process_time() - computed) / (time.monotonic() - begin)
             gc.collect()  # the tables are let go before they are made anew
-            console.print("... steps, one worker")
-            steps = take_steps(loaded, world, folder / "run-1", seconds)
-            assert steps is not None, "rank 0 is told"
-            found.steps.append(steps)
+            lack = next(one.not_applicable for one in found.measures if one.name == "checkpoint write")
+            if lack:
+                found.left_out.append(f"Steps of one worker, whose last saves a checkpoint: {lack}.")
+            else:
+                console.print("... steps, one worker")
+                steps = take_steps(loaded, world, folder / "run-1", seconds)
+                assert steps is not None, "rank 0 is told"
+                found.steps.append(steps)
         gc.collect()
         if workers > 1:
             console.print(f"... {workers} workers")
             told = _with_workers(path, overrides, workers, seconds, device, environment, folder, console)
             found.measures += [Measure.from_json(one) for one in told["measures"]]
-            found.steps.append(Steps.from_json(told["steps"]))
+            found.steps += [Steps.from_json(one) for one in told["steps"]]
+            found.left_out += told["left_out"]
     return found
 
 
@@ -187,12 +195,23 @@ def bench_as_worker(
             return bool(world.sum(torch.tensor(int(wish))).item())
 
         timer = Timer(seconds, world.device, meet=world.barrier, say_again=any_wants)
-        measures = exchange_measures(assemble(loaded, world), timer)
+        found = Bench(str(config), {}, world.world_size, seconds)
+        lack = _exchange(loaded, world, timer, report.parent, found)
         gc.collect()
-        steps = take_steps(loaded, world, report.parent / f"run-{world.world_size}", seconds)
-        if steps is not None:
-            told = {"measures": [measure.to_json() for measure in measures], "steps": steps.to_json()}
-            report.write_text(json_text(told), encoding="utf-8")
+        if lack:
+            found.left_out.append(f"Steps of {world.world_size} workers, whose last saves a checkpoint: {lack}.")
+        else:
+            steps = take_steps(loaded, world, report.parent / f"run-{world.world_size}", seconds)
+            found.steps += [] if steps is None else [steps]
+        if world.is_rank_zero:
+            report.write_text(json_text(found.to_json()), encoding="utf-8")
+
+
+def _exchange(config: Config, world: World, timer: Timer, folder: Path, found: Bench) -> str:
+    """Measures what workers exchange; returns why there is no room for checkpoints, if there is none. Collective."""
+    parts = assemble(config, world)
+    found.measures += exchange_measures(parts, timer)
+    return lack_of_room(parts, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------- shown
@@ -228,6 +247,8 @@ def show(found: Bench, console: Console) -> None:
         console.print(f"{measure.name}: {measure.what}{f'; {note}' if note else ''}.", soft_wrap=True, markup=False)
     for steps in found.steps:
         _show_steps(steps, console)
+    for sentence in found.left_out:
+        console.print(f"Left out: {escape(sentence)}", soft_wrap=True)
 
 
 def _cells(measure: Measure) -> list[str]:

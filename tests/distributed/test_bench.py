@@ -52,7 +52,7 @@ def measured(kept, make_config, tmp_path_factory):
 
 def test_it_tells_each_measure_as_a_rate_and_a_share_of_its_limit(measured):
     found, folder = measured
-    assert set(found) == {"format", "config", "machine", "workers", "seconds_per_measure", "measures", "steps"}
+    assert set(found) == {"format", "config", "machine", "workers", "seconds_per_measure", "measures", "steps", "left_out"}
     assert (found["format"], found["config"], found["workers"]) == (1, str(folder / "config.yaml"), 2)
     machine = found["machine"]
     assert {

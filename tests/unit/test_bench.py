@@ -16,7 +16,7 @@ from embedshard.bench.machine import PlainRows, raw_files
 from embedshard.bench.measure import Limit, Measure, Timer
 from embedshard.bench.ranking import ranking_measure
 from embedshard.bench.reading import reading_measures
-from embedshard.bench.saving import saving_measures
+from embedshard.bench.saving import lack_of_room, saving_measures
 from embedshard.bench.stepping import Steps, _Watch
 from embedshard.bench.synthetic import synthetic_config, write_criteo_shape
 from embedshard.config import build_config, table_specs
@@ -196,6 +196,9 @@ def test_a_disk_that_is_too_small_is_told(parts, tmp_path, monkeypatch):
     found = list(saving_measures(parts, Timer(0.0, CPU), tmp_path))
     assert [bool(measure.not_applicable) for measure in found] == [True, True]
     assert "TMPDIR" in found[0].not_applicable
+    assert lack_of_room(parts, tmp_path) == found[0].not_applicable
+    monkeypatch.undo()
+    assert lack_of_room(parts, tmp_path) == ""
 
 
 def test_ranking_scores_all_pairs_of_the_test_set(parts):
@@ -332,7 +335,8 @@ def test_a_table_shows_each_measure_and_what_is_not_measured(capsys):
         Measure("lookup", "rows", "B", 2e9, (1.0, 2.0, 4.0), Limit("plain rows", 4e9, (1.0, 2.0, 4.0)), 2**20, "a note"),
         Measure("host to device", "a batch", not_applicable="there is no device"),
     ]
-    show(Bench("a.yaml", machine, 2, 1.0, measures, [steps_of(), steps_of(2, window=99)]), Console(width=120))
+    steps = [steps_of(), steps_of(2, window=99)]
+    show(Bench("a.yaml", machine, 2, 1.0, measures, steps, ["Steps: no room."]), Console(width=120))
     shown = capsys.readouterr().out
     for words in (
         "1 GB/s",
