@@ -305,7 +305,7 @@ class TensorBoardReporter(Reporter):
         self._writer = SummaryWriter(str(self._written), purge_step=first_step + 1 if first_step else None)
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a point to each curve; a step's waterfall is left to metrics.jsonl and the report: a point takes 0.1 ms."""
+        """Adds a point to each curve; a step's waterfall is left to metrics.jsonl and the report: points take time."""
         if self._writer is not None:
             for name, value in values.items():
                 if not name.startswith(("train/waterfall/", "train/beside/")):
