@@ -274,6 +274,34 @@ def plan(
 
 
 @app.command()
+def bench(
+    config: Annotated[
+        Path | None, typer.Argument(help="A YAML config. Default: generated data of Criteo's shape, and two towers.")
+    ] = None,
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that exchange ids and vectors.")] = 2,
+    seconds: Annotated[float, typer.Option(min=0.01, help="How long each measure may take.")] = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    device: Device = "auto",
+    report_to: Annotated[Path | None, typer.Option(hidden=True, help="Of a worker that bench started.")] = None,
+) -> None:
+    """Measure what this machine allows and how near training comes, stage by stage, and where a step's time goes."""
+    from embedshard.launch.bench import bench_as_worker, bench_here, show
+    from embedshard.train.tracking import json_text
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # as an exception, so that all that it made is removed
+    if report_to is not None and config is not None:
+        bench_as_worker(config, overrides or [], os.environ, seconds=seconds, device=device, report=report_to)
+        return
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    found = bench_here(config, overrides or [], os.environ, workers=workers, seconds=seconds, device=device, console=err)
+    if as_json:
+        typer.echo(json_text(found.to_json(), indent=2))
+    else:
+        show(found, Console(highlight=False))
+
+
+@app.command()
 def verify(
     config: ConfigPath,
     steps: Annotated[int, typer.Option(min=1, help="How many of the first steps are trained.")] = 20,

@@ -24,6 +24,7 @@ from embedshard.data.columns import Buffers, Columns, concatenate, gather, num_r
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
+from embedshard.stages import BESIDE, Laps
 
 _GATHER_ROWS = 65_536  # rows gathered at once from a cache
 _DECODE_ROWS = 16_384  # rows decoded at once by a cursor
@@ -43,8 +44,9 @@ class _Rows(Protocol):
 class _CachedRows:
     """A partition decoded once, in file order."""
 
-    def __init__(self, source: Source, local_batch_size: int) -> None:
+    def __init__(self, source: Source, local_batch_size: int, laps: Laps) -> None:
         self._columns = concatenate([source.read_row_group(i) for i in range(len(source.inventory.row_groups))])
+        laps.lap("decode")
         self._buffers = Buffers()
         self.steps_at_once = max(1, _GATHER_ROWS // local_batch_size)
 
@@ -103,8 +105,8 @@ class _LaneCursor:
 class _StreamedRows:
     """A partition of any size: each lane holds its window."""
 
-    def __init__(self, source: Source, lanes: tuple[int, int]) -> None:
-        self._source, self._lanes = source, lanes
+    def __init__(self, source: Source, lanes: tuple[int, int], laps: Laps) -> None:
+        self._source, self._lanes, self._laps = source, lanes, laps
         self._buffers = Buffers()
         self._epoch: EpochOrder | None = None
         self._window = -1
@@ -119,6 +121,7 @@ class _StreamedRows:
         self._epoch, self._window = epoch, window
         spans = [epoch.window_rows(lane, window) for lane in range(*self._lanes)]
         pieces = [piece for cursor, span in zip(self._cursors, spans, strict=True) for piece in cursor.take(span[1])]
+        self._laps.lap("decode")
         # Lanes are contiguous spans of the epoch, but their windows are not: number the rows as they lie in `pieces`.
         bases = np.cumsum([0] + [last - first for first, last in spans])
         firsts = np.array([first for first, _ in spans], dtype=np.int64)
@@ -139,6 +142,9 @@ class BatchReader:
         rank: this process's.
         world_size: processes that train.
         former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
+
+    Attributes:
+        laps: the seconds that its thread has taken, by stage.
     """
 
     def __init__(
@@ -160,6 +166,7 @@ class BatchReader:
         self._local_batch_size = order.global_batch_size // world_size
         self._partition = -1
         self._rows: _Rows | None = None
+        self.laps = Laps(BESIDE)
 
     @contextmanager
     def batches(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
@@ -167,7 +174,7 @@ class BatchReader:
 
         An error in the thread is raised at the loop's next step, ahead of batches that are ready.
         """
-        ahead = _ReadAhead(self._produce(start, stop))
+        ahead = _ReadAhead(self._produce(start, stop), self.laps)
         try:
             yield iter(ahead)
         finally:
@@ -184,6 +191,7 @@ class BatchReader:
             assert epoch is not None, "the first step opens an epoch"
             window = epoch.window_of(position.step_in_epoch)
             table = epoch.rows(window, self._lanes)
+            self.laps.lap("order")
             rows = self._open(position.partition)
             first = position.step_in_epoch - window * epoch.window_steps
             last = min(len(table), first + stop - step)
@@ -191,8 +199,11 @@ class BatchReader:
             for begin in range(first, last, at_once):
                 end = min(begin + at_once, last)
                 columns = rows.gather(epoch, table[begin:end].ravel(), window)
+                self.laps.lap("order")
                 for place in range(end - begin):
-                    yield self._batch(columns, place, self._order.position(step))
+                    batch = self._batch(columns, place, self._order.position(step))
+                    self.laps.lap("collate")
+                    yield batch
                     step += 1
 
     def _open(self, partition: int) -> _Rows:
@@ -200,9 +211,9 @@ class BatchReader:
             self._rows = None  # lets go of the former before the next is read
             source = self._sources[partition]
             self._rows = (
-                _CachedRows(source, self._local_batch_size)
+                _CachedRows(source, self._local_batch_size, self.laps)
                 if self._cached[partition]
-                else _StreamedRows(source, self._lanes)
+                else _StreamedRows(source, self._lanes, self.laps)
             )
             self._partition = partition
         return self._rows
@@ -219,8 +230,8 @@ class BatchReader:
 class _ReadAhead:
     """Runs an iterator in a thread, a few items ahead."""
 
-    def __init__(self, produce: Iterator[Batch]) -> None:
-        self._produce = produce
+    def __init__(self, produce: Iterator[Batch], laps: Laps) -> None:
+        self._produce, self._laps = produce, laps
         self._ready: queue.Queue[Batch | None] = queue.Queue(maxsize=_BATCHES_AHEAD)
         self._closing = threading.Event()
         self._error: BaseException | None = None
@@ -229,9 +240,11 @@ class _ReadAhead:
 
     def _run(self) -> None:
         try:
+            self._laps.restart()
             for batch in self._produce:
                 if not self._put(batch):
                     return
+                self._laps.lap("ahead")
         except BaseException as error:
             self._error = error
         self._put(None)

@@ -18,6 +18,7 @@ from embedshard.quantities import MISSING, duration, number, share, size
 from embedshard.report import views
 from embedshard.report.read import read_run
 from embedshard.report.run import Run, mapping, numbers
+from embedshard.report.waterfall import waterfall_chart, waterfall_of
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
 _MINUS = "\N{MINUS SIGN}"
@@ -57,6 +58,7 @@ def write_report(folders: Sequence[PathOrUri | Location], out: PathOrUri | None 
 
 def report_page(run: Run, now: datetime) -> str:
     """Returns the page of a run."""
+    waterfall = waterfall_of(run)
     return (
         _templates()
         .get_template("report.html")
@@ -74,6 +76,8 @@ def report_page(run: Run, now: datetime) -> str:
             intervals=views.intervals(run),
             ids=mapping(run.result.get("ids")),
             bad_rows={split: mapping(found) for split, found in mapping(run.result.get("bad_rows")).items()},
+            waterfall=waterfall,
+            waterfall_chart=None if waterfall is None else waterfall_chart(waterfall),
             config_text=dump_tree(run.tree),
         )
     )

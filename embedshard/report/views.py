@@ -304,7 +304,7 @@ def curve_charts(run: Run) -> list[Chart]:
     groups: dict[str, list[str]] = {}
     for name in run.curves:
         split, _, rest = name.partition("/")
-        if rest.startswith(("window/", "run/")):
+        if rest.startswith(("window/", "run/", "waterfall/", "beside/")):
             continue
         if split == "train" and rest not in ("loss", "epoch", "samples_per_second", "bytes_read"):
             groups.setdefault(rest.partition("/")[0], []).append(name)

@@ -27,9 +27,11 @@ from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
 from embedshard.sharding.cache import CacheRates
 from embedshard.sharding.managed import ManagedTables
+from embedshard.sharding.marks import mark_lookups
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
+from embedshard.stages import STEP_STAGES, Laps
 from embedshard.storage import Location
 from embedshard.train.snapshot import table_shards
 from embedshard.train.step import Stepper
@@ -52,6 +54,7 @@ class Assembly:
     collator: Collator
     tally: Tally
     caches: CacheRates
+    laps: Laps
     streaming: StreamingMetrics | None = None
     managed: ManagedTables | None = None
 
@@ -138,6 +141,8 @@ def assemble(
         objective.add_module("streaming", streaming)  # what it has summed up is saved with what the objective estimates
     optimizers = Optimizers(model, config, specs, world)
     managed = _manage(config, world, specs, model, optimizers)
+    laps = Laps(STEP_STAGES)
+    mark_lookups(model, laps)
     tally = Tally(dataset.train[0].decoder)
     collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
     return Assembly(
@@ -148,11 +153,12 @@ def assemble(
         model=model,
         objective=objective,
         optimizers=optimizers,
-        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row, streaming),
+        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row, streaming, laps),
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,
         caches=CacheRates(model, world),
+        laps=laps,
         managed=managed,
         streaming=streaming,
     )

@@ -103,6 +103,8 @@ class Checkpointer:
         self._leave_by = float("inf")
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self.background_seconds = 0.0
+        """What saves in the background have taken beside the loop, those that have ended."""
         self.decision = "nothing was saved yet"
         """How the last save was done, and why: a line for the log."""
 
@@ -193,10 +195,13 @@ class Checkpointer:
         return in_background
 
     def _write_quietly(self, *arguments: Any) -> None:
+        begin = time.monotonic()
         try:
             self._write(*arguments)
         except BaseException as error:
             self._error = error
+        finally:
+            self.background_seconds += time.monotonic() - begin
 
     def _write(
         self,

@@ -35,7 +35,7 @@ from embedshard.train.snapshot import pieces, restore, restore_model
 from embedshard.train.state import TrainState, due
 from embedshard.train.step import StepResult
 from embedshard.train.stop import Notices, StopSignal
-from embedshard.train.stopwatch import Stopwatch
+from embedshard.train.stopwatch import Stopwatch, grouped, over_ranks
 from embedshard.train.tracking import Reporter
 from embedshard.train.warm_start import start_warm
 from embedshard.world import World
@@ -178,7 +178,7 @@ class _Training:
         self.check_not_replaced = check_not_replaced
         self.days = days
         self.num_steps = parts.num_steps
-        self.stopwatch = Stopwatch()
+        self.stopwatch = Stopwatch(parts.laps)
         self.samples = self.steps = 0  # of this attempt
 
     def run(self, notices: Notices) -> str | None:
@@ -210,14 +210,17 @@ class _Training:
     def _train(self, notices: Notices) -> str | None:
         """Trains the partitions that there are; returns the signal that ended it early, if one did."""
         config, state, steps = self.parts.config, self.state, self.num_steps
-        with self.parts.reader().batches(state.step, steps) as batches:
+        reader = self.parts.reader()
+        self.stopwatch.watch_reader(reader.laps)
+        with reader.batches(state.step, steps) as batches:
+            self.stopwatch.restart()
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
-                self.stopwatch.restart()
                 self.days.validate_next(self.parts, state)
                 self.stopwatch.lap("evaluate")
                 batch = next(batches)
-                self.stopwatch.lap("data")
+                self.stopwatch.lap("read_wait")
                 self.parts.optimizers.set_learning_rates(state.step, steps, self.parts.dataset.former.steps)
+                self.stopwatch.lap("dense_update")
                 result = self.parts.stepper.take(
                     batch, notices.stop is not None, notices.save, self.parts.dataset.bytes_read
                 )
@@ -228,10 +231,10 @@ class _Training:
                 self.samples, self.steps = self.samples + result.rows, self.steps + 1
                 position = batch.training_position
                 self._count_bad_rows(position, result)
-                self.stopwatch.lap("step")
+                self.stopwatch.lap("count")
                 self._tell(position, result)
                 is_end = state.step == steps
-                self.stopwatch.restart()
+                self.stopwatch.lap("log")
                 is_best = self._evaluate(position, is_end)
                 self.stopwatch.lap("evaluate")
                 ends = is_end or result.stop_asked or state.has_stopped_early(config.train.early_stopping)
@@ -275,6 +278,8 @@ class _Training:
         self.reporter.stepped(step, position.epoch, result.loss, self.samples_per_second)
         if due(step, self.parts.config.train.log_every_steps, False) or step == self.num_steps:
             watched = self.parts.streaming.measure() if self.parts.streaming is not None else {}
+            own = self.stopwatch.means(self.steps, self.checkpointer.background_seconds)
+            means = over_ranks(own, self.parts.world)
             self.reporter.measured(
                 step,
                 {
@@ -282,7 +287,9 @@ class _Training:
                     "train/loss": result.loss,
                     "train/epoch": position.epoch,
                     "train/samples_per_second": self.samples_per_second,
-                    **{f"train/seconds/{stage}": mean for stage, mean in self.stopwatch.means(self.steps).items()},
+                    **{f"train/seconds/{group}": mean for group, mean in grouped(own.stages).items()},
+                    **{f"train/waterfall/{stage}": mean for stage, mean in means.stages.items()},
+                    **{f"train/beside/{what}": mean for what, mean in means.beside.items()},
                     "train/bytes_read": result.bytes_read,
                     **({"train/quarantined": bad_rows.quarantined} if bad_rows.quarantined else {}),
                     **{f"train/oov/{name}": count / bad_rows.ids[name] for name, count in bad_rows.oov.items() if count},

@@ -17,6 +17,7 @@ from embedshard.errors import TrainingError
 from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.models.objectives.objective import Objective, l2_penalty
 from embedshard.sharding.optimizers import Optimizers
+from embedshard.stages import STEP_STAGES, Laps
 from embedshard.world import World
 
 
@@ -53,6 +54,7 @@ class Stepper:
         seed: of modules that draw from torch's global generator.
         describe_row: names a row of the data, given partition and row number.
         streaming: measures the rows as they are predicted; None measures nothing.
+        laps: whose stages it ends; None: its own.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class Stepper:
         seed: int,
         describe_row: Callable[[int, int], str],
         streaming: StreamingMetrics | None = None,
+        laps: Laps | None = None,
     ) -> None:
+        self._laps = Laps(STEP_STAGES) if laps is None else laps
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._world, self._seed, self._describe_row, self._streaming = world, seed, describe_row, streaming
         self._penalties: Mapping[str, float] = {
@@ -87,12 +91,15 @@ class Stepper:
         Raises:
             TrainingError: if the loss is not finite on any rank; no table has changed then.
         """
-        position = batch.training_position
+        position, lap = batch.training_position, self._laps.lap
         # For modules that draw from the global generator (dropout): a resumed run draws the same.
         _seed_generator((self._seed * 1_000_003 + position.step) * 65_537 + self._world.rank, self._world.device)
         batch = batch.to(self._world.device)
+        lap("copy")
         self._optimizers.zero_grad()
+        lap("dense_update")
         output = self._model(batch)
+        lap("dense_forward")
         losses = self._objective(output, batch)
         if self._penalties:
             losses = losses + l2_penalty(output.lookups, self._penalties)
@@ -100,19 +107,24 @@ class Stepper:
         weighted = torch.where(weights > 0, losses * weights, 0.0)
         loss_sum, weight_sum = weighted.sum(), weights.sum()
         local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
+        lap("loss")
         told = torch.tensor([stop_asked, save_asked, bytes_read], dtype=torch.float64, device=weight_sum.device)
         numbers = torch.cat([torch.stack([value.double() for value in local]), told])
         if batch.tally is not None and len(batch.tally):
             numbers = torch.cat([numbers, batch.tally.to(numbers)])
         total_loss, total_weight, rows, stops, saves, read, *tally = self._world.sum(numbers).tolist()
+        lap("agree")
         if not math.isfinite(total_loss):
             raise TrainingError(self._not_finite(batch, _of_rows(weighted.detach(), output, batch)))
         if self._streaming is not None:
             logits_BL = output.logits_BL if hasattr(output, "logits_BL") else output.logits.unsqueeze(1)
             self._streaming.update(logits_BL, batch.labels, batch.weights)
+            lap("metrics")
         if total_weight > 0:
             (loss_sum * (self._world.world_size / total_weight)).backward()
+            lap("table_backward")
             self._optimizers.step()
+            lap("dense_update")
         mean_loss = total_loss / total_weight if total_weight else 0.0
         return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally), round(read))
 

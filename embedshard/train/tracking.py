@@ -305,10 +305,11 @@ class TensorBoardReporter(Reporter):
         self._writer = SummaryWriter(str(self._written), purge_step=first_step + 1 if first_step else None)
 
     def measured(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds a point to each curve."""
+        """Adds a point to each curve; a step's waterfall is left to metrics.jsonl and the report: points take time."""
         if self._writer is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                if not name.startswith(("train/waterfall/", "train/beside/")):
+                    self._writer.add_scalar(name, value, step)
 
     def saving(self) -> None:
         """Puts what was written to the object store, if the run is in one."""

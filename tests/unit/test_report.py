@@ -192,8 +192,8 @@ def test_a_run_leaves_a_report_with_the_numbers_of_its_result(finished):
     assert page.row("item_id:bias")[0][1:3] == ["31", "4"]
     assert "min_delta" not in page.text
     assert yaml.safe_load((finished / "config.yaml").read_text())["data"]["train"] in page.text
-    # loss, two validation metrics, samples a second, seconds by stage
-    assert page.tags.count("svg") == 5
+    # loss, two validation metrics, samples a second, seconds by stage, the waterfall of a step
+    assert page.tags.count("svg") == 6
     for metric, value in result["baselines"]["popularity"].items():
         assert number(value) in page.row(metric)[0]
     for name in ("head", "torso", "tail"):

@@ -1,0 +1,1 @@
+"""What a machine allows and how near the system comes, stage by stage."""

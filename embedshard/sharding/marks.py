@@ -1,0 +1,78 @@
+"""Marks on a sharded model that end the stages of a training step where the model's code cannot: around its lookups."""
+
+from __future__ import annotations
+
+__all__ = ["mark_lookups"]
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.types import ShardedModule
+
+from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.stages import Laps
+
+
+def mark_lookups(model: nn.Module, laps: Laps) -> None:
+    """Makes a model's lookups, and the gradient of what they gave, end stages; in training alone. Call it once.
+
+    `input_dist` ends where a collection begins to read its rows (where ids of managed vocabularies become rows, that is in
+    it), `lookup` where the vectors are on their way, `output_dist` where all have come; `dense_backward` where the first
+    gradient of them is whole. What was before a lookup in the same forward pass is `dense_forward`.
+    """
+    for module in model.modules():
+        if isinstance(module, EmbeddingLookup):
+            mark = _Marks(laps)
+            module.register_forward_pre_hook(mark.begin)
+            module.register_forward_hook(mark.end)
+            for collection in module.modules():
+                if isinstance(collection, ShardedModule):
+                    collection.register_forward_pre_hook(mark.begin_collection)
+                    collection.compute_and_output_dist = _timed(collection, collection.compute_and_output_dist, laps)
+
+
+class _Marks:
+    """The marks of one lookup; those on its backward pass are made anew by each forward pass."""
+
+    def __init__(self, laps: Laps) -> None:
+        self._laps = laps
+        self._is_first = self._waits_for_gradient = False
+
+    def begin(self, module: nn.Module, given: object) -> None:
+        if module.training:
+            self._laps.lap("dense_forward")
+            self._is_first = True
+
+    def begin_collection(self, module: nn.Module, given: object) -> None:
+        """Ends the former collection's way back, where there is one."""
+        if module.training and not self._is_first:
+            self._laps.lap("output_dist")
+        self._is_first = False
+
+    def end(self, module: nn.Module, given: object, vectors: Mapping[str, torch.Tensor]) -> None:
+        if not module.training:
+            return
+        self._laps.lap("output_dist")
+        self._waits_for_gradient = True
+        # Vectors of a collection are slices of one tensor: a node for all, which runs when each one's gradient is there.
+        for node in {vector.grad_fn for vector in vectors.values() if vector.grad_fn is not None}:
+            node.register_prehook(self.gradient)
+
+    def gradient(self, gradients: object) -> None:
+        if self._waits_for_gradient:
+            self._waits_for_gradient = False
+            self._laps.lap("dense_backward")
+
+
+def _timed(module: nn.Module, work: Callable[..., Any], laps: Laps) -> Callable[..., Any]:
+    def timed(*given: Any, **named: Any) -> Any:
+        if not module.training:
+            return work(*given, **named)
+        laps.lap("input_dist")
+        found = work(*given, **named)
+        laps.lap("lookup")
+        return found
+
+    return timed
