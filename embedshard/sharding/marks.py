@@ -30,7 +30,9 @@ def mark_lookups(model: nn.Module, laps: Laps) -> None:
             for collection in module.modules():
                 if isinstance(collection, ShardedModule):
                     collection.register_forward_pre_hook(mark.begin_collection)
-                    collection.compute_and_output_dist = _timed(collection, collection.compute_and_output_dist, laps)
+                    # A collection that is looked up directly (`alone.py`) has a forward pass of its own, and no exchange.
+                    reads = "forward" if "forward" in vars(collection) else "compute_and_output_dist"
+                    setattr(collection, reads, _timed(collection, getattr(collection, reads), laps))
 
 
 class _Marks:

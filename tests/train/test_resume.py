@@ -14,7 +14,7 @@ from embedshard.train.stop import Notices
 from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
 
-_OF_THE_MACHINE = ("samples_per_second", "seconds", "bytes_read")
+_OF_THE_MACHINE = ("samples_per_second", "seconds", "bytes_read", "waterfall", "beside")
 
 
 class Recorder(Reporter):
