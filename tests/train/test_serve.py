@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
 from embedshard.launch.serve import ServeRequest, serve_here
 from embedshard.serve.app import build_app
-from embedshard.serve.deployment import build
+from embedshard.serve.deployment import Board, Note, build
 from embedshard.serve.engine import Engine, Recommend, Similar
 from embedshard.serve.live import LiveExport, candidates
 from embedshard.serve.messages import ErrorMessage, Health, RecommendResponse, ScoreResponse, SimilarResponse
@@ -325,6 +326,50 @@ def test_a_service_that_ends_takes_no_more(client):
 # ----------------------------------------------------------------------------------------------------------------- tokens
 def test_a_token_is_asked_for(client):
     other = "another-token-of-some-length"
+def test_a_client_that_goes_away_while_its_body_is_read_is_no_failure_of_the_service(client):
+    served, sent = client(), []
+    given = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"us', "more_body": True}]
+
+    async def receive():
+        return given.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+             "path": "/recommend", "raw_path": b"/recommend", "query_string": b"", "root_path": "", "headers": [],
+             "client": ("127.0.0.1", 1), "server": ("here", 80)}  # fmt: skip
+    asyncio.run(served.app(scope, receive, send))
+    assert sent == []
+    assert served.service.replica.pending == 0
+    metrics = served.get("/metrics").text
+    assert 'requests_total{endpoint="/recommend",replica="only",status="499"} 1.0' in metrics
+    assert 'status="500"' not in metrics
+
+
+def test_who_ends_does_not_wait_for_replicas_that_died(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("embedshard.serve.deployment.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def all_of_it():
+        board = Board()
+        await board.exchange(Note("dead", [], pending=3, is_ending=False))
+        now[0] += 3
+        await board.exchange(Note("alive", [], pending=1, is_ending=False))
+        assert await board.end() == 2, "the first may yet be heard of"
+        now[0] += 8
+        assert (await board.exchange(Note("alive", [], pending=1, is_ending=True))).ends
+        assert await board.end() == 1
+        assert set(await board.collect()) == {"alive"}
+        await board.exchange(Note("alive", [], pending=0, is_ending=True))
+        assert await board.end() == 0
+        await board.exchange(Note("restarted", [], pending=1, is_ending=False))
+        now[0] += 11
+        assert await board.end() == 0
+
+    asyncio.run(all_of_it())
+
+
     digests = (
         *token_digests(None, {"EMBEDSHARD_SERVE_TOKEN": TOKEN}),
         *token_digests(None, {"EMBEDSHARD_SERVE_TOKEN": other}),
