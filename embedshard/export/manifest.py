@@ -303,8 +303,9 @@ def open_export(out: PathOrUri | Location) -> OpenExport:
                 raise ExportError(f"{folder.uri} is not there. Make it: embedshard export RUN_DIR {folder.uri}")
             if folder.join(APPLYING, JOURNAL).is_file():
                 raise ExportError(
-                    f"{folder.uri} is between two exports: a delta was being applied or rolled back, and did not finish. "
-                    f"Finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard rollback {folder.uri}"
+                    f"{folder.uri} is between two exports: a delta is being applied or rolled back, or that did not finish. "
+                    f"If nothing is at work on it, finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard "
+                    f"rollback {folder.uri}"
                 )
             why = "holds no export"
             if folder.join(_MARKER).exists():
