@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Recommendation", "Recommendations", "ranking_parts", "recommend"]
+__all__ = ["Recommendation", "Recommendations", "leaves_out_met", "ranking_parts", "recommend"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ from embedshard.errors import ConfigError, DataError, ExportError
 from embedshard.evaluate.jagged import JaggedIds
 from embedshard.export.ids import Id, read_metadata, row_of
 from embedshard.export.index import load_index, look_up
-from embedshard.export.manifest import ExportedIndex, ExportedTower, OpenExport, open_export
+from embedshard.export.manifest import ExportedIndex, ExportedTower, Manifest, OpenExport, open_export
 from embedshard.export.read import ids_at, rows_of, seen_by, vectors_of
-from embedshard.export.unseen import kept_vocabulary_of, unseen_user
+from embedshard.export.unseen import UserTower, kept_vocabulary_of, unseen_user
 from embedshard.storage import PathOrUri, reaching
 
 FloatArray = npt.NDArray[np.float32]
@@ -108,7 +108,7 @@ def recommend(
         seen = None
         if manifest.seen is not None:
             seen = seen_by(export.file(manifest.seen), np.array([row], dtype=np.int64), rows_of(items))
-        if history is not None and manifest.config.get("evaluate", {}).get("filter_seen", True):
+        if history is not None and leaves_out_met(manifest):
             met = np.flatnonzero(np.isin(rows_of(items), unseen.items))
             met = met if seen is None else np.union1d(seen.values, met)
             seen = JaggedIds.from_pairs(np.zeros(len(met), dtype=np.int64), met, 1)
@@ -129,17 +129,29 @@ def recommend(
     )
 
 
-def ranking_parts(export: OpenExport) -> tuple[ExportedTower, ExportedTower, ExportedIndex]:
-    """Returns the users, the items and the index of an export.
+def ranking_parts(export: OpenExport) -> tuple[ExportedTower | None, ExportedTower, ExportedIndex]:
+    """Returns the users, the items and the index of an export; no users where they are histories, which have a program.
 
     Raises:
         ExportError: if it lacks them; says why.
     """
     manifest = export.manifest
-    if manifest.user is None or manifest.item is None or manifest.index is None:
+    if manifest.item is None or manifest.index is None or (manifest.user is None and not _encodes_histories(export)):
         why = " ".join(manifest.notes) or "It has no vectors of users and items."
         raise ExportError(f"{export.folder.uri} can recommend nothing. {why}")
     return manifest.user, manifest.item, manifest.index
+
+
+def leaves_out_met(manifest: Manifest) -> bool:
+    """Whether a list is without what a user has met."""
+    return bool(manifest.config.get("evaluate", {}).get("filter_seen", True))
+
+
+def _encodes_histories(export: OpenExport) -> bool:
+    if "user" not in export.manifest.programs:
+        return False
+    tower = UserTower(export)
+    return bool(tower.lists) and (tower.user is not None or not tower.lacks(None))
 
 
 def _seen_user(export: OpenExport, tower: ExportedTower, user: str) -> tuple[int, FloatArray]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Unseen", "kept_vocabulary_of", "unseen_user"]
+__all__ = ["Met", "Unseen", "UserTower", "kept_vocabulary_of", "unseen_user"]
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -17,13 +17,17 @@ from embedshard.config.parts import TableConfig
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.vocabulary import ManagedIds, Vocabulary, load_vocabularies
 from embedshard.errors import DataError, ExportError
+from embedshard.evaluate.jagged import offsets_of
 from embedshard.export.ids import row_of
-from embedshard.export.join import join, table_vectors
-from embedshard.export.manifest import ExportedTower, OpenExport
-from embedshard.export.program_file import load_program
+from embedshard.export.join import Vectors, join, table_vectors
+from embedshard.export.manifest import OpenExport
+from embedshard.export.program_file import Program, load_program
 from embedshard.export.signature import ProgramInput
 
+FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
+
+_NONE: Final = np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,135 @@ class Unseen:
 
     Attributes:
         vector: (1, D), what the user's program makes of them.
-        items: rows of the items that they met, each once.
+        items: rows of the items that they met, each once, also of those that are too long ago for the tower.
     """
 
-    vector: npt.NDArray[np.float32]
+    vector: FloatArray
     items: IntArray
+
+
+@dataclass(frozen=True)
+class Met:
+    """What a user's tower is told of a user.
+
+    Attributes:
+        lists: by feature the rows of items, oldest first, as many as the tower reads; one that is not named is empty.
+        user: row of the user's id; None where the vocabulary does not know it, or nobody is named.
+    """
+
+    lists: Mapping[str, IntArray]
+    user: int | None = None
+
+
+class UserTower:
+    """What a user's program reads, and what it is given for users whom the data do not have. It holds no vectors.
+
+    Args:
+        export: that has a program of the user tower.
+
+    Raises:
+        ExportError: if it has none.
+
+    Attributes:
+        file: of the program.
+        inputs: of the program.
+        specs: of them what each feature is looked up as, by feature.
+        lists: features that are lists of the items that are recommended.
+        user: the feature that names the user, where the tower reads it.
+        reads: what it reads, as a person is told.
+    """
+
+    def __init__(self, export: OpenExport) -> None:
+        manifest = export.manifest
+        program, items = manifest.programs.get("user"), manifest.item
+        if program is None or items is None:
+            why = " ".join(manifest.notes) or "It has no program of a user tower."
+            raise ExportError(f"{export.folder.uri} makes no vectors of histories. {why}")
+        self.file, self.inputs = program.file, program.inputs
+        self.specs = {spec.feature: spec for spec in program.inputs if spec.kind != "lengths" and not _is_bias(spec)}
+        kinds = {name: spec.config["kind"] for name, spec in self.specs.items()}
+        self.lists = [
+            name for name, spec in self.specs.items() if kinds[name] in ("bag", "sequence") and spec.table == items.table
+        ]
+        ids = [name for name, kind in kinds.items() if kind == "id"]
+        named = ids[:1] if manifest.user is None else [name for name in ids if name == manifest.user.feature]
+        self.user = named[0] if named else None
+        self.reads = ", ".join(f"'{name}' ({kind})" for name, kind in kinds.items())
+
+    def lacks(self, user: int | None) -> str:
+        """Returns what the tower reads and such a user has no value for, as a person is told; nothing if there is nothing.
+
+        Args:
+            user: row of the user's id, if it is known.
+        """
+        known = () if user is None else (self.user,)
+        return "; ".join(
+            _told(spec)
+            for name, spec in self.specs.items()
+            if name not in known and spec.config["kind"] in ("id", "dense") and not _has_value_for_none(spec)
+        )
+
+    def takes_unknown(self, name: str) -> bool:
+        """Whether a list may hold items that its vocabulary does not know."""
+        return _takes_unknown(self.specs[name])
+
+    def rows(self, name: str, ids: Iterable[int | str], find: Callable[[int | str], int]) -> IntArray:
+        """Returns the rows of a list of items as the data would have them, but uncut: padding is left out.
+
+        Args:
+            name: of the list.
+            ids: of the items.
+            find: returns an id's row, -1 where there is none: it is the row for unknown ids, or left out where the list
+                takes none.
+        """
+        spec, rows = self.specs[name], []
+        for id_ in ids:
+            if spec.config["mask_zero"] and str(id_) == "0":
+                continue
+            row = find(id_)
+            if row >= 0 or _takes_unknown(spec):
+                rows.append(row if row >= 0 else _unknown(spec))
+        return np.array(rows, dtype=np.int64)
+
+    def cut(self, name: str, rows: IntArray) -> IntArray:
+        """Returns what the tower reads of a list that may be too long for it."""
+        most = self.specs[name].config["max_length"]
+        if most is None:
+            return rows
+        return rows[:most] if self.specs[name].config["keep"] == "first" else rows[-most:]
+
+    def row_of_none(self, spec: ProgramInput) -> int:
+        """Returns the row of an id that nobody knows, -1 where such an id is none."""
+        return _unknown(spec) if _takes_unknown(spec) else -1
+
+    def encode(self, run: Program, met: Sequence[Met], vectors: Vectors) -> FloatArray:
+        """Returns the vectors of users who lack nothing, (B, D). Their sequences are padded together.
+
+        Args:
+            run: the program.
+            met: what is known of each.
+            vectors: looks rows up.
+
+        Raises:
+            ExportError: if a table lacks a row.
+        """
+        return run(**join(self.inputs, self._columns(met), vectors))["vector"].numpy()
+
+    def _columns(self, met: Sequence[Met]) -> Columns:
+        columns: Columns = {}
+        for name, spec in self.specs.items():
+            kind = spec.config["kind"]
+            if kind == "dense":
+                columns[name] = Flat(np.full(len(met), np.nan))
+            elif kind == "id":
+                own = [one.user if name == self.user else None for one in met]
+                none = self.row_of_none(spec)
+                columns[name] = Flat(np.array([none if row is None else row for row in own], dtype=np.int64))
+            else:  # the data may have empty lists too
+                rows = [one.lists.get(name, _NONE) for one in met]
+                lengths = np.array([len(one) for one in rows], dtype=np.int64)
+                columns[name] = Ragged(np.concatenate([_NONE, *rows]), offsets_of(lengths))
+        return columns
 
 
 def unseen_user(export: OpenExport, history: str, user: str | None) -> Unseen:
@@ -52,34 +180,18 @@ def unseen_user(export: OpenExport, history: str, user: str | None) -> Unseen:
         ExportError: if the export has no such program, or a file is another than was written.
         DataError: if an item is not known, or the tower reads something that the data alone tell.
     """
-    manifest = export.manifest
-    program, items = manifest.programs.get("user"), manifest.item
-    if program is None or items is None:
-        why = " ".join(manifest.notes) or "It has no program of a user tower."
-        raise ExportError(f"{export.folder.uri} makes no vectors of histories. {why}")
-    specs = {spec.feature: spec for spec in program.inputs if spec.kind != "lengths" and not _is_bias(spec)}
-    name, ids = _parsed(history, _lists_of_items(specs, items), specs)
-    met = _met(export, specs[name], ids)
-    columns: Columns = {name: Ragged(met, np.array([0, len(met)], dtype=np.int64))}
-    lacking = []
-    for feature, spec in specs.items():
-        if feature in columns:
-            continue
-        column = _default(export, spec, user if manifest.user is None or manifest.user.feature == feature else None)
-        if column is None:
-            lacking.append(_told(spec))
-        else:
-            columns[feature] = column
-    if lacking:
+    tower = UserTower(export)
+    name, ids = _parsed(history, tower)
+    items = tower.rows(name, ids, _finder(export, tower, name))
+    met = Met({name: tower.cut(name, items)}, _user_row(export, tower, user))
+    if lacking := tower.lacks(met.user):
         raise DataError(
-            f"the user tower reads more than a history: {'; '.join(lacking)}. An unseen user has no value for it. Name a "
+            f"the user tower reads more than a history: {lacking}. An unseen user has no value for it. Name a "
             f"user of the data (--user), or train with a value for who has none."
         )
-    vectors = table_vectors(
-        {spec.table: export.file(manifest.tables[spec.table].file) for spec in program.inputs if spec.table}
-    )
-    run = load_program(export.file(program.file))
-    return Unseen(run(**join(program.inputs, columns, vectors))["vector"].numpy(), np.unique(met))
+    tables = {spec.table: export.file(export.manifest.tables[spec.table].file) for spec in tower.inputs if spec.table}
+    vector = tower.encode(load_program(export.file(tower.file)), [met], table_vectors(tables))
+    return Unseen(vector, np.unique(items))
 
 
 def kept_vocabulary_of(export: OpenExport, table: str, kept: Mapping[str, Any]) -> Vocabulary:
@@ -112,15 +224,13 @@ def _is_bias(spec: ProgramInput) -> bool:
     return spec.table is not None and spec.table != spec.config["table"]
 
 
-def _lists_of_items(specs: Mapping[str, ProgramInput], items: ExportedTower) -> list[str]:
-    return [name for name, spec in specs.items() if spec.config["kind"] in ("bag", "sequence") and spec.table == items.table]
-
-
-def _parsed(history: str, lists: list[str], specs: Mapping[str, ProgramInput]) -> tuple[str, list[str]]:
+def _parsed(history: str, tower: UserTower) -> tuple[str, list[str]]:
     """Returns the feature that the items are, and their ids."""
+    lists = tower.lists
     if not lists:
-        read = ", ".join(f"'{name}' ({spec.config['kind']})" for name, spec in specs.items())
-        raise DataError(f"--history: the user tower reads no list of items, only {read}. Name a user of the data (--user).")
+        raise DataError(
+            f"--history: the user tower reads no list of items, only {tower.reads}. Name a user of the data (--user)."
+        )
     name, equals, ids = history.partition("=")
     if not equals or name not in lists:
         name, ids = lists[0], history
@@ -135,44 +245,42 @@ def _parsed(history: str, lists: list[str], specs: Mapping[str, ProgramInput]) -
     return name, found
 
 
-def _met(export: OpenExport, spec: ProgramInput, ids: list[str]) -> IntArray:
-    """Returns the rows of items as the data would have them: padding out, unknown ones as the config has it, then cut."""
+def _finder(export: OpenExport, tower: UserTower, name: str) -> Callable[[int | str], int]:
+    """Returns what finds the row of an item as it was typed; an unknown one is an error where the list takes none."""
+    spec = tower.specs[name]
     assert spec.table is not None, "a list is looked up"
     assert spec.vocabulary is not None, "a list is looked up"
-    vocabulary = kept_vocabulary_of(export, spec.table, spec.vocabulary)
-    rows = []
-    for id_ in ids:
-        if spec.config["mask_zero"] and id_ == "0":
-            continue
+    table, vocabulary = spec.table, kept_vocabulary_of(export, spec.table, spec.vocabulary)
+
+    def find(id_: int | str) -> int:
         try:
-            rows.append(row_of(id_, spec.table, vocabulary))
+            return row_of(str(id_), table, vocabulary)
         except DataError as error:
-            if not _takes_unknown(spec):
+            if not tower.takes_unknown(name):
                 raise DataError(f"--history: {error}") from error
-            rows.append(_unknown(spec))
-    most = spec.config["max_length"]
-    if most is not None:
-        rows = rows[:most] if spec.config["keep"] == "first" else rows[-most:]
-    return np.array(rows, dtype=np.int64)
+            return -1
+
+    return find
 
 
-def _default(export: OpenExport, spec: ProgramInput, user: str | None) -> Flat | Ragged | None:
-    """Returns what a feature is for who has no value, one row; None where the config has nothing for them."""
-    config = spec.config
-    if config["kind"] == "dense":
-        return Flat(np.array([np.nan])) if config["missing"] == "zero" else None
-    if config["kind"] != "id":
-        return Ragged(np.zeros(0, dtype=np.int64), np.zeros(2, dtype=np.int64))  # the data may have an empty list too
+def _user_row(export: OpenExport, tower: UserTower, user: str | None) -> int | None:
+    """Returns the row of a user's id, None where the tower does not read it or it is unknown."""
+    if user is None or tower.user is None:
+        return None
+    spec = tower.specs[tower.user]
     assert spec.table is not None, "an id is looked up"
     assert spec.vocabulary is not None, "an id is looked up"
-    if user is not None:
-        try:
-            return Flat(np.array([row_of(user, spec.table, kept_vocabulary_of(export, spec.table, spec.vocabulary))]))
-        except DataError:  # as one who has none
-            pass
-    if _takes_unknown(spec):
-        return Flat(np.array([_unknown(spec)], dtype=np.int64))
-    return Flat(np.array([-1], dtype=np.int64)) if config["null"] == "empty" else None
+    try:
+        return row_of(user, spec.table, kept_vocabulary_of(export, spec.table, spec.vocabulary))
+    except DataError:  # as one who has none
+        return None
+
+
+def _has_value_for_none(spec: ProgramInput) -> bool:
+    """Whether the config has something for who has no value of it."""
+    if spec.config["kind"] == "dense":
+        return spec.config["missing"] == "zero"
+    return _takes_unknown(spec) or spec.config["null"] == "empty"
 
 
 def _takes_unknown(spec: ProgramInput) -> bool:

@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from starlette.exceptions import HTTPException as AnyHTTPException
 
 from embedshard import __version__
-from embedshard.serve.engine import ItemList, Question, Recommend, Score, Scores, Similar, Unknown
+from embedshard.serve.engine import ItemList, Lacking, Question, Recommend, Score, Scores, Similar, Unknown
 from embedshard.serve.guard import Guard
 from embedshard.serve.messages import (
     ErrorMessage,
@@ -88,7 +88,7 @@ def build_app(service: Service) -> FastAPI:
     async def recommend(asked: Annotated[RecommendRequest, limited]) -> Response:
         """The best items for users, without those that they have met."""
         users = [asked.user] if asked.users is None else asked.users
-        given = tuple(asked.exclude), tuple(asked.history)
+        given = tuple(asked.exclude), asked.given_history
         answered = await service.ask([Recommend(user, asked.k, *given) for user in users])
         results = []
         for user, answer in zip(users, answered.answers, strict=True):
@@ -96,6 +96,8 @@ def build_app(service: Service) -> FastAPI:
                 _refuse_alone(answer, asked.users)
                 results.append({"user": user, "error": answer.message})
                 continue
+            if isinstance(answer, Lacking):  # a history is that of one user
+                raise HTTPException(422, answer.message)
             assert isinstance(answer, ItemList), "it was asked for"
             results.append({"user": user, "by": answer.by, "seen": answer.num_seen, **_listed(answer)})
         return _json(answered, {"results": results})

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import ray
+import torch
 from fastapi import FastAPI
 from prometheus_client.metrics_core import Metric
 from pydantic import ValidationError
@@ -115,6 +116,7 @@ class ServedReplica:
 
     def __init__(self, settings: dict[str, Any], board: Any) -> None:
         made = Settings.model_validate(settings)
+        torch.set_num_threads(1)  # a user's program is small: `cpus_per_replica` are for the searches
         self.replica = Replica(made, serve.get_replica_context().replica_tag)
         self._board, self._orders = board, Orders()
         self._thread = ThreadPoolExecutor(1, "engine")

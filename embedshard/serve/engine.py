@@ -7,10 +7,10 @@ Shapes: Q questions, U users, N items, D dim, K length of a list.
 
 from __future__ import annotations
 
-__all__ = ["Answer", "Engine", "ItemList", "Question", "Recommend", "Score", "Scores", "Similar", "Unknown"]
+__all__ = ["Answer", "Engine", "ItemList", "Lacking", "Question", "Recommend", "Score", "Scores", "Similar", "Unknown"]
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -26,18 +26,19 @@ from embedshard.export.ids import Id, align_metadata, find_row
 from embedshard.export.index import load_index, look_up
 from embedshard.export.manifest import ExportedTower, OpenExport
 from embedshard.export.read import rows_of, seen_by, vector_blocks
-from embedshard.export.recommend import ranking_parts
-from embedshard.export.unseen import kept_vocabulary_of
+from embedshard.export.recommend import leaves_out_met, ranking_parts
+from embedshard.export.unseen import Met, kept_vocabulary_of
+from embedshard.serve.histories import GivenId, Histories, History, items_of
 from embedshard.storage import reaching
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
-GivenId = int | str
 
 _MULTIPLIED = 3
 _SHORT_LIST = 1024
 """Lists up to this length cost about the same."""
 _NOWHERE = np.zeros(0, dtype=np.int64)
+_NO_VECTOR = np.zeros(0, dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,14 @@ class Recommend:
         user: None asks by the history alone.
         k: how many.
         exclude: items that the list may not hold.
-        history: items by which a user without a vector is judged; the list does not hold them.
+        history: items that the user has met, oldest first: of them comes the vector of a user who has none. The list does
+            not hold them.
     """
 
     user: GivenId | None
     k: int
     exclude: tuple[GivenId, ...] = ()
-    history: tuple[GivenId, ...] = ()
+    history: History = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class ItemList:
         metadata: what is known of each item beside, where metadata were given.
         by: the vector that was looked up with: `user`, `history` or `item`.
         num_seen: items that the user has met, which are left out.
-        unknown: given items that are none, and so do nothing.
+        unknown: given items that are none of the export's.
     """
 
     ids: list[Id]
@@ -135,16 +137,29 @@ class Unknown:
     message: str
 
 
-Answer = ItemList | Scores | Unknown
+@dataclass(frozen=True)
+class Lacking:
+    """An answer where a history is not enough, or not told so that the user's program can take it.
+
+    Attributes:
+        message: what was met, what was needed, what to do.
+    """
+
+    message: str
+
+
+Answer = ItemList | Scores | Unknown | Lacking
 
 
 class Engine:
     """An export in memory: 4 bytes a number of each user's vector, 8 of each item's (4 of them in the index).
 
+    Where the user's program makes vectors of histories, it is there too, and what it looks up (see `Histories`).
+
     Every file that is read is compared with its SHA-256 first.
 
     Args:
-        export: with vectors of users and items.
+        export: with vectors of items, and of users or a program that makes them of histories.
         metadata: a Parquet file with the items' ids in the column of the data, or its first, and more in others.
 
     Raises:
@@ -160,15 +175,18 @@ class Engine:
     def __init__(self, export: OpenExport, metadata: str | None = None) -> None:
         user, item, index = ranking_parts(export)
         self.step = export.manifest.step
-        self.num_users, self.num_items = user.vectors, item.vectors
+        self.num_users, self.num_items = 0 if user is None else user.vectors, item.vectors
+        self._leaves_out_met = leaves_out_met(export.manifest)
         with reaching(export.folder):
-            self._users = _Places(export, user)
+            self._users = None if user is None else _Places(export, user)
             self._items = _Places(export, item)
-            self._user_vectors = _vectors(export, user)
+            self._user_vectors = np.zeros((0, item.dim), dtype=np.float32) if user is None else _vectors(export, user)
             self._unit_vectors = _vectors(export, item)
             self._index = load_index(export.file(index.file))
-            seen = export.manifest.seen
-            self._seen = None if seen is None else seen_by(export.file(seen), self._users.rows, self._items.rows)
+            seen, users = export.manifest.seen, _NOWHERE if self._users is None else self._users.rows
+            self._seen = None if seen is None else seen_by(export.file(seen), users, self._items.rows)
+            find_user = None if self._users is None else self._users.row
+            self._histories = Histories(export, self._items.row, find_user, users)
             with export.file(item.file).open_input() as file:
                 self._ids: pa.Array = pq.read_table(file, columns=["id"])["id"].combine_chunks()
         self._is_exact = index.kind == "flat"
@@ -195,6 +213,7 @@ class Engine:
                 lookups.append((number, made))
             else:
                 answers[number] = made
+        self._encode_histories(lookups)
         for alike in self._searched_together([lookup for _, lookup in lookups]):
             found = self._look_up([lookups[at][1] for at in alike])
             for at, (places, scores) in zip(alike, found, strict=True):
@@ -203,7 +222,7 @@ class Engine:
         return [answer for answer in answers if answer is not None]
 
     # ------------------------------------------------------------------------------------------------------ a question
-    def _lookup(self, question: Recommend | Similar) -> _Lookup | Unknown:
+    def _lookup(self, question: Recommend | Similar) -> _Lookup | Unknown | Lacking:
         excluded, unknown = self._items.of_all(question.exclude)
         if isinstance(question, Similar):
             place = self._items.of(question.item)
@@ -213,29 +232,45 @@ class Engine:
                 return Unknown("item", f"the vector of item {question.item!r} is all zeros, so it is near nothing.")
             left_out = np.union1d(excluded, np.array([place], dtype=np.int64))
             return _Lookup(self._unit_vectors[place], question.k, left_out, "item", 0, unknown)
-        history, unknown_history = self._items.of_all(question.history)
+        history = items_of(question.history)
+        met, unknown_history = self._items.of_all(history)
         unknown += unknown_history
-        place = -1 if question.user is None else self._users.of(question.user)
+        place = self._user_place(question.user)
+        if place >= 0 and self._seen is not None:
+            met = np.union1d(met, self._seen.values[self._seen.offsets[place] : self._seen.offsets[place + 1]])
+        met = met if self._leaves_out_met else _NOWHERE
+        left_out = np.union1d(met, excluded)
         if place >= 0:
-            seen = _NOWHERE
-            if self._seen is not None:
-                seen = self._seen.values[self._seen.offsets[place] : self._seen.offsets[place + 1]]
-            left_out = np.union1d(np.union1d(seen, excluded), history)
-            return _Lookup(self._user_vectors[place], question.k, left_out, "user", len(seen), unknown)
-        mean = self._unit_vectors[history].mean(axis=0) if len(history) else np.zeros(0, dtype=np.float32)
-        length = float(np.linalg.norm(mean))
-        if not length:
-            history_without = f", and of the {len(question.history)} items in 'history' none has a vector"
-            hint = "name one of these users, or give items that the user has met as 'history'."
-            return self._unknown_user(question.user, history_without if question.history else "", hint)
-        return _Lookup(mean / length, question.k, np.union1d(excluded, history), "history", 0, unknown)
+            return _Lookup(self._user_vectors[place], question.k, left_out, "user", len(met), unknown)
+        if not history:
+            more = "" if self._histories.why_none else ", or give items that the user has met as 'history'"
+            return self._unknown_user(question.user, "", f"name one of these{more}.")
+        told = self._histories.met(question.user, question.history)
+        if isinstance(told, str):
+            return Lacking(f"{_who(question.user)}, and {told}.")
+        if not any(map(len, told.lists.values())):
+            none = f", and of the {len(history)} items in 'history' none is known"
+            return self._unknown_user(question.user, none, "name one of these, or give items that the export knows.")
+        return _Lookup(_NO_VECTOR, question.k, left_out, "history", len(met), unknown, told)
+
+    def _user_place(self, user: GivenId | None) -> int:
+        return -1 if user is None or self._users is None else self._users.of(user)
+
+    def _encode_histories(self, lookups: list[tuple[int, _Lookup]]) -> None:
+        """Gives lookups by histories their vectors, made together."""
+        of_histories = [(at, one.met) for at, (_, one) in enumerate(lookups) if one.met is not None]
+        if not of_histories:
+            return
+        vectors = self._histories.vectors([met for _, met in of_histories])
+        for (at, _), vector in zip(of_histories, vectors, strict=True):
+            number, lookup = lookups[at]
+            lookups[at] = number, replace(lookup, vector=vector)
 
     def _unknown_user(self, user: GivenId | None, more: str, hint: str) -> Unknown:
-        who = "no user was named" if user is None else f"user {user!r} was not in the data that the run was exported with"
-        return Unknown("user", f"{who}{more}. There are vectors of {self.num_users:,} users: {hint}")
+        return Unknown("user", f"{_who(user)}{more}. There are vectors of {self.num_users:,} users: {hint}")
 
     def _score(self, question: Score) -> Scores | Unknown:
-        place = self._users.of(question.user)
+        place = self._user_place(question.user)
         if place < 0:
             return self._unknown_user(question.user, "", "name one of these.")
         items = np.array([self._items.of(item) for item in question.items], dtype=np.int64)
@@ -247,9 +282,9 @@ class Engine:
         """Returns the numbers of the lookups of each search. An exact search finds the same whatever else is looked up."""
         groups: dict[tuple[object, ...], list[int]] = {}
         for number, lookup in enumerate(lookups):
-            if lookup.by != "user" or self._is_exact:
+            if lookup.by == "item" or self._is_exact:
                 # A list that is long by what it leaves out would make all others as long.
-                key: tuple[object, ...] = (lookup.by == "user", max(lookup.width, _SHORT_LIST).bit_length())
+                key: tuple[object, ...] = (lookup.by == "item", max(lookup.width, _SHORT_LIST).bit_length())
             else:
                 key = (lookup.k,)
             groups.setdefault(key, []).append(number)
@@ -258,7 +293,7 @@ class Engine:
     def _look_up(self, lookups: Sequence[_Lookup]) -> list[tuple[IntArray, FloatArray]]:
         """Returns the places and scores of each list. Users ask the index; items are compared with all others."""
         queries = np.stack([lookup.vector for lookup in lookups])
-        by_user = lookups[0].by == "user"
+        by_user = lookups[0].by != "item"
         if by_user and not self._is_exact:
             left_out = [lookup.left_out for lookup in lookups]
             lengths = np.array([len(places) for places in left_out], dtype=np.int64)
@@ -296,7 +331,10 @@ class Engine:
 
 @dataclass(frozen=True)
 class _Lookup:
-    """A vector to look up with, (D,), and the places that its list may not hold, ascending."""
+    """A vector to look up with, (D,), and the places that its list may not hold, ascending.
+
+    `met` is what the vector is made of where it comes of a history, with others of the batch.
+    """
 
     vector: FloatArray
     k: int
@@ -304,6 +342,7 @@ class _Lookup:
     by: str
     num_seen: int
     unknown: tuple[GivenId, ...]
+    met: Met | None = None
 
     @property
     def width(self) -> int:
@@ -322,9 +361,13 @@ class _Places:
 
     def of(self, id_: GivenId) -> int:
         """Returns the place of an id's vector, -1 where there is none."""
-        row = find_row(id_, self._vocabulary)
+        row = self.row(id_)
         at = int(np.searchsorted(self._ascending, row))
         return int(self._order[at]) if row >= 0 and at < len(self._order) and self._ascending[at] == row else -1
+
+    def row(self, id_: GivenId) -> int:
+        """Returns the row of an id, -1 where the vocabulary does not know it."""
+        return find_row(id_, self._vocabulary)
 
     def of_all(self, ids: Sequence[GivenId]) -> tuple[IntArray, tuple[GivenId, ...]]:
         """Returns the places of ids, ascending and each once, and the ids that have none."""
@@ -333,6 +376,10 @@ class _Places:
             np.unique(np.array([place for place in places if place >= 0], dtype=np.int64)),
             tuple(id_ for id_, place in zip(ids, places, strict=True) if place < 0),
         )
+
+
+def _who(user: GivenId | None) -> str:
+    return "no user was named" if user is None else f"user {user!r} was not in the data that the run was exported with"
 
 
 def _vectors(export: OpenExport, tower: ExportedTower) -> FloatArray:

@@ -15,13 +15,16 @@ __all__ = [
     "check_limits",
 ]
 
+from collections.abc import Mapping, Sized
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from embedshard.serve.histories import History
 from embedshard.serve.settings import Settings
 
 _LONGEST_ID = 1024
+_LONGEST_NAME = 256
 
 
 def _as_id(given: Any) -> int | str:
@@ -36,6 +39,14 @@ def _as_id(given: Any) -> int | str:
 
 GivenId = Annotated[int | str, BeforeValidator(_as_id)]
 """An id as the data have it: a number where its column holds numbers, else a string."""
+
+
+GivenHistory = Annotated[
+    Annotated[list[GivenId], Tag("items")]
+    | Annotated[dict[Annotated[str, Field(max_length=_LONGEST_NAME)], list[GivenId]], Tag("lists")],
+    Discriminator(lambda given: "lists" if isinstance(given, dict) else "items"),
+]
+"""Ids of items; by the name of the list that they are, where the user's tower reads several."""
 
 
 class _Message(BaseModel):
@@ -53,18 +64,26 @@ class RecommendRequest(_Message):
     """How many items for each."""
     exclude: list[GivenId] = []
     """Items that no list may hold, beside those that the user has met."""
-    history: list[GivenId] = []
-    """Items that the user has met. One whom the export does not know is judged by them: by the cosine with their mean."""
+    history: GivenHistory = []
+    """Items that the user has met, the oldest first. Of them the model's user tower makes the vector of one whom the export
+    does not know. If it reads several lists of items, say which they are: `{"watched": [1, 5], "bought": [5]}`."""
 
     @model_validator(mode="after")
     def _says_who(self) -> RecommendRequest:
         if self.user is not None and self.users is not None:
             raise ValueError("both 'user' and 'users' were given; give one of them")
-        if self.user is None and self.users is None and not self.history:
+        if self.user is None and self.users is None and not _count(self.history):
             raise ValueError("neither 'user', 'users' nor 'history' was given; give one of them")
         if self.users is not None and self.history:
             raise ValueError("'history' was given with 'users'; it is that of one user: give 'user', or ask for each alone")
         return self
+
+    @property
+    def given_history(self) -> History:
+        """As it was given."""
+        if isinstance(self.history, dict):
+            return {name: tuple(ids) for name, ids in self.history.items()}
+        return tuple(self.history)
 
 
 class SimilarRequest(_Message):
@@ -121,13 +140,13 @@ class RecommendedList(_Message):
     user: int | str | None
     """As it was asked for."""
     by: str | None = None
-    """`user`, or `history` where the export does not know the user."""
+    """`user`, or `history` where the export has no vector of the user, and made one of the items that were given."""
     seen: int = 0
     """Items that the user has met, which are left out."""
     items: list[ListedItem] = []
     """The best first."""
     unknown: list[int | str] = []
-    """Of `exclude` and `history`, what is no item of the export, and so did nothing."""
+    """Of `exclude` and `history`, what is no item of the export."""
     error: str | None = None
     """Why there are none."""
 
@@ -201,6 +220,11 @@ class ErrorMessage(_Message):
     """What was met, what was needed, what to do."""
 
 
+def _count(given: Sized | Mapping[str, Sized]) -> int:
+    """Returns how many ids there are, in all lists where there are several."""
+    return sum(map(len, given.values())) if isinstance(given, Mapping) else len(given)
+
+
 _Request = TypeVar("_Request", RecommendRequest, SimilarRequest, ScoreRequest)
 
 
@@ -215,7 +239,7 @@ def check_limits(request: _Request, settings: Settings) -> _Request:
     lists = {"exclude": settings.max_items, "history": settings.max_items, "users": settings.max_users}
     lists["items"] = settings.max_users if isinstance(request, SimilarRequest) else settings.max_items
     for name, most in lists.items():
-        given = getattr(request, name, None) or ()
-        if len(given) > most:
-            raise ValueError(f"'{name}' holds {len(given):,}, and at most {most:,} are taken in one request")
+        held = _count(getattr(request, name, None) or ())
+        if held > most:
+            raise ValueError(f"'{name}' holds {held:,}, and at most {most:,} are taken in one request")
     return request

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 __all__ = ["look_up_directly"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,15 @@ from torchrec.distributed.embedding import ShardedEmbeddingCollection
 from torchrec.distributed.embeddingbag import ShardedEmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
-from embedshard.sharding.row_tables import RowTables
+from embedshard.sharding.row_tables import RowTables, look_up_by_feature
 from embedshard.sharding.shards import fused_kernels
 
 
 def look_up_directly(model: nn.Module) -> None:
     """Gives the collections of a model that one process holds this forward pass.
 
-    Those that have tables in other kernels than `RowTables`, or tables in several blocks, keep TorchRec's.
+    Those that have tables in other kernels than `RowTables`, or tables in several blocks, keep TorchRec's. As nothing
+    travels, nothing is rounded on its way (`sharding.communication`).
     """
     for module in model.modules():
         if not isinstance(module, ShardedEmbeddingBagCollection | ShardedEmbeddingCollection):
@@ -48,12 +49,17 @@ class _Lookup:
     def __init__(self, kernels: Sequence[Any]) -> None:
         self._kernels = [(kernel.emb_module, kernel.config.feature_names()) for kernel in kernels]
 
-    def _found(self, ids: KeyedJaggedTensor) -> Iterator[tuple[str, torch.Tensor]]:
+    def _found(self, ids: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
+        known, calls = ids.keys(), []
         for tables, keys in self._kernels:
-            known = ids.keys()
             of_kernel = ids if known == keys else ids.permute([known.index(key) for key in keys])
-            vectors = tables.by_feature(of_kernel.values(), of_kernel.offsets(), of_kernel.weights_or_none())
-            yield from zip(keys, vectors, strict=True)
+            calls.append((tables, of_kernel.values(), of_kernel.offsets(), of_kernel.weights_or_none()))
+        found = look_up_by_feature(calls)
+        return {
+            key: vectors
+            for (_, keys), of_kernel in zip(self._kernels, found, strict=True)
+            for key, vectors in zip(keys, of_kernel, strict=True)
+        }
 
 
 class _Bags(_Lookup):
@@ -69,7 +75,7 @@ class _Sequences(_Lookup):
 
     def look_up(self, ids: KeyedJaggedTensor) -> dict[str, _Values]:
         """Returns the vectors of all ids, (V, D) of each key."""
-        return {key: _Values(vectors) for key, vectors in self._found(ids)}
+        return {key: _Values(vectors) for key, vectors in self._found(ids).items()}
 
 
 @dataclass(frozen=True)

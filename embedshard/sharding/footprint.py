@@ -34,7 +34,7 @@ class DenseCost:
     """What a rank holds and computes beside the tables.
 
     Attributes:
-        weight_bytes: parameters; gradients are as many, and lie in DDP's buckets.
+        weight_bytes: parameters; gradients are as many, and lie in DDP's buckets where there are several workers.
         state_bytes: the dense optimizer's, and the objective's estimates.
         numbers_per_row: outputs of layers for one row of the batch.
         numbers_gathered: vectors that are gathered from all ranks.
@@ -57,7 +57,7 @@ class RankMemory:
         state: of the optimizers of its shards.
         activations: looked-up vectors and layers' outputs, with their gradients.
         communication: ids on their way, and lookups' outputs before they are sent.
-        dense: replicated parameters, their gradients (DDP's buckets) and optimizer state; gradients of replicated tables.
+        dense: replicated parameters, their gradients and optimizer state; gradients of replicated tables.
         process: program and decoded data, and who holds which row of managed tables, on a cpu machine.
         host: of tables in the memory of a GPU's host; beside the rest, not part of `total`.
         ssd: of tables on an SSD; the same.

@@ -13,7 +13,7 @@ from __future__ import annotations
 __all__ = ["AdamSteps", "LazyAdamTables", "lazy_adam_shards", "pose_as_sgd", "take_over", "tell_fbgemm"]
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,9 +41,9 @@ class LazyAdamTables(RowTables):
     moments: list[tuple[torch.Tensor, torch.Tensor]]
     steps: list[torch.Tensor]
 
-    def begin(self) -> None:
+    def begin(self, names: Sequence[str]) -> None:
         """Makes the state, all zeros."""
-        super().begin()
+        super().begin(names)
         self.moments, self.steps = [], []
         for weight in self.split_embedding_weights():
             self.moments.append((torch.zeros(weight.shape), torch.zeros(weight.shape)))
@@ -115,7 +115,7 @@ def take_over(model: nn.Module) -> None:
         is_sgd = kernel.emb_module.optimizer == EmbOptimType.EXACT_SGD
         if is_sgd and _ADAMS_OWN in (kernel.config.fused_params or {}):
             kernel.emb_module.__class__ = LazyAdamTables  # in place: TorchRec's optimizers and state dicts hold it
-            kernel.emb_module.begin()
+            kernel.emb_module.begin([table.name for table in kernel.config.embedding_tables])
 
 
 def lazy_adam_shards(model: nn.Module) -> Iterator[Shard]:

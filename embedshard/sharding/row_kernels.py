@@ -12,8 +12,9 @@ from __future__ import annotations
 __all__ = ["NO_STATE", "Rule", "State", "bags_of_ids", "count_rows", "group_rows", "move_rows"]
 
 from collections.abc import Callable
+from contextlib import suppress
 from enum import IntEnum
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 import numba
 import numpy as np
@@ -51,7 +52,16 @@ def _compiled(function: _Function) -> _Function:
     try:
         compiled: _Function = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # numba's, where neither its folder nor the user's can be written to
-        compiled = numba.njit(**options)(function)
+        return cast(_Function, numba.njit(**options)(function))
+    cache: Any = getattr(compiled, "_cache", None)
+    if hasattr(cache, "save_overload"):
+        save = cache.save_overload
+
+        def save_if_possible(*given: Any) -> None:
+            with suppress(OSError):  # a full disk: the loop is there all the same
+                save(*given)
+
+        cache.save_overload = save_if_possible
     return compiled
 
 

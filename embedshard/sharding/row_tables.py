@@ -11,7 +11,7 @@ rules are FBGEMM's, and Adam, which FBGEMM does not have on a CPU (`lazy_adam.py
 
 from __future__ import annotations
 
-__all__ = ["RowTables", "take_over_tables"]
+__all__ = ["RowTables", "look_up_by_feature", "take_over_tables"]
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -47,10 +47,15 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
 
     rule: ClassVar[Rule]
 
-    def begin(self) -> None:
-        """Does what a constructor would of a kernel that was not there already."""
+    def begin(self, names: Sequence[str]) -> None:
+        """Does what a constructor would of a kernel that was not there already.
+
+        Args:
+            names: of its tables.
+        """
         assert self.pooling_mode != PoolingMode.MEAN, "embedshard pools by weighted sums"
         self._anchor = torch.empty(0, requires_grad=True)
+        self._names = list(names)
         self._weights_of_tables = self.split_embedding_weights()
         self._features = []
         for table in range(len(self._weights_of_tables)):
@@ -74,27 +79,23 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
         Raises:
             IndexError: if an id is no row of its table.
         """
-        parts = self.by_feature(indices, offsets, per_sample_weights)
+        (parts,) = look_up_by_feature([(self, indices, offsets, per_sample_weights)])
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=0 if self.pooling_mode == PoolingMode.NONE else 1)
-
-    def by_feature(
-        self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
-        """Returns for each feature what `forward` returns for all, side by side or one after the other."""
-        return _lookup(self._anchor, self, indices.long(), offsets.long(), weights)
 
     def look_up(
         self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        """Returns what `by_feature` does, without a backward pass."""
+        """Returns for each feature what `forward` returns for all, side by side or one after the other; no backward pass."""
         batch_size = (len(offsets) - 1) // len(self.feature_table_map)
         is_pooled = self.pooling_mode != PoolingMode.NONE
+        if not batch_size:
+            return tuple(torch.empty(0, dim) for dim in self._dims)
         if any(weight.dtype != torch.float32 for weight in self._weights_of_tables):
             found = super().forward(indices, offsets, weights)
             cuts = self._dims if is_pooled else offsets[::batch_size].diff().tolist()
             return tuple(part.contiguous() for part in torch.split(found, cuts, dim=1 if is_pooled else 0))
         parts: list[torch.Tensor] = []
-        for weight, (first, last) in zip(self._weights_of_tables, self._features, strict=True):
+        for name, weight, (first, last) in zip(self._names, self._weights_of_tables, self._features, strict=True):
             bags = offsets[first * batch_size : last * batch_size + 1]
             begins = bags.numpy()
             span = slice(int(begins[0]), int(begins[-1]))
@@ -110,7 +111,7 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
                         per_sample_weights=None if weights is None else weights[span].float(), include_last_offset=True,
                     )  # fmt: skip
             except (IndexError, RuntimeError) as error:
-                _check_rows(indices[span], weight, error)
+                _check_rows(name, indices[span], weight, error)
                 raise
             parts += [vectors] if len(cuts) == 1 else torch.split(vectors, cuts)
         return tuple(parts)
@@ -119,14 +120,19 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
         self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None,
         gradients: Sequence[torch.Tensor | None],
     ) -> None:  # fmt: skip
-        """Takes the step of all rows that were looked up: arguments as of `by_feature`, and the gradients of its results."""
+        """Takes the step of all rows that were looked up: arguments as of `look_up`, and the gradients of its results.
+
+        A gradient that is None is zeros: a row that was looked up is moved, which Adam does by its moments alone.
+        """
         begins = offsets.numpy()
         batch_size = (len(offsets) - 1) // len(self.feature_table_map)
         is_pooled = self.pooling_mode != PoolingMode.NONE
+        if not batch_size:
+            return
         for table, (first, last) in enumerate(self._features):
             bags = begins[first * batch_size : last * batch_size + 1]
             span, dim = slice(int(bags[0]), int(bags[-1])), self._dims[first]
-            if span.start == span.stop or all(part is None for part in gradients[first:last]):
+            if span.start == span.stop:
                 continue
             sizes = [batch_size] * (last - first) if is_pooled else np.diff(bags[::batch_size]).tolist()
             parts = [
@@ -135,7 +141,7 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
             ]
             vectors, stride = _as_rows(parts[0]) if len(parts) == 1 else (torch.cat(parts), 1)
             rows_U, sources, ends = _grouped(indices[span].numpy(), len(self._weights_of_tables[table]))
-            of_weights = None if weights is None else weights[span][torch.from_numpy(sources)].float()
+            of_weights = None if weights is None or not is_pooled else weights[span][torch.from_numpy(sources)].float()
             if is_pooled and not _are_single(bags):
                 sources = bags_of_ids(bags)[sources]
             gradient_UD = F.embedding_bag(
@@ -175,8 +181,8 @@ class _SgdTables(RowTables):
 class _AdagradTables(RowTables):
     rule = Rule.ADAGRAD
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, names: Sequence[str]) -> None:
+        super().begin(names)
         self._sums = [states[0] for states in self.split_optimizer_states()]
 
     def state(self, table: int) -> State:
@@ -186,8 +192,8 @@ class _AdagradTables(RowTables):
 class _RowwiseAdagradTables(RowTables):
     rule = Rule.ROWWISE_ADAGRAD
 
-    def begin(self) -> None:
-        super().begin()
+    def begin(self, names: Sequence[str]) -> None:
+        super().begin(names)
         self._sums = [states[0] for states in self.split_optimizer_states()]
 
     def state(self, table: int) -> State:
@@ -207,7 +213,7 @@ def take_over_tables(model: nn.Module) -> None:
         tables = kernel.emb_module
         if tables.use_cpu and not isinstance(tables, RowTables) and tables.optimizer in _TABLES:
             tables.__class__ = _TABLES[tables.optimizer]  # in place: TorchRec's optimizers and state dicts hold it
-            tables.begin()
+            tables.begin([table.name for table in kernel.config.embedding_tables])
 
 
 class _Lookup(torch.autograd.Function):
@@ -215,28 +221,53 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        anchor: torch.Tensor,
-        tables: RowTables,
-        indices: torch.Tensor,
-        offsets: torch.Tensor,
-        weights: torch.Tensor | None,
+        ctx: Any, anchor: torch.Tensor, kernels: Sequence[RowTables], *given: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
-        assert weights is None or not weights.requires_grad, "weights of ids are data: they get no gradient"
-        ctx.tables = tables
+        ctx.kernels = kernels
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(indices, offsets, weights)
-        return tables.look_up(indices, offsets, weights)
+        ctx.save_for_backward(*given)
+        found: list[torch.Tensor] = []
+        for tables, (indices, offsets, weights) in zip(kernels, _in_threes(given), strict=True):
+            assert weights is None or not weights.requires_grad, "weights of ids are data: they get no gradient"
+            assert indices is not None and offsets is not None, "only weights may be missing"  # noqa: PT018
+            found += tables.look_up(indices, offsets, weights)
+        return tuple(found)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[None, ...]:
-        indices, offsets, weights = ctx.saved_tensors
-        ctx.tables.take_step(indices, offsets, weights, gradients)
-        return (None,) * 5
+        first = 0
+        for tables, (indices, offsets, weights) in zip(ctx.kernels, _in_threes(ctx.saved_tensors), strict=True):
+            last = first + len(tables.feature_table_map)
+            tables.take_step(indices, offsets, weights, gradients[first:last])
+            first = last
+        return (None,) * (2 + len(ctx.saved_tensors))
 
 
-_lookup: Callable[..., tuple[torch.Tensor, ...]] = _Lookup.apply
+_apply: Callable[..., tuple[torch.Tensor, ...]] = _Lookup.apply
+
+
+def look_up_by_feature(
+    calls: Sequence[tuple[RowTables, torch.Tensor, torch.Tensor, torch.Tensor | None]],
+) -> list[tuple[torch.Tensor, ...]]:
+    """Looks ids up in several kernels, whose tables all take a step if any vector of them has a gradient.
+
+    Args:
+        calls: kernels, each with indices, offsets and weights, as `RowTables.forward` takes them.
+
+    Returns:
+        For each kernel the vectors of each of its features.
+
+    Raises:
+        IndexError: if an id is no row of its table.
+    """
+    given = [tensor for _, indices, offsets, weights in calls for tensor in (indices.long(), offsets.long(), weights)]
+    found = iter(_apply(calls[0][0]._anchor, [tables for tables, *_ in calls], *given))
+    return [tuple(next(found) for _ in tables.feature_table_map) for tables, *_ in calls]
+
+
+def _in_threes(tensors: Sequence[torch.Tensor | None]) -> list[tuple[Any, Any, Any]]:
+    return [(tensors[at], tensors[at + 1], tensors[at + 2]) for at in range(0, len(tensors), 3)]
 
 
 def _are_single(begins: Ids) -> bool:
@@ -256,10 +287,13 @@ def _as_rows(part: torch.Tensor) -> tuple[torch.Tensor, int]:
     return part.contiguous(), 1
 
 
-def _check_rows(ids_V: torch.Tensor, weight_RD: torch.Tensor, error: Exception) -> None:
+def _check_rows(table: str, ids_V: torch.Tensor, weight_RD: torch.Tensor, error: Exception) -> None:
     wrong_V = ids_V[(ids_V < 0) | (ids_V >= len(weight_RD))]
     if len(wrong_V):
-        raise IndexError(f"id {wrong_V[0]} was looked up in a table of {len(weight_RD):,} rows") from error
+        raise IndexError(
+            f"row {wrong_V[0]} was looked up in table '{table}', of which this rank has {len(weight_RD):,} rows. The reader "
+            "lets no such row through: a model of your own that changes ids must keep them within the table."
+        ) from error
 
 
 def _grouped(ids_V: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:

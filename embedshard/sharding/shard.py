@@ -75,6 +75,7 @@ def shard_model(
     take_over(sharded)
     take_over_tables(sharded)
     if world.world_size == 1:
+        sharded._dmp_wrapped_module.to(world.device)  # as DDP's wrapper would
         look_up_directly(sharded)
     if initialises:
         initialise_tables(config.seed, specs, weight_shards(sharded))

@@ -39,7 +39,8 @@ class Stopwatch:
 
     def __init__(self, laps: Laps | None = None) -> None:
         self.laps = Laps(STEP_STAGES) if laps is None else laps
-        self._readers: list[Laps] = []
+        self._reader: Laps | None = None
+        self._former_readers = dict.fromkeys(BESIDE, 0.0)
         self._told, self._told_steps = [0.0] * (len(STEP_STAGES) + len(BESIDE)), 0
 
     def restart(self) -> None:
@@ -51,8 +52,8 @@ class Stopwatch:
         return self.laps.lap(stage)
 
     def watch_reader(self, laps: Laps) -> None:
-        """Adds what a reader that is opened takes from now on."""
-        self._readers.append(laps)
+        """Adds what a reader that is opened takes from now on; the one before it has ended."""
+        self._former_readers, self._reader = self._of_readers(), laps
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -72,13 +73,16 @@ class Stopwatch:
             steps: that this attempt has taken.
             saved: seconds that saves in the background have taken so far.
         """
-        beside = {name: sum(laps.seconds.get(name, 0.0) for laps in self._readers) for name in BESIDE}
-        beside["save"] = saved
+        beside = self._of_readers() | {"save": saved}
         now = [*self.laps.seconds.values(), *beside.values()]
         taken = max(steps - self._told_steps, 1)
         means = [(seconds - told) / taken for seconds, told in zip(now, self._told, strict=True)]
         self._told, self._told_steps = now, steps
         return _waterfall(means, 1)
+
+    def _of_readers(self) -> dict[str, float]:
+        now = {} if self._reader is None else self._reader.seconds
+        return {name: former + now.get(name, 0.0) for name, former in self._former_readers.items()}
 
 
 def over_ranks(own: Waterfall, world: World) -> Waterfall:

@@ -104,8 +104,10 @@ def prepare(protocol: str, source: Path | None, downloads: Path) -> dict[str, pa
         return liked(ratings, read_users(source, downloads), read_movies(source, downloads))
     if protocol == "next":
         if source:
-            columns = ["user_id", "movie_id", "seq_pos", "timestamp"]
-            return next_items(pq.read_table(source / "ratings.parquet", columns=columns), "seq_pos", "timestamp")
+            ratings = pq.read_table(source / "ratings.parquet")
+            if "timestamp" not in ratings.column_names:
+                ratings = ratings.append_column("timestamp", pa.nulls(ratings.num_rows, pa.int64()))
+            return next_items(ratings.select(["user_id", "movie_id", "seq_pos", "timestamp"]), "seq_pos", "timestamp")
         return next_items(read_archive(fetch(RATINGS_ARCHIVE, downloads)), "time", "time")
     if protocol == "histories":
         if source:
@@ -213,15 +215,17 @@ def next_items(ratings: pa.Table, order: str, time: str) -> dict[str, pa.Table]:
     """Returns a row for each user and set: what came before an item, the item, and what the user has not rated.
 
     Args:
-        ratings: of users, in any order.
+        ratings: of users.
         order: the column whose order within a user is that of time.
         time: the column of the seconds, null where it is not known.
     """
+    seconds = seconds_of(ratings["user_id"].to_numpy(), ratings[order].to_numpy(), ratings[time].to_numpy())
     ids, counts = np.unique(ratings["movie_id"].to_numpy(), return_counts=True)
     kept = ids[counts >= FEWEST_RATINGS]
-    ratings = ratings.filter(pc.is_in(ratings["movie_id"], value_set=pa.array(kept)))
+    is_kept = np.isin(ratings["movie_id"].to_numpy(), kept)
+    ratings, seconds = ratings.filter(pa.array(is_kept)), seconds[is_kept]
     users, movies = ratings["user_id"].to_numpy(), np.searchsorted(kept, ratings["movie_id"].to_numpy())
-    order = chronological(users, ratings[order].to_numpy(), ratings[time].to_numpy())
+    order = chronological(users, ratings[order].to_numpy(), seconds)
     known, first, lengths = np.unique(users[order], return_index=True, return_counts=True)
     if not len(kept):
         raise ValueError(f"no movie has {FEWEST_RATINGS} ratings, which protocol 'next' asks of each")
@@ -239,19 +243,19 @@ def next_items(ratings: pa.Table, order: str, time: str) -> dict[str, pa.Table]:
     return sets
 
 
-def chronological(users: np.ndarray, places: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """Returns the order of rows by user and time, those of the same second in an order drawn from SEED.
+def seconds_of(users: np.ndarray, places: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Returns the second of each row as far as it can be told, NaN where it cannot.
 
-    Rows between two of the same second are of that second, and so are those after the latest known one: a user's latest
-    time is known. Of other rows whose time is not known the place alone counts.
+    Rows between two of the same second are of that second, and so are those after a user's latest known one, which is the
+    user's latest.
 
     Args:
-        users: of each row.
+        users: of each row; of all rows, before any is left out.
         places: whose order within a user is that of time.
         times: of each row, NaN where it is not known.
     """
     order = np.lexsort((places, users))
-    users, times = users[order], times[order].astype(np.float64)
+    users, times = users[order], np.asarray(times, dtype=np.float64)[order]
     index, is_known = np.arange(len(users)), ~np.isnan(times)
     before = np.maximum.accumulate(np.where(is_known, index, -1))
     after = np.minimum.accumulate(np.where(is_known, index, len(users))[::-1])[::-1]
@@ -261,8 +265,22 @@ def chronological(users: np.ndarray, places: np.ndarray, times: np.ndarray) -> n
     same = has_before & ~has_after
     both = has_before & has_after
     same[both] = times[before[both]] == times[after[both]]
-    times = np.where(same, times[before], np.nan)
-    starts = np.append(True, (users[1:] != users[:-1]) | ~(times[1:] == times[:-1]))[: len(users)]
+    seconds = np.full(len(users), np.nan)
+    seconds[order[same]] = times[before[same]]
+    return seconds
+
+
+def chronological(users: np.ndarray, places: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Returns the order of rows by user and time, those of the same second in an order drawn from SEED.
+
+    Args:
+        users: of each row.
+        places: whose order within a user is that of time.
+        seconds: of each row, NaN where the place alone counts.
+    """
+    order = np.lexsort((places, users))
+    users, seconds = users[order], seconds[order]
+    starts = np.append(True, (users[1:] != users[:-1]) | ~(seconds[1:] == seconds[:-1]))[: len(users)]
     drawn = np.random.default_rng(SEED).random(len(users))
     return order[np.lexsort((drawn, np.cumsum(starts)))]
 

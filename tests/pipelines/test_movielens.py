@@ -248,7 +248,9 @@ def test_ratings_of_the_same_second_are_put_in_a_drawn_order(prepare):
     times = [1, nan, 5, nan, nan, nan, nan, 3, nan, nan, 3, 4]
     users, places = np.repeat([0, 1], 6), np.tile(np.arange(6), 2)
     shuffled = np.random.default_rng(1).permutation(12)
-    order = shuffled[prepare.chronological(users[shuffled], places[shuffled], np.array(times)[shuffled])]
+    seconds = prepare.seconds_of(users[shuffled], places[shuffled], np.array(times)[shuffled])
+    assert seconds[np.argsort(shuffled)].tolist()[1:6:4] == [pytest.approx(nan, nan_ok=True), 5]
+    order = shuffled[prepare.chronological(users[shuffled], places[shuffled], seconds)]
     assert order[:2].tolist() == [0, 1]
     assert set(order[2:6].tolist()) == {2, 3, 4, 5}
     assert order[6] == 6

@@ -96,7 +96,7 @@ def test_an_answer_does_not_depend_on_its_batch(two_exports, tmp_path, kind):
     export_here(run, out, {}, index=kind, index_tolerance=1.0)
     engine = Engine(open_export(out))
     questions = [Recommend(user, k, tuple(range(k))) for user in range(40) for k in (1, 5, 12)]
-    questions += [Similar(item, 4) for item in range(30)] + [Recommend(None, 3, (), (item,)) for item in range(30)]
+    questions += [Similar(item, 4) for item in range(30)]
     together = engine.answer(questions)
     for question, answer in zip(questions, together, strict=True):
         [alone] = engine.answer([question])
@@ -121,21 +121,6 @@ def test_excluded_items_are_left_out_and_those_that_are_none_are_named(client):
     answer = served.post("/recommend", json={"user": 7, "k": 3, "exclude": [best[0], best[2], 999, "x"]})
     assert ids(answer) == [best[1], best[3], best[4]]
     assert answer.json()["results"][0]["unknown"] == [999, "x"]
-
-
-def test_an_unknown_user_is_judged_by_the_history(client, two_exports):
-    served, items = client(), vectors(two_exports[1], "items.parquet")
-    unit = {id_: vector / np.linalg.norm(vector) for id_, vector in items.items()}
-    mean = unit[3] + unit[11]
-    expected = sorted(set(items) - {3, 11}, key=lambda id_: -float(unit[id_] @ mean))[:4]
-    for who in ({}, {"user": 4000}):
-        answer = served.post("/recommend", json={**who, "history": [3, 11], "k": 4})
-        assert answer.status_code == 200, answer.text
-        assert answer.json()["results"][0]["by"] == "history"
-        assert ids(answer) == expected
-    known = served.post("/recommend", json={"user": 7, "history": [3, 11], "k": 30}).json()["results"][0]
-    assert known["by"] == "user"
-    assert not {3, 11} & {item["id"] for item in known["items"]}
 
 
 def test_similar_items_are_those_of_the_greatest_cosine(client, two_exports):
@@ -188,7 +173,8 @@ def test_answers_are_what_the_openapi_page_says(client, tmp_path):
     served = client(metadata=str(tmp_path / "more.parquet"))
     for path, body, model in (
         ("/recommend", {"users": [1, 4000], "k": 30, "exclude": [99]}, RecommendResponse),
-        ("/recommend", {"history": [4]}, RecommendResponse),
+        ("/recommend", {"user": 1, "history": [4]}, RecommendResponse),
+        ("/recommend", {"history": [4]}, ErrorMessage),
         ("/similar", {"items": [1, 99], "k": 30}, SimilarResponse),
         ("/score", {"user": 1, "items": [1, 99]}, ScoreResponse),
         ("/recommend", {"user": 4000}, ErrorMessage),
@@ -217,6 +203,11 @@ def test_answers_are_what_the_openapi_page_says(client, tmp_path):
         ("/recommend", {"users": [1, 2, 3, 4]}, ["'users' holds 4", "at most 3"]),
         ("/recommend", {"user": 1, "exclude": list(range(6))}, ["'exclude' holds 6", "at most 5"]),
         ("/recommend", {"history": list(range(6))}, ["'history' holds 6", "at most 5"]),
+        ("/recommend", {"history": {"a": [1, 2, 3], "b": [4, 5, 6]}}, ["'history' holds 6", "at most 5"]),
+        ("/recommend", {"history": {"a": []}}, ["neither 'user', 'users' nor 'history'"]),
+        ("/recommend", {"history": [True]}, ["history", "an integer or a string", "True"]),
+        ("/recommend", {"history": {"a": [True]}}, ["history", "a", "an integer or a string", "True"]),
+        ("/recommend", {"history": 3}, ["history", "list"]),
         ("/similar", {}, ["neither of 'item' and 'items'"]),
         ("/similar", {"item": 1, "items": [1]}, ["both of 'item' and 'items'"]),
         ("/similar", {"items": [1, 2, 3, 4]}, ["'items' holds 4", "at most 3"]),
@@ -245,17 +236,14 @@ def test_what_is_not_known_is_not_found(client):
     user = served.post("/recommend", json={"user": 4000})
     assert user.status_code == 404
     assert "user 4000 was not in the data" in user.json()["error"]
-    assert "'history'" in user.json()["error"]
+    assert user.json()["error"].endswith("name one of these.")  # its tower reads more than a history
     item = served.post("/similar", json={"item": "nothing"})
     assert item.status_code == 404
     assert "item 'nothing'" in item.json()["error"]
     assert served.post("/score", json={"user": 4000, "items": [1]}).status_code == 404
-    nothing = served.post("/recommend", json={"history": [999]})
-    assert nothing.status_code == 404
-    assert "none has a vector" in nothing.json()["error"]
     assert served.get("/nothing").status_code == 404
     assert served.get("/recommend").status_code == 405
-    assert 'embedshard_serve_unknown_total{replica="only",what="user"} 3.0' in served.get("/metrics").text
+    assert 'embedshard_serve_unknown_total{replica="only",what="user"} 2.0' in served.get("/metrics").text
 
 
 def test_a_request_that_is_too_large_is_refused_before_it_is_read(client):

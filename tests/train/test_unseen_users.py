@@ -45,7 +45,7 @@ def test_an_unseen_user_is_recommended_by_the_items_that_they_met(exported):
             age=torch.tensor([float("nan")], dtype=torch.float64),
         )["vector"][0]
         found = recommend(out, user, 5, history="29,3,3,7,1")
-        seen = {1, 3, 7}  # 29 is not among the last four; `item_id` 29 may be in what user 5 met
+        seen = {1, 3, 7, 29}  # 29 too, which is not among the last four that the tower reads
         if row == 5:
             pairs = pq.read_table(out / "seen.parquet").to_pylist()
             seen |= {pair["item"] for pair in pairs if pair["user"] == 5}

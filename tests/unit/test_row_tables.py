@@ -1,4 +1,8 @@
+import os
+import subprocess
+import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +24,7 @@ class Kernel(nn.Module):
     def __init__(self, optimizer, pooling, dtype):
         super().__init__()
         self.fused_optimizer = None
+        self.config = SimpleNamespace(embedding_tables=[SimpleNamespace(name="small"), SimpleNamespace(name="large")])
         self.emb_module = SplitTableBatchedEmbeddingBagsCodegen(
             [(rows, DIM, EmbeddingLocation.HOST, ComputeDevice.CPU) for rows in ROWS],
             feature_table_map=[0, 0, 1],
@@ -101,7 +106,9 @@ def test_more_threads_give_the_same_bits(pooling, dtype, monkeypatch):
 def test_an_id_that_is_no_row_is_an_error(pooling, wrong):
     model = Lookups(EmbOptimType.EXACT_SGD, pooling, SparseType.FP32)
     take_over_tables(model)
-    with pytest.raises(IndexError, match=f"id {wrong} was looked up in a table of {ROWS[1]} rows"):
+    with pytest.raises(
+        IndexError, match=f"row {wrong} was looked up in table 'large', of which this rank has {ROWS[1]} rows"
+    ):
         model._lookups[0].emb_module(torch.tensor([0, 1, wrong]), torch.tensor([0, 1, 2, 3]))
 
 
@@ -123,3 +130,45 @@ def test_ids_are_grouped_the_same_in_all_ways(rows_an_id, num_rows, monkeypatch)
     assert [places[begin:end].tolist() for begin, end in pairwise(begins)] == [
         np.flatnonzero(ids == row).tolist() for row in rows
     ]
+
+
+@pytest.mark.parametrize("pooling", [PoolingMode.NONE, PoolingMode.SUM])
+def test_a_batch_of_no_rows_has_no_vectors_and_moves_nothing(pooling):
+    model = Lookups(EmbOptimType.EXACT_SGD, pooling, SparseType.FP32)
+    take_over_tables(model)
+    tables = model._lookups[0].emb_module
+    before = [weight.clone() for weight in tables.split_embedding_weights()]
+    found = tables(torch.zeros(0, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
+    found.sum().backward()
+    assert found.shape == (0, DIM if pooling == PoolingMode.NONE else 3 * DIM)
+    assert all(torch.equal(weight, former) for weight, former in zip(tables.split_embedding_weights(), before, strict=True))
+
+
+def test_without_a_folder_to_write_to_loops_are_compiled_and_not_kept(tmp_path):
+    program = """
+import numpy as np
+from embedshard.sharding.row_kernels import bags_of_ids
+print(bags_of_ids(np.array([0, 2, 3])).tolist())
+"""
+    for cache in (tmp_path / "kept", "/dev/full/none"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(cache)], capture_output=True, text=True, timeout=120, check=False,
+            env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
+        )  # fmt: skip
+        assert (done.returncode, done.stdout.strip()) == (0, "[0, 0, 1]"), done.stderr
+    assert any((tmp_path / "kept").rglob("*.nbi"))
+
+
+def test_all_tables_that_are_looked_up_together_take_a_step_if_one_has_a_gradient(monkeypatch):
+    kernels = [Lookups(EmbOptimType.EXACT_SGD, PoolingMode.SUM, SparseType.FP32) for _ in range(2)]
+    for model in kernels:
+        take_over_tables(model)
+    tables = [model._lookups[0].emb_module for model in kernels]
+    stepped = []
+    move = row_tables.move_rows
+    monkeypatch.setattr(row_tables, "move_rows", lambda *given: (stepped.append(len(given[7])), move(*given)))
+    ids, offsets = torch.tensor([0, 1, 2]), torch.tensor([0, 1, 2, 3])
+    found = row_tables.look_up_by_feature([(one, ids, offsets, None) for one in tables])
+    found[0][0].sum().backward()
+    # A row of each feature, two features on one table: Adam would move them all, as with TorchRec's joined vectors.
+    assert stepped == [2, 1, 2, 1]
