@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -385,12 +385,13 @@ def export(
     from embedshard.launch.export_since import export_since, show_delta
 
     err = Console(stderr=True, soft_wrap=True, highlight=False)
+    options: dict[str, Any] = {
+        "checkpoint_step": checkpoint, "index": index, "verifies": verify, "metric_tolerance": tolerance,
+        "index_tolerance": index_tolerance, "quantise": quantise, "device": device,
+        "say": lambda part: err.print(f"... {part}"),
+    }  # fmt: skip
     if since is not None:
-        delta = export_since(
-            run_dir, out, since, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify,
-            metric_tolerance=tolerance, index_tolerance=index_tolerance, device=device,
-            say=lambda part: err.print(f"... {part}"),
-        )  # fmt: skip
+        delta = export_since(run_dir, out, since, os.environ, **options)
         if as_json:
             typer.echo(json.dumps(delta.to_json(), indent=2))
         else:
@@ -398,10 +399,7 @@ def export(
         if delta.manifest is None:
             raise typer.Exit(1)
         return
-    found = export_here(
-        run_dir, out, os.environ, checkpoint_step=checkpoint, index=index, verifies=verify, metric_tolerance=tolerance,
-        index_tolerance=index_tolerance, quantise=quantise, device=device, say=lambda part: err.print(f"... {part}"),
-    )  # fmt: skip
+    found = export_here(run_dir, out, os.environ, **options)
     if as_json:
         typer.echo(json.dumps(found.to_json(), indent=2))
     else:

@@ -3,19 +3,17 @@
 All files are made beside the export first, and compared with what they have to be. Then a journal is written, the manifest
 goes, the files are exchanged, and the manifest of what the export is now is written. An export is thus what it was until the
 journal is there, and what it becomes as soon as the manifest is; between the two it has none, and the journal says what is
-left to do: each step can be done again. On a disk a file is exchanged by a rename, and another who applies is kept out by a
-lock on the folder. On an object store it is a copy, which appears whole, and nobody is kept out.
+left to do: each step can be done again. On a disk a file is exchanged by a rename, and another who applies or exports is
+kept out by a lock on the folder. On an object store it is a copy, which appears whole, and nobody is kept out.
 """
 
 from __future__ import annotations
 
 __all__ = ["Applied", "apply_delta", "roll_back"]
 
-import fcntl
 import hashlib
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final, Literal
@@ -45,6 +43,7 @@ from embedshard.export.manifest import (
     FileName,
     Manifest,
     OpenExport,
+    alone_in,
     hash_file,
     open_export,
 )
@@ -121,7 +120,7 @@ def apply_delta(
         StorageError: if the folder cannot be read or written.
     """
     opened, folder = open_delta(delta), locate(onto)
-    with reaching(folder), _alone(folder):
+    with reaching(folder), alone_in(folder):
         finished = _finish(folder)
         export = open_export(folder)
         base, manifest = side_of(export), opened.manifest
@@ -151,7 +150,7 @@ def roll_back(onto: PathOrUri, say: Callable[[str], None] = lambda sentence: Non
         StorageError: if the folder cannot be read or written.
     """
     folder = locate(onto)
-    with reaching(folder), _alone(folder):
+    with reaching(folder), alone_in(folder):
         finished = _finish(folder)
         if finished is not None and finished.is_back:
             rows: dict[str, dict[str, int]] = {}
@@ -321,24 +320,6 @@ def _prune(folder: Location, keep: int) -> None:
 def _delete(delta: Location) -> None:
     delta.join(MANIFEST).delete_file()
     delta.delete_tree()
-
-
-@contextmanager
-def _alone(folder: Location) -> Iterator[None]:
-    """Keeps others from the folder, where it is on a disk; the lock goes with the process."""
-    if not folder.is_local or not os.path.isdir(folder.path):
-        yield
-        return
-    handle = os.open(folder.path, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            message = f"{folder.uri} is being changed by another apply or rollback. Wait until it is done."
-            raise ExportError(message) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 # -------------------------------------------------------------------------------------------------------------- result

@@ -18,6 +18,7 @@ __all__ = [
     "FileHash",
     "Manifest",
     "OpenExport",
+    "alone_in",
     "hash_file",
     "hash_files",
     "open_export",
@@ -26,10 +27,14 @@ __all__ = [
     "write_manifest",
 ]
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -52,6 +57,8 @@ _FILES: Final = ("users.parquet", "items.parquet", "seen.parquet", "dense.safete
 _PREFIXES: Final = ("items-",)
 _NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)?")
 _CHUNK: Final = 2**22
+_NO_LOCKS: Final = (errno.EBADF, errno.EINVAL, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What filesystems say that have no locks on folders, as NFS."""
 _LARGEST_MANIFEST: Final = 2**28
 
 FileName = Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
@@ -219,15 +226,40 @@ class OpenExport:
         return place
 
 
+@contextmanager
+def alone_in(folder: Location) -> Iterator[None]:
+    """Keeps others who would change an export from its folder, where it is on a disk; the lock goes with the process.
+
+    Raises:
+        ExportError: if another has it.
+    """
+    if not folder.is_local or not os.path.isdir(folder.path):
+        yield
+        return
+    handle = os.open(folder.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            message = f"{folder.uri} is being changed by another apply, rollback or export. Wait until it is done."
+            raise ExportError(message) from error
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        yield
+    finally:
+        os.close(handle)
+
+
 def prepare_folder(out: PathOrUri | Location) -> Location:
     """Makes the folder of an export, or empties that of an earlier one, finished or not; its manifest goes first.
 
     Raises:
-        ExportError: if something else is there.
+        ExportError: if something else is there, or a delta is being applied there or rolled back.
         StorageError: if it cannot be written.
     """
     folder = locate(out)
-    with reaching(folder):
+    with reaching(folder), alone_in(folder):
         names = [] if folder.is_file() else folder.list_names()
         if folder.is_file() or (names and _MARKER not in names):
             shown = "is a file" if folder.is_file() else f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
@@ -271,8 +303,9 @@ def open_export(out: PathOrUri | Location) -> OpenExport:
                 raise ExportError(f"{folder.uri} is not there. Make it: embedshard export RUN_DIR {folder.uri}")
             if folder.join(APPLYING, JOURNAL).is_file():
                 raise ExportError(
-                    f"{folder.uri} is between two exports: a delta was being applied or rolled back, and did not finish. "
-                    f"Finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard rollback {folder.uri}"
+                    f"{folder.uri} is between two exports: a delta is being applied or rolled back, or that did not finish. "
+                    f"If nothing is at work on it, finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard "
+                    f"rollback {folder.uri}"
                 )
             why = "holds no export"
             if folder.join(_MARKER).exists():

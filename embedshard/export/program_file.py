@@ -3,7 +3,9 @@
 `torch.export.load` unpickles what an archive says is pickled (example inputs, tensors of subclasses, objects), looks
 functions up by name in all of `torch`, and evaluates text as Python (sizes by `sympy`, guards by `exec`). What `export`
 writes has raw tensors alone, calls `aten` operators alone, and its texts are sizes and comparisons of them. Here an archive
-is compared with that before torch reads it; one that has more is refused.
+is compared with that; one that has more is refused. A zip can be two archives, one for a reader that looks for the directory
+where it ends and one for a reader that goes where it is said to be. So torch is not given the file, but a new archive of the
+members that were compared.
 """
 
 from __future__ import annotations
@@ -58,10 +60,9 @@ def load_program(place: Location) -> Program:
         ExportError: if it is none, or has more than a program needs.
         StorageError: if it cannot be read.
     """
-    content = place.read_bytes()
-    check_archive(content, place.uri)
+    checked = check_archive(place.read_bytes(), place.uri)
     try:
-        module = torch.export.load(io.BytesIO(content)).module()
+        module = torch.export.load(io.BytesIO(checked)).module()
     except (RuntimeError, ValueError, KeyError, AssertionError, TypeError) as error:
         raise ExportError(f"{place.uri} is no program that torch {torch.__version__} reads: {error}. {_AGAIN}") from error
 
@@ -75,41 +76,64 @@ def load_program(place: Location) -> Program:
 _AGAIN: Final = "Export the run again."
 
 
-def check_archive(content: bytes, uri: str) -> None:
+def check_archive(content: bytes, uri: str) -> bytes:
     """Compares an archive with what `export` writes.
+
+    Returns:
+        An archive of what was compared and nothing else, for torch to read.
 
     Raises:
         ExportError: naming what it has more.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            problem = _problem(archive)
-    except (zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError) as error:
+            infos = archive.infolist()
+            problem = _problem_of_names(infos)
+            members = {} if problem else {info.filename: archive.read(info) for info in infos}
+        problem = problem or _problem(members)
+    except (zipfile.BadZipFile, ValueError, KeyError, AttributeError, TypeError, NotImplementedError) as error:
         raise ExportError(f"{uri} is no program of torch.export: {error}. {_AGAIN}") from error
     if problem:
         raise ExportError(f"{uri} {problem}, which no program of an export has; it is not loaded. {_AGAIN}")
+    return _packed(members)
 
 
-def _problem(archive: zipfile.ZipFile) -> str:
-    """Returns what an archive has that a program doesn't need; nothing if there is nothing."""
-    names = [info.filename for info in archive.infolist()]
+def _problem_of_names(infos: list[zipfile.ZipInfo]) -> str:
+    """Returns which files an archive has that a program doesn't need; nothing if there is none."""
+    names = [info.filename for info in infos]
     if len(set(names)) < len(names):
         return "holds a file twice"
     folders = {name.partition("/")[0] for name in names}
     if len(folders) != 1:
         return "holds several folders"
-    folder = f"{folders.pop()}/"
-    for info in archive.infolist():
-        name = info.filename.removeprefix(folder)
-        if name == _EXAMPLES and info.file_size:
-            return "holds pickled example inputs"
+    for info in infos:
+        name = info.filename.partition("/")[2]
         if name != _EXAMPLES and not _PLAIN.fullmatch(name):
             return f"holds '{name}'"
+        if info.compress_type != zipfile.ZIP_STORED:  # a few bytes could be made of more than the memory holds
+            return f"holds '{name}' compressed"
+    return ""
+
+
+def _problem(members: dict[str, bytes]) -> str:
+    """Returns what the files of an archive have that a program doesn't need; nothing if there is nothing."""
+    folder = next(iter(members)).partition("/")[0]
+    if members.get(f"{folder}/{_EXAMPLES}"):
+        return "holds pickled example inputs"
     for name in _CONFIGS:
-        for tensor, meta in json.loads(archive.read(folder + name))["config"].items():
+        for tensor, meta in json.loads(members[f"{folder}/{name}"])["config"].items():
             if meta["use_pickle"] is not False:
                 return f"holds '{tensor}' pickled"
-    return next(_met(json.loads(archive.read(f"{folder}models/model.json"))), "")
+    return next(_met(json.loads(members[f"{folder}/models/model.json"])), "")
+
+
+def _packed(members: dict[str, bytes]) -> bytes:
+    """Returns an archive of files, in their order, as they are."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in members.items():
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return stream.getvalue()
 
 
 def _met(value: Any) -> Iterator[str]:

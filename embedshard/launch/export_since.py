@@ -97,7 +97,10 @@ def export_since(
     Raises:
         EmbedshardError: what a user can act on.
     """
-    from embedshard.launch.export import export_here  # and with it the model's libraries, when the folders are in order
+    from embedshard.export.quantised import quantised_formats
+    from embedshard.launch.export import export_here  # and with it the model's libraries
+
+    quantised_formats(options.get("quantise", "none"))  # before an earlier delta goes
 
     place, folder = locate(since), locate(out)
     base = open_export(place.parent if place.name == MANIFEST else place)

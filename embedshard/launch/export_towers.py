@@ -120,10 +120,15 @@ def write_held(
     written = Towers(notes=[f"Nothing was replayed, nor is it known what users have met: {why}"])
     for side, read in zip(("item", "user"), reversed(tower_features(config)), strict=True):
         program, identity = scoring.programs.get(side), config.identity(f"{side}_id")
-        table = None if identity is None else config.features[identity].table  # type: ignore[union-attr]  # checked: an id
-        if program is None or identity is None or table is None or read != [identity]:
-            others = ", ".join(name for name in read if name != identity)
+        if others := ", ".join(name for name in read if name != identity):
             written.notes.append(f"There are no vectors of {side}s: their tower reads {others}, which no id alone tells.")
+            continue
+        assert identity is not None, "the tower reads it"
+        table = config.features[identity].table  # type: ignore[union-attr]  # checked: an id
+        if program is None:
+            written.notes.append(
+                f"There are no vectors of {side}s: the program '{side}', which would make them, is missing."
+            )
             continue
         is_managed = isinstance(config.tables[table].vocabulary, ManagedVocabulary)
         if not tables[table].has_ids:

@@ -35,7 +35,7 @@ NAME: Final = "embedshard"
 
 _EXCHANGE_S = 1.0
 _HURRY_S = 0.1
-_FORGET_AFTER_S = 30.0
+_FORGET_AFTER_S = 10.0
 _BESIDE_S = 5.0
 _BESIDE = 32  # health checks and scrapes, which are answered however much there is to do
 
@@ -82,12 +82,12 @@ class Board:
     async def exchange(self, note: Note) -> Orders:
         """Takes what a replica tells; returns what is asked of it."""
         self._notes[note.replica] = replace(note, at=time.monotonic())
+        self._forget()
         return self._orders
 
     async def collect(self) -> dict[str, list[Metric]]:
         """Returns the metrics of the replicas that were heard of lately."""
-        oldest = time.monotonic() - _FORGET_AFTER_S
-        self._notes = {name: note for name, note in self._notes.items() if note.at >= oldest}
+        self._forget()
         return {name: note.metrics for name, note in self._notes.items()}
 
     async def ask_reload(self) -> None:
@@ -97,7 +97,13 @@ class Board:
     async def end(self) -> int:
         """Asks all replicas to take no more requests; returns how many have not done so, or still answer some."""
         self._orders = replace(self._orders, ends=True)
+        self._forget()
         return sum(not note.is_ending or note.pending > 0 for note in self._notes.values())
+
+    def _forget(self) -> None:
+        """Forgets replicas that were not heard of for several exchanges: they are dead, and would be waited for."""
+        oldest = time.monotonic() - _FORGET_AFTER_S
+        self._notes = {name: note for name, note in self._notes.items() if note.at >= oldest}
 
 
 class ServedReplica:

@@ -10,6 +10,7 @@ import json
 import time
 from typing import Final
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from embedshard.serve.replica import Replica
@@ -20,6 +21,8 @@ _OPEN: Final = {"/healthz", "/docs", "/openapi.json"}
 """No token is asked for: whether it serves, and how it is called."""
 _ALWAYS: Final = {"/healthz", "/metrics"}
 """Answered however much there is to do."""
+_CLIENT_GONE: Final = 499
+"""Under which a request is counted whose client went away while its body was read; nginx's, HTTP has none."""
 
 
 class Guard:
@@ -50,6 +53,8 @@ class Guard:
         self._replica.pending += 1
         try:
             await self._answer(path, scope, receive, sending)
+        except ClientDisconnect:
+            status = _CLIENT_GONE
         finally:
             self._replica.pending -= 1
             self._metrics.requests.labels(endpoint, str(status)).inc()
@@ -78,7 +83,7 @@ class Guard:
         while size <= settings.max_body_bytes:
             message = await receive()
             if message["type"] == "http.disconnect":
-                return
+                raise ClientDisconnect
             body.append(message.get("body", b""))
             size = max(size, sum(map(len, body)))
             if not message.get("more_body", False):

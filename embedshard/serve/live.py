@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from embedshard.errors import EmbedshardError, ExportError
-from embedshard.export.manifest import MANIFEST, open_export
+from embedshard.export.manifest import APPLYING, JOURNAL, MANIFEST, ROLLBACK, open_export
 from embedshard.serve.engine import Engine
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
@@ -68,7 +68,7 @@ class Served:
 
 @dataclass(frozen=True)
 class Refusal:
-    """An export that is newer than the served one and cannot be served.
+    """An export that is to be served rather than what is, and cannot be.
 
     Attributes:
         export: its folder.
@@ -112,10 +112,10 @@ def candidates(out: PathOrUri | Location, manifests: _Manifests | None = None) -
     """Returns what could be served, the best first.
 
     It is an export itself; in a folder of exports the one that its file `CURRENT` names and no other, else all of them, the
-    newest first.
+    newest first. What `apply` and `rollback` make ready in an export is none.
 
     Raises:
-        ExportError: if there is none.
+        ExportError: if there is none, or an export is between two.
         StorageError: if the place cannot be read.
     """
     place, manifests = locate(out), manifests or _Manifests()
@@ -124,22 +124,32 @@ def candidates(out: PathOrUri | Location, manifests: _Manifests | None = None) -
         if own is not None:
             return [replace(own, is_named=True)]
         names = [] if place.is_file() or not place.exists() else place.list_names()
+        if APPLYING in names:
+            _refuse_between_two(place)
         if CURRENT in names:
             name = place.join(CURRENT).read_text().strip()
             if not name or "/" in name or name.startswith("."):
                 raise ExportError(f"{place.join(CURRENT).uri} holds {name!r}; it must be the name of an export beside it.")
             named = manifests.of(place.join(name))
             if named is None:
+                _refuse_between_two(place.join(name))
                 raise ExportError(
                     f"{place.join(CURRENT).uri} names {name}, and {place.join(name).uri} has no {MANIFEST}. "
                     f"Name an export that is there, or export the run to it."
                 )
             return [replace(named, is_named=True)]
-        found = [one for name in names if (one := manifests.of(place.join(name))) is not None]
+        folders = [place.join(name) for name in names if name not in (APPLYING, ROLLBACK)]
+        found = [one for folder in folders if (one := manifests.of(folder)) is not None]
     if not found:
         open_export(place)  # says why there is none
         raise ExportError(f"{place.uri} came and went. Start again.")
     return sorted(found, key=lambda one: one.order, reverse=True)
+
+
+def _refuse_between_two(folder: Location) -> None:
+    """Raises ExportError, as `open_export` does, if the files of an export are being exchanged."""
+    if folder.join(APPLYING, JOURNAL).is_file():
+        open_export(folder)
 
 
 class LiveExport:
@@ -198,9 +208,8 @@ class LiveExport:
 
     @property
     def refusal(self) -> Refusal | None:
-        """The newest export that cannot be served, where that is so."""
-        refusals = list(self._refusals.values())
-        return max(refusals, key=lambda one: one.at) if refusals else None
+        """The best of the exports that are to be served rather than what is, and cannot be; None where there is none."""
+        return next(iter(list(self._refusals.values())), None)
 
     @property
     def is_watching(self) -> bool:
@@ -236,8 +245,9 @@ class LiveExport:
                 self.trouble = _told(error)
                 return False
             self.trouble = None
-            self._refusals = {one.digest: self._refusals[one.digest] for one in found if one.digest in self._refusals}
-            for candidate in self._newer(found):
+            newer = list(self._newer(found))
+            self._keep_refusals(newer)
+            for place, candidate in enumerate(newer):
                 if not at_once and self._waits(candidate):
                     continue
                 try:
@@ -245,9 +255,10 @@ class LiveExport:
                 except Exception as error:  # whatever is wrong with it, what is served goes on
                     self._refuse(candidate, error)
                     continue
-                self._refusals.pop(candidate.digest, None)
+                self._keep_refusals(newer[:place])
                 self._changed(self._served)
                 return True
+            self._keep_refusals(newer)
             return False
 
     def _newer(self, found: list[Candidate]) -> Iterator[Candidate]:
@@ -259,6 +270,10 @@ class LiveExport:
             is_same_place = candidate.folder.path == served.folder.path
             if candidate.is_named or is_same_place or candidate.order > served.order:
                 yield candidate
+
+    def _keep_refusals(self, above: list[Candidate]) -> None:
+        """Forgets refusals of others than those that rank above what is served, given the best first."""
+        self._refusals = {one.digest: self._refusals[one.digest] for one in above if one.digest in self._refusals}
 
     def _waits(self, candidate: Candidate) -> bool:
         refused = self._refusals.get(candidate.digest)

@@ -36,7 +36,7 @@ class ServeMetrics:
         self.unknown = Counter("unknown", "Users and items that were asked about and not known.", ["what"], **known)
         self._reloads = Counter("reloads", "Newer exports that took over.", **known)
         self._failures = Counter("reload_failures", "Newer exports that could not be served, each time.", **known)
-        self._refused = Gauge("export_refused", "Whether the newest export cannot be served, and an older one is.", **known)
+        self._refused = Gauge("export_refused", "Whether an export that is to take over cannot be served.", **known)
         self._step = Gauge("export_step", "The step of the checkpoint that the served export is of.", **known)
         self._loaded = Gauge("export_loaded_timestamp_seconds", "When the served export was loaded.", **known)
         self._took = Gauge("export_load_seconds", "Time that it took to check and load the served export.", **known)
@@ -62,7 +62,7 @@ class ServeMetrics:
 
         Args:
             pending: requests that are being answered.
-            is_refused: whether an older export is served than there is.
+            is_refused: whether an export that is to take over cannot be served.
         """
         self._pending.set(pending)
         self._refused.set(is_refused)

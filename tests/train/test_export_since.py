@@ -46,6 +46,23 @@ def hashes(folder):
     return {name: hash_file(locate(folder / name)) for name in open_export(folder).manifest.files}
 
 
+def test_tables_in_fewer_bits_are_of_a_delta_as_of_a_whole_export(trained, tmp_path):
+    run, before, after = trained({**PLAIN, **SPARSE})
+    onto, delta = tmp_path / "onto", tmp_path / "delta"
+    export_here(run, onto, {}, checkpoint_step=before, quantise="int8")
+    export_here(run, tmp_path / "whole", {}, checkpoint_step=after, quantise="int8")
+    of_delta = ("export", run, delta, "--since", onto, "--checkpoint", after, "--quantise")
+    written = cli(*of_delta, "int8")
+    assert written.returncode == 0, written.stderr
+    refused = cli(*of_delta, "int9")
+    assert refused.returncode == 2
+    assert "--quantise int9: there is no such format" in refused.stderr
+    assert (delta / "manifest.json").exists(), "the earlier delta is gone for an option that is none"
+    apply_delta(delta, onto)
+    assert hashes(onto) == hashes(tmp_path / "whole")
+    assert "tables/user.int8.parquet" in hashes(onto)
+
+
 def cli(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "embedshard.cli", *map(str, arguments)],

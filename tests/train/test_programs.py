@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import struct
 import subprocess
 import sys
 import types
@@ -24,6 +25,7 @@ from embedshard.export.manifest import open_export
 from embedshard.export.program_file import check_archive, load_program
 from embedshard.launch.export import export_here
 from embedshard.models.output import LabelOutput
+from embedshard.storage import locate
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
@@ -231,9 +233,9 @@ def test_a_programs_file_is_read_without_unpickling_or_evaluating_anything(expor
     check_archive(content, "it")
     ran = tmp_path / "ran"
 
-    def changed(name, change):
+    def changed(name, change, compression=zipfile.ZIP_STORED):
         stream = io.BytesIO()
-        with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(stream, "w") as after:
+        with zipfile.ZipFile(io.BytesIO(content)) as before, zipfile.ZipFile(stream, "w", compression) as after:
             for info in before.infolist():
                 whole = before.read(info.filename)
                 after.writestr(info.filename, change(whole) if info.filename.endswith(name) else whole)
@@ -270,6 +272,7 @@ def test_a_programs_file_is_read_without_unpickling_or_evaluating_anything(expor
         "evaluates": changed("models/model.json", as_text(with_guard)),
         "evaluates 'exec": changed("models/model.json", as_text(with_size)),
         "calls 'torch.hub.load'": changed("models/model.json", as_text(with_call)),
+        "compressed": changed("models/model.json", lambda whole: whole, zipfile.ZIP_DEFLATED),
         "is no program": b"PK" + content[:100],
     }
     for problem, tampered in cases.items():
@@ -280,6 +283,57 @@ def test_a_programs_file_is_read_without_unpickling_or_evaluating_anything(expor
             open_export(out).file(export.manifest.programs["user"].file)
     with contextlib.suppress(Exception):  # torch itself would have run it
         torch.export.load(io.BytesIO(cases["pickled example inputs"]))
+    assert ran.exists()
+
+
+def forged(for_torch, for_python):
+    """One file that is two archives of the same names: the directory before its end is of one, the one it tells of not."""
+    found = []
+    for members in (for_torch, for_python):
+        stream = io.BytesIO()
+        with zipfile.ZipFile(stream, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(zipfile.ZipInfo(name), content)
+        whole = stream.getvalue()
+        size, offset = struct.unpack("<2L", whole[-10:-2])
+        found.append((whole[:offset], whole[offset : offset + size], whole[-22:]))
+    (first, its_directory, _), (second, directory, end) = found
+    assert len(its_directory) == len(directory)
+    shift = len(first) - len(second)  # what zipfile takes for the start of the archive is as far from where it is
+    moved, place = bytearray(directory), 0
+    while place < len(moved):
+        lengths = struct.unpack_from("<3H", moved, place + 28)
+        struct.pack_into("<L", moved, place + 42, struct.unpack_from("<L", moved, place + 42)[0] + shift)
+        place += 46 + sum(lengths)
+    end = bytearray(end)
+    struct.pack_into("<L", end, 16, len(first))
+    return first + its_directory + second + bytes(moved) + bytes(end)
+
+
+def test_a_file_that_is_another_archive_to_torch_than_to_the_check_runs_nothing(exported, tmp_path):
+    _, out, _ = exported({})
+    file, ran = out / open_export(out).manifest.programs["item"].file, tmp_path / "ran"
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+
+    class Runs:
+        def __reduce__(self):
+            return os.mkdir, (str(ran),)
+
+    stream = io.BytesIO()
+    torch.save(Runs(), stream, pickle_module=pickle)
+    [examples] = [name for name in members if name.endswith("sample_inputs/model.pt")]
+    both = forged(members | {examples: stream.getvalue()}, members)
+    with zipfile.ZipFile(io.BytesIO(both)) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == members
+    inputs = open_export(out).manifest.programs["item"].inputs
+    given = {spec.name: torch.ones([2 if size == "batch" else size for size in spec.shape]) for spec in inputs}
+    expected = load_program(locate(file))(**given)
+    file.write_bytes(both)
+    torch.testing.assert_close(load_program(locate(file))(**given), expected)
+    assert not ran.exists()
+    with contextlib.suppress(Exception):  # torch itself reads the other one
+        torch.export.load(io.BytesIO(both))
     assert ran.exists()
 
 

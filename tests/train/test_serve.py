@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -13,17 +14,20 @@ pytest.importorskip("fastapi", reason="Ray Serve is not installed: pip install -
 from fastapi.testclient import TestClient
 
 from embedshard.errors import ConfigError, ExportError
+from embedshard.export.delta import prepare_delta_folder, side_of, write_delta
+from embedshard.export.delta_apply import apply_delta, roll_back
 from embedshard.export.manifest import open_export
 from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
 from embedshard.launch.serve import ServeRequest, serve_here
 from embedshard.serve.app import build_app
-from embedshard.serve.deployment import build
+from embedshard.serve.deployment import Board, Note, build
 from embedshard.serve.engine import Engine, Recommend, Similar
 from embedshard.serve.live import LiveExport, candidates
 from embedshard.serve.messages import ErrorMessage, Health, RecommendResponse, ScoreResponse, SimilarResponse
 from embedshard.serve.replica import Replica
 from embedshard.serve.settings import Settings, token_digests
+from embedshard.storage import Location, locate
 
 TOKEN = "a-token-of-twenty-four-b"
 
@@ -310,6 +314,50 @@ def test_a_service_that_ends_takes_no_more(client):
     assert served.get("/metrics").status_code == 200
 
 
+def test_a_client_that_goes_away_while_its_body_is_read_is_no_failure_of_the_service(client):
+    served, sent = client(), []
+    given = [{"type": "http.disconnect"}, {"type": "http.request", "body": b'{"us', "more_body": True}]
+
+    async def receive():
+        return given.pop()
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST", "scheme": "http",
+             "path": "/recommend", "raw_path": b"/recommend", "query_string": b"", "root_path": "", "headers": [],
+             "client": ("127.0.0.1", 1), "server": ("here", 80)}  # fmt: skip
+    asyncio.run(served.app(scope, receive, send))
+    assert sent == []
+    assert served.service.replica.pending == 0
+    metrics = served.get("/metrics").text
+    assert 'requests_total{endpoint="/recommend",replica="only",status="499"} 1.0' in metrics
+    assert 'status="500"' not in metrics
+
+
+def test_who_ends_does_not_wait_for_replicas_that_died(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("embedshard.serve.deployment.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    async def all_of_it():
+        board = Board()
+        await board.exchange(Note("dead", [], pending=3, is_ending=False))
+        now[0] += 3
+        await board.exchange(Note("alive", [], pending=1, is_ending=False))
+        assert await board.end() == 2, "the first may yet be heard of"
+        now[0] += 8
+        assert (await board.exchange(Note("alive", [], pending=1, is_ending=True))).ends
+        assert await board.end() == 1
+        assert set(await board.collect()) == {"alive"}
+        await board.exchange(Note("alive", [], pending=0, is_ending=True))
+        assert await board.end() == 0
+        await board.exchange(Note("restarted", [], pending=1, is_ending=False))
+        now[0] += 11
+        assert await board.end() == 0
+
+    asyncio.run(all_of_it())
+
+
 # ----------------------------------------------------------------------------------------------------------------- tokens
 def test_a_token_is_asked_for(client):
     other = "another-token-of-some-length"
@@ -500,6 +548,81 @@ def test_an_export_that_changes_while_it_is_read_is_not_served(two_exports, tmp_
     assert not live.look()
     assert changed
     assert "replaced while it was read" in live.refusal.why
+
+
+def rank(folder, when):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"written": when}))
+
+
+def test_a_refused_export_is_told_until_a_newer_one_took_over(client, two_exports, tmp_path):
+    for name, when in (("a", "2001"), ("b", "2002"), ("c", "2003"), ("d", "2004")):
+        shutil.copytree(two_exports[1], tmp_path / f"out-{name}")
+        rank(tmp_path / f"out-{name}", when)
+    exports = tmp_path / "exports"
+    exports.mkdir()
+    spoil(tmp_path / "out-b")
+    put(tmp_path / "out-a", exports / "a")
+    put(tmp_path / "out-b", exports / "b")
+    served = client(exports)
+    live = served.service.replica.live
+    assert live.refusal.export == str(exports / "b")  # at the start
+    spoil(tmp_path / "out-d")
+    put(tmp_path / "out-d", exports / "d")
+    assert not live.look()
+    assert live.refusal.export == str(exports / "d"), "it is the best that is refused"
+    put(tmp_path / "out-c", exports / "c")
+    assert live.look()
+    assert live.served.export.folder.name == "c"
+    assert live.refusal.export == str(exports / "d")
+    shutil.copytree(two_exports[0], exports / ".e")
+    rank(exports / ".e", "2005")
+    (exports / ".e").rename(exports / "e")
+    assert live.look()
+    assert live.refusal is None
+    assert not live.look()
+    assert served.get("/healthz").json()["refused"] is None
+    assert 'embedshard_serve_export_refused{replica="only"} 0.0' in served.get("/metrics").text
+    (exports / "CURRENT").write_text("d")
+    assert not live.look()
+    assert live.refusal.export == str(exports / "d")
+    (exports / "CURRENT").write_text("e")
+    assert not live.look()
+    assert live.refusal is None
+
+
+@pytest.mark.parametrize("change", ["apply", "rollback"])
+def test_while_a_delta_is_applied_to_what_is_served_it_is_served_on(two_exports, tmp_path, monkeypatch, change):
+    older, newer = two_exports
+    out, delta = tmp_path / "out", tmp_path / "delta"
+    shutil.copytree(older, out)
+    prepare_delta_folder(locate(delta))
+    write_delta(side_of(open_export(older)), side_of(open_export(newer)), locate(delta))
+    if change == "rollback":
+        apply_delta(delta, out)
+    live, met = LiveExport(out), []
+    before, after = (older, newer) if change == "apply" else (newer, older)
+    put_file = Location.replace_by
+
+    def looking(self, source):
+        if not (out / "manifest.json").exists() and not met:
+            assert not live.look(at_once=True)
+            met.append((live.trouble, live.refusal))
+            with pytest.raises(ExportError) as error:
+                LiveExport(out)
+            met.append(str(error.value))
+        put_file(self, source)
+
+    monkeypatch.setattr(Location, "replace_by", looking)
+    apply_delta(delta, out) if change == "apply" else roll_back(out)
+    (trouble, refusal), at_a_start = met
+    assert refusal is None
+    assert "is between two exports" in trouble
+    assert "is between two exports" in at_a_start
+    assert live.served.engine.step == open_export(before).manifest.step
+    assert live.look()
+    assert live.trouble is live.refusal is None
+    assert live.served.engine.step == open_export(after).manifest.step
 
 
 def test_what_is_no_export_is_told(two_exports, tmp_path):

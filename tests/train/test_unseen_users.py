@@ -165,6 +165,28 @@ def test_vectors_of_ids_that_hold_a_row_are_the_models(exported, interactions):
         recommend(out, str(lost), 5)
 
 
+def test_where_a_program_is_missing_the_notes_say_so_of_the_vectors(exported, monkeypatch):
+    import embedshard.launch.export_programs as module
+
+    save = module.save_program
+
+    def untraced(traced, program, folder):
+        if program.file == "programs/item.pt2":
+            raise ExportError("torch.export cannot trace the model: RuntimeError: a reason")
+        save(traced, program, folder)
+
+    monkeypatch.setattr(module, "save_program", untraced)
+    managed = {"kind": "managed", "rows": 24, "buckets": 4}
+    changes = {
+        "tables": {"item": {"rows": None, "vocabulary": managed}},
+        "evaluate": {"metrics": []},
+    }
+    notes = exported(changes)[2].manifest.notes
+    assert "There are no vectors of items: the program 'item', which would make them, is missing." in notes
+    assert "There are no vectors of users: their tower reads history, age, which no id alone tells." in notes
+    assert any(note.startswith("There is no program 'item': torch.export cannot trace") for note in notes)
+
+
 def test_where_items_alone_change_hands_users_are_those_of_the_training_data(exported, interactions):
     changes = {
         "features": {"history": None, "age": None},

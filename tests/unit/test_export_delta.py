@@ -1,8 +1,12 @@
 """Deltas of exports: what they make is what was exported, byte for byte; so is what a rollback restores."""
 
+import errno
+import fcntl
 import json
+import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -266,15 +270,38 @@ def delta_folder(onto, made, tmp_path):
 
 
 def test_only_one_may_change_an_export(pair):
-    import fcntl
-    import os
-
     handle = os.open(pair / "old", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
-    with pytest.raises(ExportError, match="is being changed by another"):
-        apply_delta(pair / "delta", pair / "old")
+    was = content_of(pair / "old")
+    for change in (partial(apply_delta, pair / "delta"), roll_back, prepare_folder):
+        with pytest.raises(ExportError, match="is being changed by another"):
+            change(pair / "old")
+    assert content_of(pair / "old") == was
     os.close(handle)
     apply_delta(pair / "delta", pair / "old")
+
+
+def test_an_export_is_not_written_over_while_a_delta_is_applied_to_it(pair):
+    met = []
+
+    def say(part):
+        if part == "exchange":
+            with pytest.raises(ExportError, match="is being changed by another"):
+                prepare_folder(pair / "old")
+            met.append(part)
+
+    apply_delta(pair / "delta", pair / "old", say=say)
+    assert met
+    assert content_of(pair / "old") == content_of(pair / "new")
+
+
+def test_where_folders_have_no_locks_nobody_is_kept_out(pair, monkeypatch):
+    def flock(handle, operation):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    apply_delta(pair / "delta", pair / "old")
+    assert content_of(pair / "old") == content_of(pair / "new")
 
 
 def test_a_delta_is_written_over_no_export(pair):
