@@ -67,8 +67,9 @@ def lines_of(folder, name="metrics.jsonl"):
 
 
 def untimed(lines):
+    of_time = ("second", "bytes", "waterfall", "beside")
     return [
-        {name: value for name, value in line.items() if name != "time" and "second" not in name and "bytes" not in name}
+        {name: value for name, value in line.items() if name != "time" and not any(word in name for word in of_time)}
         for line in lines
     ]
 
