@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -71,6 +72,20 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there 
 
 _INTERRUPTED = 130
 _TERMINATED = 143
+
+
+def _tell(
+    found: Any,
+    as_json: bool,
+    show: Callable[[Any, Console], None],
+    console: Console | None = None,
+    default: Callable[[Any], Any] | None = None,
+) -> None:
+    """Prints what was found: JSON alone, or as `show` does; `default` makes JSON of what has none."""
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=2, default=default))
+    else:
+        show(found, Console(highlight=False) if console is None else console)
 
 
 def _version(wanted: bool) -> None:
@@ -315,10 +330,7 @@ def verify(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # as an exception, so that the workers are ended
     loaded = load_config(config, os.environ, overrides or [])
     found = verify_plans(loaded.config, steps=steps, console=Console(stderr=True))
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
-    else:
-        show(found, Console())
+    _tell(found, as_json, show, Console())
     if not found.passed:
         raise typer.Exit(1)
 
@@ -347,10 +359,7 @@ def similar(
     from embedshard.launch.similar import show, similar_here
 
     found = similar_here(run_dir, id_, count, os.environ, table=table, metadata=metadata, checkpoint_step=checkpoint)
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2, default=str))
-    else:
-        show(found, Console(highlight=False))
+    _tell(found, as_json, show, default=str)
 
 
 @app.command()
@@ -392,18 +401,12 @@ def export(
     }  # fmt: skip
     if since is not None:
         delta = export_since(run_dir, out, since, os.environ, **options)
-        if as_json:
-            typer.echo(json.dumps(delta.to_json(), indent=2))
-        else:
-            show_delta(delta, Console(highlight=False))
+        _tell(delta, as_json, show_delta)
         if delta.manifest is None:
             raise typer.Exit(1)
         return
     found = export_here(run_dir, out, os.environ, **options)
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
-    else:
-        show(found, Console(highlight=False))
+    _tell(found, as_json, show)
     if found.manifest is None:
         raise typer.Exit(1)
 
@@ -426,10 +429,7 @@ def apply(
 
     err = Console(stderr=True, soft_wrap=True, highlight=False)
     applied = apply_delta(delta, onto, keep, lambda part: err.print(f"... {part}"))
-    if as_json:
-        typer.echo(json.dumps(applied.to_json(), indent=2))
-    else:
-        show_applied(applied, Console(highlight=False))
+    _tell(applied, as_json, show_applied)
 
 
 @app.command()
@@ -443,10 +443,7 @@ def rollback(
 
     err = Console(stderr=True, soft_wrap=True, highlight=False)
     applied = roll_back(onto, lambda part: err.print(f"... {part}"))
-    if as_json:
-        typer.echo(json.dumps(applied.to_json(), indent=2))
-    else:
-        show_applied(applied, Console(highlight=False))
+    _tell(applied, as_json, show_applied)
 
 
 @app.command()
@@ -471,10 +468,7 @@ def recommend(
     from embedshard.launch.recommend import show
 
     found = recommended(out, user, count, metadata, history)
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2, default=str))
-    else:
-        show(found, Console(highlight=False))
+    _tell(found, as_json, show, default=str)
 
 
 @app.command()
@@ -546,10 +540,7 @@ def audit(run_dir: RunPath, as_json: Annotated[bool, typer.Option("--json", help
     from embedshard.launch.audit import audit_here, show
 
     audited = audit_here(run_dir, os.environ, Console(stderr=True))
-    if as_json:
-        typer.echo(json.dumps(audited.to_json(), indent=2))
-    else:
-        show(audited, Console())
+    _tell(audited, as_json, show, Console())
     if not audited.is_proved:
         raise typer.Exit(1)
 
@@ -589,10 +580,7 @@ def data_check(
     from embedshard.launch.data_check import check_here, show
 
     report = check_here(config, overrides or [], os.environ, Console(stderr=True))
-    if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2))
-    else:
-        show(report, Console())
+    _tell(report, as_json, show, Console())
     if report.refused:
         raise typer.Exit(1)
 
@@ -703,10 +691,7 @@ def checkpoint_diff(
     from embedshard.launch.checkpoint_diff import diff_here, show_diff
 
     found = diff_here(run_dir, before, after, os.environ, other=other, count=count)
-    if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=2))
-    else:
-        show_diff(found, Console(highlight=False))
+    _tell(found, as_json, show_diff)
 
 
 @checkpoint_app.command("resize")

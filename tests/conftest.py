@@ -246,3 +246,19 @@ def fault_on_one_rank(request, own_code):
         """,
         when_imported=module,
     )
+
+
+@pytest.fixture(scope="session")
+def descendants():
+    """A function from a process's id to those of the processes that it started, and theirs."""
+
+    def descendants(pid):
+        found, todo = [], [pid]
+        while todo:
+            for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
+                mine = [int(number) for number in task.read_text().split()]
+                found += mine
+                todo += mine
+        return found
+
+    return descendants

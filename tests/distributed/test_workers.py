@@ -66,17 +66,6 @@ def wait_for_step(path, step):
     raise AssertionError(f"{path} never came to step {step}")
 
 
-def children_of(process):
-    """The processes that a process started, and theirs."""
-    found, todo = [], [process]
-    while todo:
-        for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
-            mine = [int(number) for number in task.read_text().split()]
-            found += mine
-            todo += mine
-    return found
-
-
 def is_worker(pid):
     return (
         b"embedshard.cli" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -107,13 +96,13 @@ def test_two_workers_leave_one_run(config_file, undisturbed, tmp_path):
 
 @pytest.mark.parametrize("launched", [lambda *given: command(*given, "--workers", 2), torchrun], ids=["workers", "torchrun"])
 def test_sigterm_stops_all_workers_at_one_step_and_the_run_goes_on(
-    launched, config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors
+    launched, config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors, descendants
 ):
     path = tmp_path / "run"
     process = start(launched("train", config_file, "--run-dir", path))
     try:
         wait_for_step(path / "metrics.jsonl", 23)
-        workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
+        workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
         assert len(workers) == 2
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=TIMEOUT_S)
@@ -133,13 +122,13 @@ def test_sigterm_stops_all_workers_at_one_step_and_the_run_goes_on(
 
 
 def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
-    config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors
+    config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors, descendants
 ):
     path = tmp_path / "run"
     process = start(command("train", config_file, "--run-dir", path, "--workers", 2))
     try:
         wait_for_step(path / "metrics.jsonl", 33)
-        workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
+        workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
         os.kill(workers[1], signal.SIGKILL)
         begin = time.monotonic()
         _, err = process.communicate(timeout=TIMEOUT_S)
@@ -156,12 +145,12 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
     assert_same_tensors(saved_tensors(path), undisturbed)
 
 
-def test_workers_whose_launcher_is_killed_save_and_stop(config_file, tmp_path):
+def test_workers_whose_launcher_is_killed_save_and_stop(config_file, tmp_path, descendants):
     path = tmp_path / "run"
     process = start(command("train", config_file, "--run-dir", path, "--workers", 2))
     try:
         wait_for_step(path / "metrics.jsonl", 12)
-        workers = [pid for pid in children_of(process.pid) if is_worker(pid)]
+        workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
     finally:
         process.kill()
     wait_until_gone(workers)

@@ -30,8 +30,8 @@ def environment(tmp_path_factory):
 class Training:
     """`embedshard train` as a process, and its run's folder."""
 
-    def __init__(self, path, environment, arguments):
-        self.path = path
+    def __init__(self, path, environment, arguments, descendants):
+        self.path, self._descendants = path, descendants
         command = [sys.executable, "-m", "embedshard.cli", "train", *map(str, arguments)]
         self._output = (path.parent / f"{path.name}-output.txt").open("w+")
         self.process = subprocess.Popen(command, stdout=self._output, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -61,35 +61,30 @@ class Training:
     def result(self):
         return json.loads((self.path / "result.json").read_text())
 
-    def descendants(self):
-        found, todo = [], [self.process.pid]
-        while todo:
-            for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
-                mine = [int(number) for number in task.read_text().split()]
-                found += mine
-                todo += mine
-        return found
-
     def ray_workers(self):
         """The processes of its own cluster that train."""
-        return [pid for pid in self.descendants() if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        return [
+            pid
+            for pid in self._descendants(self.process.pid)
+            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]
 
     def end(self):
         """Ends it and what it started."""
         if self.process.poll() is None:
-            for pid in [*self.descendants(), self.process.pid]:
+            for pid in [*self._descendants(self.process.pid), self.process.pid]:
                 os.kill(pid, signal.SIGKILL)
             self.process.wait(timeout=60)
         self._output.close()
 
 
 @pytest.fixture
-def train(environment, tmp_path):
+def train(environment, tmp_path, descendants):
     """A function that starts a training; what is left of it is ended after the test."""
     started = []
 
     def train(name, *arguments, **more):
-        started.append(Training(tmp_path / name, {**environment, **more}, arguments))
+        started.append(Training(tmp_path / name, {**environment, **more}, arguments, descendants))
         return started[-1]
 
     yield train

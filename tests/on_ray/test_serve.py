@@ -33,16 +33,6 @@ def put(source, target):
     (target.parent / f".{target.name}").rename(target)
 
 
-def descendants(pid):
-    found, todo = [], [pid]
-    while todo:
-        for task in Path(f"/proc/{todo.pop()}/task").glob("*/children"):
-            mine = [int(number) for number in task.read_text().split()]
-            found += mine
-            todo += mine
-    return found
-
-
 def is_running(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -53,7 +43,8 @@ def is_running(pid):
 class Served:
     """A service as a process."""
 
-    def __init__(self, out, folder, environment, *options, **more):
+    def __init__(self, out, folder, environment, descendants, *options, **more):
+        self._descendants = descendants
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
@@ -93,20 +84,24 @@ class Served:
             time.sleep(0.1)
         raise AssertionError(f"{path} never came to it: {status} {text}\n{self.output}")
 
+    def descendants(self):
+        """The processes that it started, and theirs."""
+        return self._descendants(self.process.pid)
+
     def end(self):
         if self.process.poll() is None:
-            for pid in [*descendants(self.process.pid), self.process.pid]:
+            for pid in [*self.descendants(), self.process.pid]:
                 os.kill(pid, signal.SIGKILL)
             self.process.wait(timeout=60)
 
 
 @pytest.fixture
-def serve(environment, tmp_path):
+def serve(environment, tmp_path, descendants):
     """A function that starts a service; what is left of it is ended after the test."""
     started = []
 
     def serve(out, *options, **more):
-        started.append(Served(out, tmp_path, environment, *options, **more))
+        started.append(Served(out, tmp_path, environment, descendants, *options, **more))
         return started[-1]
 
     yield serve
@@ -215,7 +210,7 @@ def test_a_service_reloads_under_load_refuses_what_is_broken_and_ends_cleanly(tw
     assert load.failed == []
     assert set(load.steps) <= {steps[1], 999}
 
-    started = descendants(service.process.pid)
+    started = service.descendants()
     assert len(started) > 4
     with Load(service.url) as load:
         service.wait_for(lambda _: len(load.steps) > 50)
@@ -246,7 +241,7 @@ def test_a_signal_while_it_starts_ends_it_cleanly(two_exports, serve):
         assert service.process.poll() is None, service.output
         assert time.monotonic() < deadline, service.output
         time.sleep(0.05)
-        found = descendants(service.process.pid)
+        found = service.descendants()
     service.process.send_signal(signal.SIGTERM)
     assert service.process.wait(timeout=TIMEOUT_S) == 0, service.output
     while any(map(is_running, found)) and time.monotonic() < deadline:

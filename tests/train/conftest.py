@@ -18,6 +18,30 @@ def exported(make_config, run_tree, tmp_path):
     return exported
 
 
+@pytest.fixture(scope="session")
+def one_process():
+    """A service of one replica, which answers each request by itself: made of the folder of an export, and settings."""
+    from embedshard.serve.replica import Replica
+    from embedshard.serve.settings import Settings
+
+    class OneProcess:
+        """A service of one replica, which answers each request by itself."""
+
+        def __init__(self, out, **settings):
+            self.replica = Replica(Settings(out=str(out), **settings), "only")
+
+        async def ask(self, questions):
+            return self.replica.answer([questions])[0]
+
+        async def collect(self):
+            return {"only": self.replica.collect()}
+
+        async def reload(self):
+            self.replica.live.look(at_once=True)
+
+    return OneProcess
+
+
 def merged(tree, changes):
     result = dict(tree)
     for key, value in changes.items():

@@ -25,35 +25,18 @@ from embedshard.serve.deployment import Board, Note, build
 from embedshard.serve.engine import Engine, Recommend, Similar
 from embedshard.serve.live import LiveExport, candidates
 from embedshard.serve.messages import ErrorMessage, Health, RecommendResponse, ScoreResponse, SimilarResponse
-from embedshard.serve.replica import Replica
 from embedshard.serve.settings import Settings, token_digests
 from embedshard.storage import Location, locate
 
 TOKEN = "a-token-of-twenty-four-b"
 
 
-class OneProcess:
-    """A service of one replica, which answers each request by itself."""
-
-    def __init__(self, out, **settings):
-        self.replica = Replica(Settings(out=str(out), **settings), "only")
-
-    async def ask(self, questions):
-        return self.replica.answer([questions])[0]
-
-    async def collect(self):
-        return {"only": self.replica.collect()}
-
-    async def reload(self):
-        self.replica.live.look(at_once=True)
-
-
 @pytest.fixture
-def client(two_exports):
+def client(two_exports, one_process):
     """A function from settings to a client of a service over the newer export; the client has the service as `.service`."""
 
     def client(out=two_exports[1], **settings):
-        service = OneProcess(out, **settings)
+        service = one_process(out, **settings)
         made = TestClient(build_app(service), raise_server_exceptions=False)
         made.service = service
         return made
@@ -157,12 +140,12 @@ def test_metadata_goes_with_the_items(client, tmp_path):
 
 
 def test_hashed_ids_are_found_by_their_hash_and_told_by_their_row(
-    two_exports, interactions, run_tree, make_config, tmp_path
+    two_exports, interactions, run_tree, make_config, tmp_path, one_process
 ):
     tables = {name: {"rows": None, "vocabulary": {"kind": "hash", "rows": 64}} for name in ("user", "item")}
     run_tree(make_config({"train": {"epochs": 1}, "tables": tables}).tree, tmp_path / "run")
     export_here(tmp_path / "run", tmp_path / "out", {})
-    served = TestClient(build_app(OneProcess(tmp_path / "out")))
+    served = TestClient(build_app(one_process(tmp_path / "out")))
     expected = recommend(tmp_path / "out", "7", 5)
     items = served.post("/recommend", json={"user": 7, "k": 5}).json()["results"][0]["items"]
     assert [(item["id"], item["row"]) for item in items] == [(None, item.row) for item in expected.items]
@@ -260,9 +243,9 @@ def test_a_request_that_is_too_large_is_refused_before_it_is_read(client):
     assert served.post("/recommend", json={"user": 7}).status_code == 200
 
 
-def test_more_than_it_may_have_at_a_time_is_refused_at_once(two_exports):
+def test_more_than_it_may_have_at_a_time_is_refused_at_once(two_exports, one_process):
     """Four requests wait for their answers; a fifth is not taken, but its health is told."""
-    service = OneProcess(two_exports[1], max_pending=4)
+    service = one_process(two_exports[1], max_pending=4)
     app = build_app(service)
     go_on, answer = asyncio.Event(), service.ask
 

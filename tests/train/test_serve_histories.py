@@ -19,8 +19,6 @@ from embedshard.launch.export import export_here
 from embedshard.serve import histories
 from embedshard.serve.app import build_app
 from embedshard.serve.engine import Engine, ItemList, Recommend
-from embedshard.serve.replica import Replica
-from embedshard.serve.settings import Settings
 
 SEQUENCE = {"kind": "sequence", "table": "item", "column": "history", "max_length": 4}
 ATTENTION = {"history": {"kind": "attention"}}
@@ -40,24 +38,10 @@ SASREC = {
 }  # fmt: skip
 
 
-class OneProcess:
-    """A service of one replica, which answers each request by itself."""
-
-    def __init__(self, out, **settings):
-        self.replica = Replica(Settings(out=str(out), **settings), "only")
-
-    async def ask(self, questions):
-        return self.replica.answer([questions])[0]
-
-    async def collect(self):
-        return {"only": self.replica.collect()}
-
-    async def reload(self):
-        self.replica.live.look(at_once=True)
-
-
-def client(out):
-    return TestClient(build_app(OneProcess(out)), raise_server_exceptions=False)
+@pytest.fixture
+def client(one_process):
+    """A function from the folder of an export to a client of a service over it."""
+    return lambda out: TestClient(build_app(one_process(out)), raise_server_exceptions=False)
 
 
 def assert_as_recommended(served, out, user, history, k=6, typed=None):
@@ -73,7 +57,7 @@ def assert_as_recommended(served, out, user, history, k=6, typed=None):
 
 
 @pytest.mark.parametrize("kind", ["bag", "sequence"])
-def test_a_history_is_answered_as_the_command_line_does(exported, kind):
+def test_a_history_is_answered_as_the_command_line_does(exported, kind, client):
     changes = {"features": UNSEEN, "tables": {"user": {"rows": 60}}}
     if kind == "sequence":
         changes |= {"features": {**UNSEEN, "history": SEQUENCE}}
@@ -101,7 +85,7 @@ def test_a_history_is_answered_as_the_command_line_does(exported, kind):
     assert "as 'history'" in stranger.json()["error"]
 
 
-def test_a_sasrec_without_users_is_served_by_histories(exported, interactions, tmp_path):
+def test_a_sasrec_without_users_is_served_by_histories(exported, interactions, tmp_path, client):
     table = pq.read_table(interactions / "test" / "part-0.parquet")
     negatives = np.random.default_rng(5).integers(0, 30, (60, 9)).tolist()
     pq.write_table(table.append_column("negatives", pa.array(negatives, pa.list_(pa.int16()))), tmp_path / "test.parquet")
@@ -149,7 +133,7 @@ def test_histories_of_a_batch_are_encoded_together_and_none_depends_on_another(e
 
 
 @pytest.mark.parametrize("kind", ["hnsw", "ivf"])
-def test_histories_are_looked_up_in_the_index(exported, kind):
+def test_histories_are_looked_up_in_the_index(exported, kind, client):
     run, out, _ = exported({"features": UNSEEN})
     export_here(run, out, {}, index=kind, index_tolerance=1.0)
     served = client(out)
@@ -166,9 +150,9 @@ def test_histories_are_looked_up_in_the_index(exported, kind):
         ({"model": {**TOWER, "user": {"features": ["user_id"]}}}, ["no list of items, only 'user_id' (id)"]),
     ],
 )
-def test_what_a_history_does_not_tell_is_named(exported, changes, words):
+def test_what_a_history_does_not_tell_is_named(exported, changes, words, one_process):
     _, out, _ = exported(changes)
-    service = OneProcess(out)
+    service = one_process(out)
     assert not hasattr(service.replica.live.served.engine._histories, "_tables"), "nothing is held for what cannot be asked"
     answer = TestClient(build_app(service)).post("/recommend", json={"history": [3]})
     assert answer.status_code == 422
@@ -178,7 +162,7 @@ def test_what_a_history_does_not_tell_is_named(exported, changes, words):
     assert answer.json()["results"][0]["by"] == "user"
 
 
-def test_where_the_id_is_needed_those_whom_the_vocabulary_knows_are_answered(exported):
+def test_where_the_id_is_needed_those_whom_the_vocabulary_knows_are_answered(exported, client):
     _, out, _ = exported({"features": {"age": UNSEEN["age"]}, "tables": {"user": {"rows": 60}}})
     served = client(out)
     assert_as_recommended(served, out, 55, [3, 4])
@@ -188,7 +172,7 @@ def test_where_the_id_is_needed_those_whom_the_vocabulary_knows_are_answered(exp
         assert "'user_id' (id" in answer.json()["error"]
 
 
-def test_lists_are_told_apart(exported):
+def test_lists_are_told_apart(exported, client):
     other = {"kind": "bag", "table": "item", "column": "history", "pooling": "sum"}
     read = ["user_id", "history", "other"]
     changes = {"features": {"user_id": UNSEEN["user_id"], "other": other}, "model": {**TOWER, "user": {"features": read}}}
@@ -212,7 +196,7 @@ def test_lists_are_told_apart(exported):
     assert 3 not in {one["id"] for one in known["items"]}
 
 
-def test_unknown_items_count_where_the_list_takes_them_and_met_ones_stay_where_the_config_says(exported):
+def test_unknown_items_count_where_the_list_takes_them_and_met_ones_stay_where_the_config_says(exported, client):
     bag = {"kind": "bag", "table": "item", "unknown": "oov", "mask_zero": True}
     _, out, _ = exported({"features": {**UNSEEN, "history": bag}, "evaluate": {"filter_seen": False}})
     served = client(out)
@@ -223,7 +207,7 @@ def test_unknown_items_count_where_the_list_takes_them_and_met_ones_stay_where_t
     assert 3 in {one["id"] for one in answer["items"]}
 
 
-def test_tables_that_are_sums_of_two_rows_are_looked_up(exported):
+def test_tables_that_are_sums_of_two_rows_are_looked_up(exported, client):
     in_two = {"rows": None, "vocabulary": {"kind": "quotient_remainder", "ids": 60}}
     clicks = {"data": {"label": "clicked"}, "objective": {"kind": "bce"}, "evaluate": {"metrics": ["auc"]}}
     model = {**TOWER, "biases": ["user"]}
