@@ -49,6 +49,8 @@ def test_the_hit_rate_is_told_at_each_logged_step_and_is_that_of_training(make_c
     monkeypatch.setattr(sharding, "make_plan", as_on_cuda)
     monkeypatch.setattr(sharding, "make_sharders", lambda config, _: make_sharders(config, torch.device("cuda")))
     monkeypatch.setattr(assembly, "CacheRates", counting)
+    for on_a_cpu_alone in ("take_over_tables", "look_up_directly"):
+        monkeypatch.setattr(sharding, on_a_cpu_alone, lambda model: None)
     lines = run(config, tmp_path / "cached")
     logged = [line for line in lines if "train/loss" in line]
     assert [line["step"] for line in logged] == [2, 4]
