@@ -5,6 +5,8 @@ from __future__ import annotations
 __all__ = ["Collator"]
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -93,7 +95,7 @@ class Collator:
         tally = self._count(columns, first, last) if position is not None else None
         pairs = None
         if self._pair_maker is not None and position is not None:
-            columns = slice_rows(columns, first, last)
+            columns = _widened(slice_rows(columns, first, last))
             first, last = 0, size
             columns, pairs = self._pairs(self._pair_maker, columns, rows, weights, position)
         return Batch(
@@ -164,7 +166,7 @@ class Collator:
         weights = [part[2] for part in parts if part[2] is not None]
         return KeyedJaggedTensor(
             keys=[lookup.key for lookup in lookups],
-            values=torch.from_numpy(np.concatenate([part[0] for part in parts])),
+            values=torch.from_numpy(np.concatenate([part[0] for part in parts], dtype=np.int64)),
             lengths=torch.from_numpy(np.concatenate([part[1] for part in parts])),
             weights=torch.from_numpy(np.concatenate(weights)) if with_weights else None,
         )
@@ -209,10 +211,11 @@ class Collator:
             return _empty(last - first, with_weights)
         if isinstance(column, Flat):
             values = column.values[first:last]
-            valid = values >= 0
-            lengths = valid.astype(np.int64)
-            if not valid.all():
-                values = values[valid]
+            if not len(values) or values.min() >= 0:
+                lengths = _ones(len(values))
+            else:
+                valid = values >= 0
+                values, lengths = values[valid], valid.astype(np.int64)
             return values, lengths, np.ones(len(values), dtype=np.float32) if with_weights else None
         offsets = column.offsets[first : last + 1]
         lengths = np.diff(offsets)
@@ -242,7 +245,7 @@ class Collator:
         assert feature is not None, "the config checks that what draws items knows them"
         lists = columns.get(feature)
         if isinstance(lists, Ragged):
-            own = lists.values[lists.offsets[first] : lists.offsets[last]]
+            own = lists.values[lists.offsets[first] : lists.offsets[last]].astype(np.int64, copy=False)
         else:
             own = _flat(columns, feature, first, last, np.int64, -1)
         own_log_q = np.where(own >= 0, draws.log_q_of_row[np.maximum(own, 0)], -np.inf).astype(np.float32)
@@ -259,6 +262,21 @@ def _flat(columns: Columns, name: str, first: int, last: int, dtype: type, defau
     if column is None:
         return np.full(last - first, default, dtype=dtype)
     return column.values[first:last].astype(dtype, copy=True)
+
+
+@lru_cache(maxsize=4)
+def _ones(size: int) -> npt.NDArray[np.int64]:
+    ones = np.ones(size, dtype=np.int64)
+    ones.setflags(write=False)
+    return ones
+
+
+def _widened(columns: Columns) -> Columns:
+    """Returns the columns with int64 for what waited as int32."""
+    return {
+        name: replace(column, values=column.values.astype(np.int64)) if column.values.dtype == np.int32 else column
+        for name, column in columns.items()
+    }
 
 
 def _in_first_row(values: npt.NDArray[np.int64], size: int) -> Ragged:

@@ -41,7 +41,8 @@ class Ragged:
 
 
 Columns = dict[str, Flat | Ragged]
-"""Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`.
+"""Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`. Ids may be int32 where they
+wait for their turn to be trained (`shelf.py`, `windows.py`); the collator widens them.
 
 Beside them, where a config asks for it: `bad`, 0 or a code for why a row is set aside, and `null:<feature>`, how many nulls
 fell out of the row's list.
@@ -94,8 +95,8 @@ def good_rows(columns: Columns) -> Columns:
 
 def concatenate(parts: Sequence[Mapping[str, Flat | Ragged]]) -> Columns:
     """Returns the rows of all parts, which have the same columns; offsets begin at 0."""
-    if not parts:
-        return {}
+    if len(parts) <= 1:
+        return dict(parts[0]) if parts else {}
     joined: Columns = {}
     for name, first in parts[0].items():
         if isinstance(first, Flat):

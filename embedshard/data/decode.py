@@ -435,10 +435,11 @@ class Decoder:
 
     def _normalised(self, spec: ColumnSpec, parsed: Parsed) -> npt.NDArray[np.floating]:
         """Returns numbers as a model reads them; 0 for those that did not fit."""
-        values: npt.NDArray[np.float64] = parsed.values
+        values: npt.NDArray[np.floating] = parsed.values
         for finding in parsed.findings:
             values[finding.places] = 0.0
-        if isinstance(spec.feature, DenseFeature):
+        if isinstance(spec.feature, DenseFeature) and spec.feature.normalise != "none":
+            values = values.astype(np.float64, copy=False)
             if spec.feature.normalise == "log1p":
                 values = np.sign(values) * np.log1p(np.abs(values))
             elif spec.feature.normalise == "standardise":
@@ -449,7 +450,7 @@ class Decoder:
                     values[finding.places] = np.nan if moments is None else 0.0
                 if moments is None:
                     return values
-        return values.astype(np.float32)
+        return values.astype(np.float32, copy=False)
 
     # -------------------------------------------------------------------------------------------------------- errors
     def _refusal(self, spec: ColumnSpec, parsed: Parsed, finding: Finding, where: Where) -> str:

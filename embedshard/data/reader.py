@@ -1,8 +1,7 @@
 """Reads windows of columns in the order of `order.py` and hands them on as batches, ahead of the loop, in a thread.
 
-Data that fit the cache are decoded once and kept; else each lane is a cursor that moves forward through its row groups
-and holds no more than its window. Either way a window's rows are gathered in final order, one gather a column, and
-batches are slices of that.
+Data that fit the cache are decoded once and kept, and gathered in final order; else windows are read one after the other
+(`windows.py`). Batches are slices of what comes of either.
 """
 
 from __future__ import annotations
@@ -15,119 +14,70 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
-from embedshard.data.columns import Buffers, Columns, concatenate, gather, num_rows, slice_rows
+from embedshard.data.columns import Buffers, Columns, concatenate, gather, slice_rows
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
+from embedshard.data.windows import Windows
 from embedshard.stages import BESIDE, Laps
 
 _GATHER_ROWS = 65_536  # rows gathered at once from a cache
-_DECODE_ROWS = 16_384  # rows decoded at once by a cursor
 _BATCHES_AHEAD = 4
 
 
 class _Rows(Protocol):
     """Where a pass over a partition takes its rows from."""
 
-    steps_at_once: int
+    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
+        """Returns rows of the steps from `first` of a window on, in their order, and up to which step, at most `last`.
 
-    def gather(self, epoch: EpochOrder, epoch_rows: npt.NDArray[np.int64], window: int) -> Columns:
-        """Returns the rows in the order of `epoch_rows`, -1 being padding; valid until the next call."""
+        They are valid until the next call.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of what is not needed to begin anew."""
         ...
 
 
 class _CachedRows:
     """A partition decoded once, in file order."""
 
-    def __init__(self, source: Source, local_batch_size: int, laps: Laps) -> None:
+    def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, laps: Laps) -> None:
         self._columns = concatenate([source.read_row_group(i) for i in range(len(source.inventory.row_groups))])
         laps.lap("decode")
-        self._buffers = Buffers()
-        self.steps_at_once = max(1, _GATHER_ROWS // local_batch_size)
+        self._lanes, self._laps, self._buffers = lanes, laps, Buffers()
+        self._steps_at_once = max(1, _GATHER_ROWS // local_batch_size)
+        self._table = None
+        self._table_of: tuple[EpochOrder, int] | None = None
 
-    def gather(self, epoch: EpochOrder, epoch_rows: npt.NDArray[np.int64], window: int) -> Columns:
-        return gather(self._columns, epoch.dataset_rows(epoch_rows), self._buffers)
+    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
+        if self._table is None or self._table_of != (epoch, window):
+            self._table, self._table_of = epoch.rows(window, self._lanes), (epoch, window)
+        last = min(last, first + self._steps_at_once)
+        columns = gather(self._columns, epoch.dataset_rows(self._table[first:last].ravel()), self._buffers)
+        self._laps.lap("order")
+        return last, columns
 
-
-class _LaneCursor:
-    """A forward cursor over one lane's rows of one epoch."""
-
-    def __init__(self, source: Source, epoch: EpochOrder, lane: int) -> None:
-        self._source, self._epoch = source, epoch
-        self._next, self._last = epoch.lane_span(lane)
-        self._pieces: Iterator[Columns] | None = None
-        self._left: list[Columns] = []
-
-    def skip_to(self, epoch_row: int) -> None:
-        """Moves forward before anything was taken."""
-        assert self._pieces is None, "a cursor skips once, at its start"
-        self._next = max(self._next, epoch_row)
-
-    def take(self, last: int) -> list[Columns]:
-        """Returns pieces that hold the rows from where the cursor is up to `last`."""
-        if self._pieces is None:
-            self._pieces = self._read(self._next, self._last)
-        wanted, taken = last - self._next, []
-        while wanted > 0:
-            piece = self._left.pop() if self._left else next(self._pieces)
-            size = num_rows(piece)
-            if size > wanted:
-                self._left.append(slice_rows(piece, wanted, size))
-                piece, size = slice_rows(piece, 0, wanted), wanted
-            taken.append(piece)
-            wanted -= size
-        self._next = last
-        return taken
-
-    def _read(self, first: int, last: int) -> Iterator[Columns]:
-        starts, groups = self._epoch.group_starts, self._epoch.group_order
-        place = int(np.searchsorted(starts, first, side="right")) - 1
-        while first < last:
-            end = int(min(starts[place + 1], last))
-            if end > first:
-                wanted = end - first
-                skip = first - int(starts[place])
-                for piece in self._source.iter_row_group(int(groups[place]), _DECODE_ROWS, skip):
-                    size = num_rows(piece)
-                    yield piece if size <= wanted else slice_rows(piece, 0, wanted)
-                    wanted -= min(size, wanted)
-                    if not wanted:
-                        break
-                first = end
-            place += 1
+    def close(self) -> None:
+        """Keeps what was decoded."""
 
 
 class _StreamedRows:
-    """A partition of any size: each lane holds its window."""
+    """A partition of any size, a window at a time."""
 
-    def __init__(self, source: Source, lanes: tuple[int, int], laps: Laps) -> None:
-        self._source, self._lanes, self._laps = source, lanes, laps
-        self._buffers = Buffers()
-        self._epoch: EpochOrder | None = None
-        self._window = -1
-        self._cursors: list[_LaneCursor] = []
-        self.steps_at_once = 0  # a window
+    def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, limit_bytes: int, laps: Laps) -> None:
+        self._windows = Windows(source, lanes, limit_bytes, laps)
+        self._local_batch_size = local_batch_size
 
-    def gather(self, epoch: EpochOrder, epoch_rows: npt.NDArray[np.int64], window: int) -> Columns:
-        if epoch is not self._epoch or window != self._window + 1:
-            self._cursors = [_LaneCursor(self._source, epoch, lane) for lane in range(*self._lanes)]
-            for cursor, lane in zip(self._cursors, range(*self._lanes), strict=True):
-                cursor.skip_to(epoch.window_rows(lane, window)[0])
-        self._epoch, self._window = epoch, window
-        spans = [epoch.window_rows(lane, window) for lane in range(*self._lanes)]
-        pieces = [piece for cursor, span in zip(self._cursors, spans, strict=True) for piece in cursor.take(span[1])]
-        self._laps.lap("decode")
-        # Lanes are contiguous spans of the epoch, but their windows are not: number the rows as they lie in `pieces`.
-        bases = np.cumsum([0] + [last - first for first, last in spans])
-        firsts = np.array([first for first, _ in spans], dtype=np.int64)
-        lane_of_row = np.clip(np.searchsorted(firsts, epoch_rows, side="right") - 1, 0, len(spans) - 1)
-        index = np.where(epoch_rows < 0, -1, epoch_rows - firsts[lane_of_row] + bases[lane_of_row])
-        return gather(concatenate(pieces), index, self._buffers)
+    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
+        columns = self._windows.read(epoch, window)
+        return last, slice_rows(columns, first * self._local_batch_size, last * self._local_batch_size)
+
+    def close(self) -> None:
+        self._windows.close()
 
 
 class BatchReader:
@@ -137,6 +87,7 @@ class BatchReader:
         order: the order of the data.
         sources: one for each partition.
         cached: whether each partition is decoded once and kept.
+        cache_bytes: of a partition that is not, so many may be kept in memory that were met before their turn.
         collator: makes batches of columns.
         sampler: draws candidates for a step; None if none are asked for.
         rank: this process's.
@@ -144,7 +95,7 @@ class BatchReader:
         former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
 
     Attributes:
-        laps: the seconds that its thread has taken, by stage.
+        laps: the seconds that its threads have taken, by stage.
     """
 
     def __init__(
@@ -152,6 +103,7 @@ class BatchReader:
         order: Order,
         sources: Sequence[Source],
         cached: Sequence[bool],
+        cache_bytes: int,
         collator: Collator,
         sampler: Sampler | None,
         rank: int,
@@ -159,7 +111,7 @@ class BatchReader:
         former_steps: int = 0,
     ) -> None:
         self._former_steps = former_steps
-        self._order, self._sources, self._cached = order, sources, cached
+        self._order, self._sources, self._cached, self._cache_bytes = order, sources, cached, cache_bytes
         self._collator, self._sampler = collator, sampler
         self._rank, self._world_size = rank, world_size
         self._lanes = order.lane_block(rank, world_size)
@@ -179,6 +131,8 @@ class BatchReader:
             yield iter(ahead)
         finally:
             ahead.close()
+            if self._rows is not None:
+                self._rows.close()
 
     def _produce(self, start: int, stop: int) -> Iterator[Batch]:
         step, epoch = start, None
@@ -190,30 +144,29 @@ class BatchReader:
                 epoch = self._order.epoch_order(*key)
             assert epoch is not None, "the first step opens an epoch"
             window = epoch.window_of(position.step_in_epoch)
-            table = epoch.rows(window, self._lanes)
             self.laps.lap("order")
             rows = self._open(position.partition)
-            first = position.step_in_epoch - window * epoch.window_steps
-            last = min(len(table), first + stop - step)
-            at_once = rows.steps_at_once or len(table)
-            for begin in range(first, last, at_once):
-                end = min(begin + at_once, last)
-                columns = rows.gather(epoch, table[begin:end].ravel(), window)
-                self.laps.lap("order")
-                for place in range(end - begin):
+            begin = position.step_in_epoch - window * epoch.window_steps
+            end = min(epoch.steps(window), begin + stop - step)
+            while begin < end:
+                last, columns = rows.read(epoch, window, begin, end)
+                for place in range(last - begin):
                     batch = self._batch(columns, place, self._order.position(step))
                     self.laps.lap("collate")
                     yield batch
                     step += 1
+                begin = last
 
     def _open(self, partition: int) -> _Rows:
         if self._rows is None or partition != self._partition:
+            if self._rows is not None:
+                self._rows.close()
             self._rows = None  # lets go of the former before the next is read
             source = self._sources[partition]
             self._rows = (
-                _CachedRows(source, self._local_batch_size, self.laps)
+                _CachedRows(source, self._lanes, self._local_batch_size, self.laps)
                 if self._cached[partition]
-                else _StreamedRows(source, self._lanes, self.laps)
+                else _StreamedRows(source, self._lanes, self._local_batch_size, self._cache_bytes, self.laps)
             )
             self._partition = partition
         return self._rows

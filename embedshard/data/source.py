@@ -51,6 +51,7 @@ _MAGIC = b"PAR1"
 _PARQUET_NAMES = (".parquet", ".parq", ".pq")
 _TAIL_BYTES = 8
 _OPEN_FILES = 32
+_STREAM_BYTES = 65_536  # of a column, as compressed, that a stream asks a file for at once
 _FOOTER_THREADS = 16
 
 
@@ -363,8 +364,8 @@ class Source:
         while True:
             try:
                 if batches is None:
-                    # A handle of its own: a lane keeps it while others read the same file.
-                    file = self._parquet_file(group.file)
+                    # A handle of its own: a stream keeps it while others read the same file.
+                    file = self._parquet_file(group.file, stream=True)
                     self._count_bytes(group, self.decoder.columns)
                     batches = file.iter_batches(
                         batch_size=batch_rows, row_groups=[group.index], columns=self.decoder.columns, use_threads=False
@@ -397,10 +398,21 @@ class Source:
             self._open[number] = file
             return file
 
-    def _parquet_file(self, number: int) -> pq.ParquetFile:
-        """Opens a file anew. Pages that were written with a checksum are verified by it."""
+    def _parquet_file(self, number: int, stream: bool = False) -> pq.ParquetFile:
+        """Opens a file anew. Pages that were written with a checksum are verified by it.
+
+        Args:
+            number: of the file.
+            stream: whether a row group is to be read a little at a time. Of a local file then no more is in memory than the
+                pages that are read; of an object store, where each request takes long, its chunks as they are compressed.
+        """
+        little = stream and self._locations[number].is_local
         return pq.ParquetFile(
-            self._locations[number].open_input(), metadata=self._metadata[number], page_checksum_verification=True
+            self._locations[number].open_input(),
+            metadata=self._metadata[number],
+            buffer_size=_STREAM_BYTES if little else 0,
+            pre_buffer=not little,
+            page_checksum_verification=True,
         )
 
     def _count_bytes(self, group: RowGroup, columns: Sequence[str]) -> None:

@@ -78,9 +78,10 @@ class _Identity:
         self.fingerprint = f"identity of {rows}"
 
     def map_integers(self, ids: IntArray | WordArray) -> IntArray:
-        known = (ids >= 0) & (ids < self.rows)
         rows = ids.astype(np.int64, copy=False)
-        return rows if known.all() else np.where(known, rows, -1)
+        if not len(ids) or (ids.min() >= 0 and ids.max() < self.rows):
+            return rows
+        return np.where((ids >= 0) & (ids < self.rows), rows, -1)
 
     def map_strings(self, ids: pa.Array) -> IntArray:
         raise DataError(

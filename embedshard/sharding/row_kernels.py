@@ -1,8 +1,7 @@
 """Compiled loops over the rows of a table on a CPU: finding the distinct ones of a batch, and moving them.
 
-What torch needs a dozen passes for is one here, without a tensor in between. Numba compiles a loop when it is first called,
-and keeps the machine code in a folder (`NUMBA_CACHE_DIR`, else beside this file, else the user's cache). All loops let go of
-Python's lock. Where torch has a fast loop (`index_select`, `embedding_bag`), that is used (`row_tables.py`).
+What torch needs a dozen passes for is one here, without a tensor in between. Where torch has a fast loop (`index_select`,
+`embedding_bag`), that is used (`row_tables.py`).
 
 Shapes: V ids, U distinct ids, R rows of the table, D numbers of a vector, G bags.
 """
@@ -11,16 +10,14 @@ from __future__ import annotations
 
 __all__ = ["NO_STATE", "Rule", "State", "bags_of_ids", "count_rows", "group_rows", "move_rows"]
 
-from collections.abc import Callable
-from contextlib import suppress
 from enum import IntEnum
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+from embedshard.compiled import compiled
+
 State = tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]
 NO_STATE: Final[State] = (np.zeros(0, np.float32), np.zeros((0, 0), np.float32), np.zeros((0, 0), np.float32))
 """For `move_rows`: the state of a rule that has none."""
@@ -43,29 +40,7 @@ class Rule(IntEnum):
     ADAM = 3
 
 
-def _compiled(function: _Function) -> _Function:
-    """Has a loop compiled at its first call; kept for other processes where there is a folder to write to.
-
-    Sums over the numbers of a vector may be added up several at a time, and products not be rounded before they are added.
-    """
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
-    try:
-        compiled: _Function = numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # numba's, where neither its folder nor the user's can be written to
-        return cast(_Function, numba.njit(**options)(function))
-    cache: Any = getattr(compiled, "_cache", None)
-    if hasattr(cache, "save_overload"):
-        save = cache.save_overload
-
-        def save_if_possible(*given: Any) -> None:
-            with suppress(OSError):  # a full disk: the loop is there all the same
-                save(*given)
-
-        cache.save_overload = save_if_possible
-    return compiled
-
-
-@_compiled
+@compiled
 def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int:
     """Finds out where in sorted ids a new row begins.
 
@@ -91,7 +66,7 @@ def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int
     return count
 
 
-@_compiled
+@compiled
 def count_rows(ids: Any, counts: Any, places: Any, rows: Any, begins: Any) -> int:
     """Sorts ids by counting each row's, which is quicker than any sort where there are not many more rows than ids.
 
@@ -123,7 +98,7 @@ def count_rows(ids: Any, counts: Any, places: Any, rows: Any, begins: Any) -> in
     return distinct
 
 
-@_compiled
+@compiled
 def bags_of_ids(begins: Any) -> Any:
     """Returns the bag of each id, (V,) int64.
 
@@ -138,7 +113,7 @@ def bags_of_ids(begins: Any) -> Any:
     return bags
 
 
-@_compiled
+@compiled
 def move_rows(
     rule: int, weights: Any, slots: Any, sums: Any, squares: Any, means: Any, rows: Any, gradient: Any, numbers: Any,
     first: int, last: int,

@@ -75,6 +75,7 @@ class Assembly:
             order=self.dataset.order,
             sources=self.dataset.train,
             cached=self.dataset.cached,
+            cache_bytes=self.config.data.cache_bytes,
             collator=self.collator,
             sampler=self.dataset.sampler,
             rank=self.world.rank,

@@ -328,8 +328,9 @@ class _Reading:
         stop = config.train.epochs * order.epoch_steps
         start = draw.choice([0, 0, draw.randint(0, stop)])
         is_cached = draw.random() < 0.5
+        cache_bytes = draw.choice([0, 10_000, 2**30])
         collator = Collator(config, table_specs(config, self.table_rows))
-        reader = BatchReader(order, [self.source], [is_cached], collator, None, rank, world_size)
+        reader = BatchReader(order, [self.source], [is_cached], cache_bytes, collator, None, rank, world_size)
         wanted = self._row_numbers(order, range(start, stop), order.lane_block(rank, world_size))
         read: list[Row | None] = [self.expected[row] for step in wanted for row in step if row >= 0]
         found, error = attempt(lambda: _batches(reader, start, stop))

@@ -15,7 +15,9 @@ def read(config, start=0, stop=None, rank=0, world_size=1, resolved=None):
     with open_world("cpu") as world:
         dataset = open_dataset(config, world, resolved)
     collator = Collator(config, table_specs(config, dataset.table_rows))
-    reader = BatchReader(dataset.order, dataset.train, dataset.cached, collator, dataset.sampler, rank, world_size)
+    reader = BatchReader(
+        dataset.order, dataset.train, dataset.cached, config.data.cache_bytes, collator, dataset.sampler, rank, world_size
+    )
     stop = config.train.epochs * dataset.order.epoch_steps if stop is None else stop
     with reader.batches(start, stop) as batches:
         return dataset, list(batches)

@@ -86,7 +86,9 @@ def read_all(config, rank=0, world_size=1):
     with open_world("cpu") as world:
         dataset = open_dataset(config, world, None)
     collator = Collator(config, table_specs(config, dataset.table_rows))
-    reader = BatchReader(dataset.order, dataset.train, dataset.cached, collator, dataset.sampler, rank, world_size)
+    reader = BatchReader(
+        dataset.order, dataset.train, dataset.cached, config.data.cache_bytes, collator, dataset.sampler, rank, world_size
+    )
     with reader.batches(0, dataset.order.epoch_steps) as batches:
         return dataset, list(batches)
 

@@ -390,7 +390,9 @@ def looked_up(config, world_size):
         dataset = open_dataset(config, world, None)
     specs = table_specs(config, dataset.table_rows)
     collator = Collator(config, specs, None, dataset.pair_maker, dataset.tree)
-    reader = BatchReader(dataset.order, dataset.train, dataset.cached, collator, dataset.sampler, 0, world_size)
+    reader = BatchReader(
+        dataset.order, dataset.train, dataset.cached, config.data.cache_bytes, collator, dataset.sampler, 0, world_size
+    )
     full = len(pq.read_table(config.data.train[0])) // config.train.global_batch_size
     with reader.batches(0, full) as batches:
         found = [(batch.sequences.to_dict(), len(batch.pairs.ids)) for batch in batches]
