@@ -272,9 +272,9 @@ def _ones(size: int) -> npt.NDArray[np.int64]:
 
 
 def _widened(columns: Columns) -> Columns:
-    """Returns the columns with int64 for what waited as int32."""
+    """Returns the columns with int64 for integers of smaller types."""
     return {
-        name: replace(column, values=column.values.astype(np.int64)) if column.values.dtype == np.int32 else column
+        name: replace(column, values=column.values.astype(np.int64)) if column.values.dtype.kind == "i" else column
         for name, column in columns.items()
     }
 

@@ -5,14 +5,30 @@ A column of ids or numbers is one array; a column of lists is its values and off
 
 from __future__ import annotations
 
-__all__ = ["Buffers", "Columns", "Flat", "Ragged", "concatenate", "gather", "good_rows", "num_rows", "slice_rows"]
+__all__ = [
+    "Buffers",
+    "Columns",
+    "Flat",
+    "Ragged",
+    "concatenate",
+    "gather",
+    "good_rows",
+    "move_lists",
+    "num_rows",
+    "padding_of",
+    "slice_rows",
+]
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from embedshard.compiled import compiled
+
+_COUNTS: Final = ("bad", "null:")  # columns of integers that are no ids
 
 IntArray = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
@@ -41,8 +57,8 @@ class Ragged:
 
 
 Columns = dict[str, Flat | Ragged]
-"""Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`. Ids may be int32 where they
-wait for their turn to be trained (`shelf.py`, `windows.py`); the collator widens them.
+"""Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`. Ids may be of a smaller
+type in what is streamed (`windows.py`); the collator widens them.
 
 Beside them, where a config asks for it: `bad`, 0 or a code for why a row is set aside, and `null:<feature>`, how many nulls
 fell out of the row's list.
@@ -61,11 +77,23 @@ class Buffers:
 
     def array(self, name: str, size: int, dtype: npt.DTypeLike) -> Array:
         """Returns (size,) uninitialised memory, the same as last time if it is large enough."""
+        return self.whole(name, size, dtype)[:size]
+
+    def whole(self, name: str, size: int, dtype: npt.DTypeLike) -> Array:
+        """Returns all memory of a name, at least (size,)."""
         held = self._arrays.get(name)
         if held is None or len(held) < size or held.dtype != np.dtype(dtype):
             held = np.empty(max(size, 1) * 9 // 8 + 1, dtype=dtype)
             self._arrays[name] = held
-        return held[:size]
+        return held
+
+    def grown(self, name: str, size: int, used: int) -> Array:
+        """Returns larger memory of a name, at least (size,), with the first `used` values of the former."""
+        former = self._arrays[name]
+        held = np.empty(max(size, 1) * 5 // 4 + 1, dtype=former.dtype)
+        held[:used] = former[:used]
+        self._arrays[name] = held
+        return held
 
 
 def num_rows(columns: Mapping[str, Flat | Ragged]) -> int:
@@ -143,32 +171,61 @@ def gather(columns: Mapping[str, Flat | Ragged], index: IntArray, buffers: Buffe
     }
 
 
+def padding_of(name: str, dtype: np.dtype[Any]) -> int:
+    """Returns what a column has in a place that holds no row."""
+    return 0 if np.issubdtype(dtype, np.floating) or name.startswith(_COUNTS) else -1
+
+
 def _gather_flat(name: str, column: Flat, index: IntArray, padding: npt.NDArray[np.bool_] | None, buffers: Buffers) -> Flat:
     out = buffers.array(name, len(index), column.values.dtype)
     np.take(column.values, index, out=out, mode="clip")
     if padding is not None:
-        out[padding] = -1 if column.values.dtype == np.int64 else 0
+        out[padding] = padding_of(name, out.dtype)
     return Flat(out)
 
 
 def _gather_ragged(
     name: str, column: Ragged, index: IntArray, padding: npt.NDArray[np.bool_] | None, buffers: Buffers
 ) -> Ragged:
-    starts = column.offsets[index]
-    lengths = column.offsets[index + 1] - starts
+    begins = column.offsets[index]
+    lengths = column.offsets[index + 1] - begins
     if padding is not None:
         lengths[padding] = 0
     offsets = buffers.array(f"{name}/offsets", len(index) + 1, np.int64)
     offsets[0] = 0
     np.cumsum(lengths, out=offsets[1:])
-    total = int(offsets[-1])
-    places = buffers.array(f"{name}/places", total, np.int64)
-    places[:] = np.repeat(starts - offsets[:-1], lengths)
-    places += np.arange(total, dtype=np.int64)
-    values = buffers.array(name, total, np.int64)
-    np.take(column.values, places, out=values, mode="clip")
+    values = buffers.array(name, int(offsets[-1]), column.values.dtype)
+    _gather_lists(column.values, begins, offsets, values)
     weights = None
     if column.weights is not None:
-        weights = buffers.array(f"{name}/weights", total, np.float32)
-        np.take(column.weights, places, out=weights, mode="clip")
+        weights = buffers.array(f"{name}/weights", int(offsets[-1]), np.float32)
+        _gather_lists(column.weights, begins, offsets, weights)
     return Ragged(values, offsets, weights)
+
+
+@compiled
+def _gather_lists(values: Array, begins: IntArray, offsets: IntArray, out: Array) -> None:
+    """Copies lists, each from where it begins to its offset."""
+    for row in range(len(begins)):
+        begin, first = begins[row], offsets[row]
+        for place in range(first, offsets[row + 1]):
+            out[place] = values[begin + place - first]
+
+
+@compiled
+def move_lists(values: Array, lengths: Array, places: IntArray, offsets: IntArray, out: Array) -> None:
+    """Copies lists that follow each other, each to the offset of its place.
+
+    Args:
+        values: of all lists, (V,) or more.
+        lengths: of the lists, (n,).
+        places: of the lists, (n,), among m.
+        offsets: of the places, (m + 1,).
+        out: the values of all places.
+    """
+    begin = 0
+    for row in range(len(lengths)):
+        first = offsets[places[row]]
+        for i in range(lengths[row]):
+            out[first + i] = values[begin + i]
+        begin += lengths[row]

@@ -49,7 +49,8 @@ from embedshard.world import World
 
 IntArray = npt.NDArray[np.int64]
 
-_WINDOW_ROWS = 2**20  # rows of a window over all lanes, where the data do not fit the cache
+_WINDOW_ROWS = 2**20  # rows of a window over all lanes, where the data do not fit the cache,
+_WINDOW_BYTES = 2**28  # or as many as take so many bytes, if those are fewer
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Dataset:
         self.cached.append(fits)
         self.order = replace(
             self.order,
-            window_steps=(*self.order.window_steps, _window_steps(self.config, fits)),
+            window_steps=(*self.order.window_steps, _window_steps(self.config, source)),
             row_groups=(*self.order.row_groups, tuple(group.num_rows for group in source.inventory.row_groups)),
         )
         _open_what_is_drawn(self, world)
@@ -309,7 +310,9 @@ def open_dataset(
         statistics = world.from_rank_zero(lambda: compute_statistics(train))
     train, former_train = ([source.with_statistics(statistics) for source in part] for part in (train, former_train))
     fits = [source.decoded_bytes() <= config.data.cache_bytes for source in train]
-    windows = resolved["window_steps"] if resolved is not None and own else [_window_steps(config, fit) for fit in fits]
+    windows = (
+        resolved["window_steps"] if resolved is not None and own else [_window_steps(config, source) for source in train]
+    )
     order = Order(
         seed=config.seed,
         lanes=config.data.lanes,
@@ -402,10 +405,12 @@ def _open_held_out(
     return held_out
 
 
-def _window_steps(config: Config, fits_cache: bool) -> int:
+def _window_steps(config: Config, source: Source) -> int:
     if config.data.window_steps != "auto":
         return config.data.window_steps
-    return 0 if fits_cache else max(1, _WINDOW_ROWS // config.train.global_batch_size)
+    size = source.decoded_bytes()
+    rows = min(_WINDOW_ROWS, _WINDOW_BYTES * source.inventory.num_rows // max(size, 1))
+    return 0 if size <= config.data.cache_bytes else max(1, rows // config.train.global_batch_size)
 
 
 def _check_vocabularies(resolved: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary]) -> None:

@@ -11,7 +11,7 @@ __all__ = ["ColumnSpec", "Decoder", "Where", "column_specs", "slice_column"]
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -228,6 +228,15 @@ class Decoder:
             spec.name: unknown_number(self._vocabularies[spec.table])
             for spec in self.specs
             if spec.table is not None and getattr(spec.feature, "unknown", None) == "oov"
+        }
+
+    @property
+    def integer_types(self) -> dict[str, np.dtype[Any]]:
+        """The least type that holds what stands for the ids of each decoded column, -1 among them; they are int64."""
+        return {
+            spec.name: np.min_scalar_type(-1 - unknown_number(self._vocabularies[spec.table]))
+            for spec in self.specs
+            if spec.table is not None
         }
 
     @property

@@ -69,8 +69,7 @@ class _StreamedRows:
     """A partition of any size, a window at a time."""
 
     def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, limit_bytes: int, laps: Laps) -> None:
-        self._windows = Windows(source, lanes, limit_bytes, laps)
-        self._local_batch_size = local_batch_size
+        self._windows, self._local_batch_size = Windows(source, lanes, limit_bytes, laps), local_batch_size
 
     def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
         columns = self._windows.read(epoch, window)

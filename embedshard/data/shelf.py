@@ -6,6 +6,7 @@ __all__ = ["Piece", "Shelf"]
 
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -16,7 +17,6 @@ from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.errors import DataError
 
 _FILE_BYTES: Final = 2**28
-_INT32: Final = np.iinfo(np.int32)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Piece:
     Attributes:
         lane: whose they are.
         first: the first one's epoch row.
-        columns: the rows; integers that fit are int32.
+        columns: the rows.
     """
 
     lane: int
@@ -72,33 +72,35 @@ class Shelf:
     _windows: dict[int, list[Piece | _Written]] = field(default_factory=lambda: defaultdict(list), init=False)
     _file: _File | None = field(default=None, init=False)
 
-    def put(self, window: int, piece: Piece, waits: bool) -> None:
+    def put(self, window: int, piece: Piece, types: Mapping[str, np.dtype[Any]]) -> None:
         """Puts a piece down.
 
         Args:
             window: in which its rows are trained.
             piece: the rows. Nothing of them is kept but copies.
-            waits: whether it stays until a later window; else it is held whatever the limit is.
+            types: of the ids of each column, the least integers that hold them.
 
         Raises:
             DataError: if a file has no room.
         """
-        piece = Piece(piece.lane, piece.first, {name: _narrowed(column) for name, column in piece.columns.items()})
-        size = sum(array.nbytes for column in piece.columns.values() for array in _arrays(column) if array is not None)
-        if waits and self.held_bytes + size > self.limit_bytes:
+        columns = {name: _copy(column, types.get(name, column.values.dtype)) for name, column in piece.columns.items()}
+        piece = Piece(piece.lane, piece.first, columns)
+        size = sum(array.nbytes for column in columns.values() for array in _arrays(column) if array is not None)
+        if self.held_bytes + size > self.limit_bytes:
             self._windows[window].append(self._write(piece, size))
             return
         self.held_bytes += size
         self._windows[window].append(piece)
 
-    def take(self, window: int) -> list[Piece]:
-        """Returns the pieces of a window, those of each lane in order, and lets go of them."""
-        pieces = [piece if isinstance(piece, Piece) else self._read(piece) for piece in self._windows.get(window, ())]
-        for piece in self._windows.pop(window, ()):
+    def take(self, window: int) -> Iterator[Piece]:
+        """Yields the pieces of a window, and lets go of them."""
+        pieces = self._windows.pop(window, [])
+        while pieces:
+            piece = pieces.pop()
             if isinstance(piece, Piece):
                 arrays = (array for column in piece.columns.values() for array in _arrays(column))
                 self.held_bytes -= sum(array.nbytes for array in arrays if array is not None)
-        return sorted(pieces, key=lambda piece: (piece.lane, piece.first))
+            yield piece if isinstance(piece, Piece) else self._read(piece)
 
     def clear(self) -> None:
         """Lets go of everything."""
@@ -150,18 +152,13 @@ def _arrays(column: Flat | Ragged) -> tuple[npt.NDArray[Any] | None, ...]:
     return (column.values,) if isinstance(column, Flat) else (column.values, column.offsets, column.weights)
 
 
-def _narrowed(column: Flat | Ragged) -> Flat | Ragged:
-    """Returns a copy, of int32 where int64 is not needed; offsets begin at 0."""
+def _copy(column: Flat | Ragged, dtype: np.dtype[Any]) -> Flat | Ragged:
+    """Returns a copy with values of a type; offsets begin at 0."""
     if isinstance(column, Flat):
-        return Flat(_narrow(column.values))
+        return Flat(column.values.astype(dtype))
     first, last = int(column.offsets[0]), int(column.offsets[-1])
     weights = None if column.weights is None else column.weights[first:last].copy()
-    return Ragged(_narrow(column.values[first:last]), _narrow(column.offsets - first), weights)
-
-
-def _narrow(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    fits = values.dtype == np.int64 and (not len(values) or (values.min() >= _INT32.min and values.max() <= _INT32.max))
-    return values.astype(np.int32 if fits else values.dtype)
+    return Ragged(column.values[first:last].astype(dtype), column.offsets - first, weights)
 
 
 def _read_array(handle: IO[bytes], dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:

@@ -1,9 +1,8 @@
-"""Windows of data of any size, in the order of training: each row group is decoded once a pass, forwards.
+"""Windows of data of any size: each row group is decoded once a pass, forwards.
 
 Lanes are spread over the whole epoch, so a window takes rows from many places. Each row group that holds some of them is
 open as a stream, which is decoded no further than the window needs; lanes that share a row group share its stream. What a
-stream meets on its way for later windows waits on a shelf. Then the rows of each lane, a contiguous span, are put in their
-order and into their places, a lane and a column at a time: what is read at random so lies in a core's cache.
+stream meets on its way for later windows waits on a shelf. The next window is decoded in a thread while one is trained.
 """
 
 from __future__ import annotations
@@ -11,21 +10,20 @@ from __future__ import annotations
 __all__ = ["Windows"]
 
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.compiled import compiled
-from embedshard.data.columns import Buffers, Columns, Flat, Ragged, concatenate, num_rows, slice_rows
+from embedshard.data.columns import Buffers, Columns, Flat, Ragged, move_lists, num_rows, padding_of, slice_rows
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf
 from embedshard.data.source import Source
 from embedshard.stages import Laps
 
 IntArray = npt.NDArray[np.int64]
+Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
 _DECODE_ROWS: Final = 16_384
@@ -41,40 +39,41 @@ class Windows:
         source: the partition.
         lanes: the rank's, [first, last).
         limit_bytes: of rows that wait in memory.
-        laps: counts the seconds that decoding and ordering take, in whichever thread.
+        laps: counts the seconds that decoding takes, in whichever thread.
     """
 
     def __init__(self, source: Source, lanes: tuple[int, int], limit_bytes: int, laps: Laps) -> None:
         self._source, self._lanes, self._laps = source, lanes, laps
+        self._types = {**source.decoder.integer_types, "row": _row_type(source)}
         self._shelf = Shelf(limit_bytes)
-        self._buffers = (Buffers(), Buffers())
+        self._buffers, self._arrived = (Buffers(), Buffers()), Buffers()
         self._epoch: EpochOrder | None = None
         self._next = -1
         self._streams: dict[int, _Stream] = {}
         self._ended: set[int] = set()
-        self._dtypes: dict[str, np.dtype[Any]] = {}
         self._ahead: tuple[EpochOrder, int, _Soon[Columns]] | None = None
 
     def read(self, epoch: EpochOrder, window: int) -> Columns:
-        """Returns a window's rows as they are trained, steps * lanes * rows of a step; valid until the next call.
+        """Returns a window's rows as they are trained, steps * lanes * rows of a lane in a step; valid until the next call.
 
-        Padding is an empty list, a number of 0, and an id or row number of -1. Ids of a column that all fit are int32.
+        Padding is an empty list, a number of 0, and an id or row number of -1. Ids are of the
+        least type that holds all of their table.
 
         Raises:
             DataError: if the rows cannot be read or hold what the config does not allow.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is epoch and ahead[1] == window:
-            columns = ahead[2].result()
+            found = ahead[2].result()
             self._laps.restart()  # the wait is no work: that is counted where it is done
         else:
             if ahead is not None:
                 ahead[2].wait()
-            columns = self._read(epoch, window, self._laps)
+            found = self._read(epoch, window, self._laps)
         if epoch.steps(window + 1):
             laps = self._laps.beside()
             self._ahead = epoch, window + 1, _Soon(lambda: self._read(epoch, window + 1, laps))
-        return columns
+        return found
 
     def close(self) -> None:
         """Waits for the thread, and lets go of all that waits."""
@@ -88,12 +87,14 @@ class Windows:
         self._ended.clear()
         self._shelf.clear()
 
-    # ------------------------------------------------------------------------------------------------------- decoding
     def _read(self, epoch: EpochOrder, window: int, laps: Laps) -> Columns:
         if epoch is not self._epoch or window != self._next:
             self._let_go()
             self._epoch = epoch
         self._next = window + 1
+        found = _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2], self._arrived)
+        for piece in self._shelf.take(window):
+            found.put(piece.lane, piece.first, piece.columns)
         for place, last in self._needed(epoch, window).items():
             if place in self._ended:
                 continue
@@ -101,13 +102,13 @@ class Windows:
                 self._streams[place] = _Stream(self._source, epoch, place, self._first_needed(epoch, place, window))
             stream = self._streams[place]
             end = min(int(epoch.group_starts[place + 1]), epoch.lane_span(self._lanes[1] - 1)[1])
-            for first, piece in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
-                self._put(epoch, window, first, piece)
+            for first, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
+                self._put(found, first, columns)
             if stream.next >= end:
                 del self._streams[place]
                 self._ended.add(place)
         laps.lap("decode")
-        columns = self._arranged(epoch, window)
+        columns = found.columns()
         laps.lap("order")
         return columns
 
@@ -128,41 +129,154 @@ class Windows:
         spans = [(epoch.window_rows(lane, window)[0], epoch.lane_span(lane)[1]) for lane in range(*self._lanes)]
         return min(max(first, begin) for first, last in spans if max(first, begin) < min(last, end))
 
-    def _put(self, epoch: EpochOrder, window: int, first: int, columns: Columns) -> None:
+    def _put(self, window: _Window, first: int, columns: Columns) -> None:
         """Puts the rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere."""
-        if not self._dtypes:
-            self._dtypes = {name: column.values.dtype for name, column in columns.items()}
-        begin, end = first, first + num_rows(columns)
+        epoch, begin, end = window.epoch, first, first + num_rows(columns)
         for lane in range(max(epoch.lane_of(begin), self._lanes[0]), min(epoch.lane_of(end - 1) + 1, self._lanes[1])):
             lane_first, lane_last = epoch.lane_span(lane)
             row, last = max(begin, lane_first), min(end, lane_last)
             while row < last:
                 of_row = epoch.window_of_row(lane, row)
                 stop = min(last, epoch.window_rows(lane, of_row)[1])
-                if of_row >= window:
-                    piece = Piece(lane, row, slice_rows(columns, row - begin, stop - begin))
-                    self._shelf.put(of_row, piece, waits=of_row > window)
+                part = slice_rows(columns, row - begin, stop - begin)
+                if of_row == window.number:
+                    window.put(lane, row, part)
+                elif of_row > window.number:
+                    self._shelf.put(of_row, Piece(lane, row, part), self._types)
                 row = stop
 
-    # ------------------------------------------------------------------------------------------------------- ordering
-    def _arranged(self, epoch: EpochOrder, window: int) -> Columns:
-        """Returns the rows of a window, all of which are on the shelf, in the order of training."""
-        by_lane: dict[int, list[Columns]] = defaultdict(list)
-        for piece in self._shelf.take(window):
-            by_lane[piece.lane].append(piece.columns)
-        if not by_lane:
-            return {}
-        lanes = {lane: concatenate(pieces) for lane, pieces in by_lane.items()}
-        orders = {lane: epoch.lane_order(lane, window) - epoch.window_rows(lane, window)[0] for lane in lanes}
-        places = _Places(epoch, window, self._lanes, orders)
-        buffers = self._buffers[window % 2]
-        pattern: Columns = next(iter(lanes.values()))
-        return {
-            name: _arranged_flat(name, self._dtypes[name], places, lanes, buffers)
-            if isinstance(column, Flat)
-            else _arranged_ragged(name, places, lanes, buffers, column.weights is not None)
-            for name, column in pattern.items()
-        }
+
+class _Window:
+    """A window that is being filled: each row goes to its place in the order of training at once.
+
+    Args:
+        epoch: the pass.
+        number: of the window.
+        lanes: the rank's, [first, last).
+        types: of the ids of each column, the least integers that hold them.
+        buffers: memory for the rows in order.
+        arrived: memory for lists as they come.
+    """
+
+    def __init__(
+        self,
+        epoch: EpochOrder,
+        number: int,
+        lanes: tuple[int, int],
+        types: Mapping[str, np.dtype[Any]],
+        buffers: Buffers,
+        arrived: Buffers,
+    ) -> None:
+        self.epoch, self.number = epoch, number
+        self._lanes, self._types, self._buffers, self._arrived = lanes, types, buffers, arrived
+        self.count = epoch.steps(number) * (lanes[1] - lanes[0]) * epoch.rows_per_lane
+        self._places: dict[int, IntArray] = {}
+        self._flat: dict[str, Array] = {}
+        self._lists: dict[str, _Arrived] = {}
+        self._met: list[IntArray] = []
+
+    def put(self, lane: int, first: int, columns: Columns) -> None:
+        """Puts rows of a lane, which begin at an epoch row, where they belong."""
+        begin = first - self.epoch.window_rows(lane, self.number)[0]
+        places = self._places_of(lane)[begin : begin + num_rows(columns)]
+        for name, column in columns.items():
+            if isinstance(column, Flat):
+                held = self._flat.get(name)
+                if held is None:
+                    held = self._flat[name] = self._empty(name, column)
+                held[places] = column.values.astype(held.dtype, copy=False)
+            else:
+                if name not in self._lists:
+                    rows = sum(last - first for first, last in self._spans())
+                    self._lists[name] = _Arrived(name, rows, self._type(name, column), column, self._arrived)
+                self._lists[name].put(column)
+        if self._lists:
+            self._met.append(places)
+
+    def columns(self) -> Columns:
+        """Returns the rows as they are trained, when all are there."""
+        names, met = [*self._flat, *self._lists], np.concatenate(self._met) if self._met else np.zeros(0, np.int64)
+        lists = {name: self._in_order(name, arrived, met) for name, arrived in self._lists.items()}
+        return {name: lists[name] if name in lists else Flat(self._flat[name]) for name in names}
+
+    def _in_order(self, name: str, arrived: _Arrived, met: IntArray) -> Ragged:
+        count = arrived.lengths[: len(met)]
+        lengths = self._arrived.array("lengths", self.count, np.int64)
+        if len(met) < self.count:
+            lengths[:] = 0
+        lengths[met] = count
+        offsets = self._buffers.array(f"{name}/offsets", self.count + 1, np.int64)
+        offsets[0] = 0
+        np.cumsum(lengths, out=offsets[1:])
+        values = self._buffers.array(name, int(offsets[-1]), arrived.values.dtype)
+        move_lists(arrived.values, count, met, offsets, values)
+        weights = None
+        if arrived.weights is not None:
+            weights = self._buffers.array(f"{name}/weights", int(offsets[-1]), np.float32)
+            move_lists(arrived.weights, count, met, offsets, weights)
+        return Ragged(values, offsets, weights)
+
+    def _spans(self) -> Iterator[tuple[int, int]]:
+        return (self.epoch.window_rows(lane, self.number) for lane in range(*self._lanes))
+
+    def _places_of(self, lane: int) -> IntArray:
+        """Returns the place in the window of each of a lane's rows, as the epoch has them."""
+        places = self._places.get(lane)
+        if places is None:
+            order, per_lane = self.epoch.lane_order(lane, self.number), self.epoch.rows_per_lane
+            order -= self.epoch.window_rows(lane, self.number)[0]
+            turn = np.arange(len(order), dtype=np.int64)
+            step, within = np.divmod(turn, per_lane)
+            places = self._places[lane] = np.empty(len(order), dtype=np.int64)
+            places[order] = step * (self.count // self.epoch.steps(self.number)) + within
+            places += (lane - self._lanes[0]) * per_lane
+        return places
+
+    def _type(self, name: str, column: Flat | Ragged) -> np.dtype[Any]:
+        return self._types.get(name, column.values.dtype)
+
+    def _empty(self, name: str, column: Flat) -> Array:
+        held = self._buffers.array(name, self.count, self._type(name, column))
+        if sum(last - first for first, last in self._spans()) < self.count:
+            held[:] = padding_of(name, held.dtype)
+        return held
+
+
+class _Arrived:
+    """Lists as they came, one after the other.
+
+    Attributes:
+        lengths: int32.
+        values: of all lists.
+        weights: of the values, float32, where the feature has weights.
+    """
+
+    def __init__(self, name: str, rows: int, dtype: np.dtype[Any], pattern: Ragged, buffers: Buffers) -> None:
+        self._name, self._buffers, self._rows, self._size = name, buffers, 0, 0
+        lists = max(len(pattern.offsets) - 1, 1)
+        expected = rows * int(pattern.offsets[-1] - pattern.offsets[0]) // lists * 17 // 16
+        self.lengths = buffers.array(f"{name}/lengths", rows, np.int32)
+        self.values = buffers.whole(name, expected, dtype)
+        self.weights = None if pattern.weights is None else buffers.whole(f"{name}/weights", expected, np.float32)
+
+    def put(self, column: Ragged) -> None:
+        """Adds lists."""
+        begin, end, rows = int(column.offsets[0]), int(column.offsets[-1]), len(column.offsets) - 1
+        at, self._size = self._size, self._size + end - begin
+        if self._size > len(self.values):
+            self.values = self._buffers.grown(self._name, self._size, at)
+        self.values[at : self._size] = column.values[begin:end]
+        if self.weights is not None and column.weights is not None:
+            if self._size > len(self.weights):
+                self.weights = self._buffers.grown(f"{self._name}/weights", self._size, at)
+            self.weights[at : self._size] = column.weights[begin:end]
+        lengths = self.lengths[self._rows : self._rows + rows]
+        np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths, casting="same_kind")
+        self._rows += rows
+
+
+def _row_type(source: Source) -> np.dtype[Any]:
+    return np.min_scalar_type(-max(source.inventory.num_rows, 1))
 
 
 class _Stream:
@@ -183,101 +297,6 @@ class _Stream:
             piece = next(self._pieces)
             first, self.next = self.next, self.next + num_rows(piece)
             yield first, piece
-
-
-class _Places:
-    """Where the rows of a window lie in it.
-
-    Args:
-        epoch: the pass.
-        window: which window.
-        lanes: [first, last).
-        orders: of each lane's rows in the order of training, their numbers within the lane's window.
-
-    Attributes:
-        shape: steps, lanes, rows of a lane in a step.
-        orders: by lane.
-    """
-
-    def __init__(self, epoch: EpochOrder, window: int, lanes: tuple[int, int], orders: Mapping[int, IntArray]) -> None:
-        self.shape = epoch.steps(window), lanes[1] - lanes[0], epoch.rows_per_lane
-        self.orders, self._first = orders, lanes[0]
-        self._scratch = Buffers()
-
-    def fill(self, out: npt.NDArray[Any], lane: int, values: npt.NDArray[Any], padding: int) -> None:
-        """Writes a lane's values, in order, into their places of all of the window's, and padding where it has no more."""
-        steps, lanes, per_lane = self.shape
-        taken = self._scratch.array(str(values.dtype), steps * per_lane, values.dtype)
-        count = len(self.orders[lane])
-        np.take(values, self.orders[lane], out=taken[:count], mode="clip")
-        taken[count:] = padding
-        out.reshape(steps, lanes, per_lane)[:, lane - self._first] = taken.reshape(steps, per_lane)
-
-    def of_lane(self, of_all: npt.NDArray[Any], lane: int) -> npt.NDArray[Any]:
-        """Returns what a lane's rows have of the window's, in their order, without padding."""
-        of_lane = of_all.reshape(self.shape)[:, lane - self._first].reshape(-1)
-        return of_lane[: len(self.orders[lane])]
-
-    @property
-    def count(self) -> int:
-        """Rows of the window, padding included."""
-        steps, lanes, per_lane = self.shape
-        return steps * lanes * per_lane
-
-    def absent(self, lanes: Mapping[int, Columns]) -> list[int]:
-        """Returns the places among the rank's lanes of those without a row."""
-        return [i for i in range(self.shape[1]) if i + self._first not in lanes]
-
-
-def _arranged_flat(name: str, dtype: np.dtype[Any], places: _Places, lanes: Mapping[int, Columns], buffers: Buffers) -> Flat:
-    padding = -1 if dtype == np.int64 else 0
-    is_narrow = dtype == np.int64 and all(columns[name].values.dtype == np.int32 for columns in lanes.values())
-    out = buffers.array(name, places.count, np.int32 if is_narrow else dtype)
-    for lane in places.absent(lanes):
-        out.reshape(places.shape)[:, lane] = padding
-    for lane, columns in lanes.items():
-        places.fill(out, lane, columns[name].values, padding)
-    return Flat(out)
-
-
-def _arranged_ragged(
-    name: str, places: _Places, lanes: Mapping[int, Columns], buffers: Buffers, has_weights: bool
-) -> Ragged:
-    lengths = buffers.array(f"{name}/lengths", places.count, np.int64)
-    for lane in places.absent(lanes):
-        lengths.reshape(places.shape)[:, lane] = 0
-    for lane, columns in lanes.items():
-        places.fill(lengths, lane, np.diff(_ragged(columns[name]).offsets), 0)
-    offsets = buffers.array(f"{name}/offsets", places.count + 1, np.int64)
-    offsets[0] = 0
-    np.cumsum(lengths, out=offsets[1:])
-    is_narrow = all(columns[name].values.dtype == np.int32 for columns in lanes.values())
-    values = buffers.array(name, int(offsets[-1]), np.int32 if is_narrow else np.int64)
-    weights = buffers.array(f"{name}/weights", int(offsets[-1]), np.float32) if has_weights else None
-    for lane, columns in lanes.items():
-        column, order = _ragged(columns[name]), places.orders[lane]
-        begins = places.of_lane(offsets[:-1], lane)
-        _move_lists(column.values, column.offsets, order, begins, values)
-        if weights is not None:
-            assert column.weights is not None, "pieces have the same columns"
-            _move_lists(column.weights, column.offsets, order, begins, weights)
-    return Ragged(values, offsets, weights)
-
-
-def _ragged(column: Flat | Ragged) -> Ragged:
-    assert isinstance(column, Ragged), "pieces have the same columns"
-    return column
-
-
-@compiled
-def _move_lists(
-    values: npt.NDArray[Any], offsets: IntArray, order: IntArray, begins: IntArray, out: npt.NDArray[Any]
-) -> None:
-    """Copies lists, in an order, to where each begins."""
-    for place in range(len(order)):
-        source, target = offsets[order[place]], begins[place]
-        for i in range(offsets[order[place] + 1] - source):
-            out[target + i] = values[source + i]
 
 
 class _Soon(Generic[_T]):
