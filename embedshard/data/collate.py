@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embedshard.config import Config, Lookup, TableSpec
 from embedshard.config.parts import DenseFeature
 from embedshard.data.batch import Batch, Draws, Pairs, Paths
-from embedshard.data.columns import Columns, Flat, Ragged, slice_rows
+from embedshard.data.columns import Columns, Flat, Ragged, repeated, slice_rows
 from embedshard.data.huffman import HuffmanTree
 from embedshard.data.negatives import DrawnCandidates
 from embedshard.data.order import Position
@@ -167,7 +167,7 @@ class Collator:
         return KeyedJaggedTensor(
             keys=[lookup.key for lookup in lookups],
             values=torch.from_numpy(np.concatenate([part[0] for part in parts], dtype=np.int64)),
-            lengths=torch.from_numpy(np.concatenate([part[1] for part in parts])),
+            lengths=torch.from_numpy(np.concatenate([part[1] for part in parts], dtype=np.int64)),
             weights=torch.from_numpy(np.concatenate(weights)) if with_weights else None,
         )
 
@@ -201,7 +201,7 @@ class Collator:
         if composition is None:
             return ids
         values, lengths, weights = ids
-        rows, counts = composition.rows_of(values)
+        rows, counts = composition.rows_of(values.astype(np.int64, copy=False))
         ends = np.cumsum(np.append(0, counts))[np.cumsum(np.append(0, lengths))]
         return rows, np.diff(ends), None if weights is None else np.repeat(weights, counts)
 
@@ -227,8 +227,9 @@ class Collator:
             return column.weights[span]
         bag = self._config.features.get(feature)
         power = {"mean": 1.0, "sqrtn": 0.5}.get(str(getattr(bag, "pooling", None)))
-        if power is not None:
-            return np.repeat((1.0 / np.maximum(lengths, 1) ** power).astype(np.float32), lengths)
+        if power is not None and len(lengths):
+            shares = (1.0 / np.maximum(np.arange(int(lengths.max()) + 1), 1) ** power).astype(np.float32)
+            return repeated(np.take(shares, lengths), lengths, span.stop - span.start)
         return np.ones(span.stop - span.start, dtype=np.float32)
 
     @staticmethod

@@ -13,9 +13,11 @@ __all__ = [
     "concatenate",
     "gather",
     "good_rows",
+    "lay_out",
     "move_lists",
     "num_rows",
     "padding_of",
+    "repeated",
     "slice_rows",
 ]
 
@@ -47,7 +49,7 @@ class Ragged:
 
     Attributes:
         values: all lists one after another, int64; rows use values[offsets[0] : offsets[-1]].
-        offsets: (n + 1,) int64. They need not begin at 0: slices share memory with the whole.
+        offsets: (n + 1,) int64, or int32 in what is streamed. They need not begin at 0: slices share memory with the whole.
         weights: of the values, float32, where the feature has weights.
     """
 
@@ -213,8 +215,23 @@ def _gather_lists(values: Array, begins: IntArray, offsets: IntArray, out: Array
 
 
 @compiled
-def move_lists(values: Array, lengths: Array, places: IntArray, offsets: IntArray, out: Array) -> None:
-    """Copies lists that follow each other, each to the offset of its place.
+def lay_out(lengths: Array, places: IntArray, offsets: Array) -> None:
+    """Fills in where each place begins, given the lists in it, and where the last ends.
+
+    Args:
+        lengths: of the lists, (n,).
+        places: of the lists, (n,), among m. A place without a list is empty.
+        offsets: (m + 1,), all 0.
+    """
+    for row in range(len(lengths)):
+        offsets[places[row] + 1] = lengths[row]
+    for place in range(1, len(offsets)):
+        offsets[place] += offsets[place - 1]
+
+
+@compiled
+def move_lists(values: Array, lengths: Array, places: IntArray, offsets: Array, out: Array) -> None:
+    """Copies lists that follow each other, each to where its place begins.
 
     Args:
         values: of all lists, (V,) or more.
@@ -229,3 +246,19 @@ def move_lists(values: Array, lengths: Array, places: IntArray, offsets: IntArra
         for i in range(lengths[row]):
             out[first + i] = values[begin + i]
         begin += lengths[row]
+
+
+def repeated(values: npt.NDArray[np.float32], lengths: Array, total: int) -> npt.NDArray[np.float32]:
+    """Returns each value so often as its length says, (total,); numpy's `repeat` takes twice as long for short lists."""
+    out = np.empty(total, dtype=np.float32)
+    _repeat(values, lengths, out)
+    return out
+
+
+@compiled
+def _repeat(values: Array, lengths: Array, out: Array) -> None:
+    place = 0
+    for row in range(len(lengths)):
+        for _ in range(lengths[row]):
+            out[place] = values[row]
+            place += 1

@@ -158,7 +158,8 @@ def _copy(column: Flat | Ragged, dtype: np.dtype[Any]) -> Flat | Ragged:
         return Flat(column.values.astype(dtype))
     first, last = int(column.offsets[0]), int(column.offsets[-1])
     weights = None if column.weights is None else column.weights[first:last].copy()
-    return Ragged(column.values[first:last].astype(dtype), column.offsets - first, weights)
+    offsets = (column.offsets - first).astype(np.int32 if last - first <= np.iinfo(np.int32).max else np.int64)
+    return Ragged(column.values[first:last].astype(dtype), offsets, weights)
 
 
 def _read_array(handle: IO[bytes], dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:

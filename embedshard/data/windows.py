@@ -16,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.data.columns import Buffers, Columns, Flat, Ragged, move_lists, num_rows, padding_of, slice_rows
+from embedshard.data.columns import Buffers, Columns, Flat, Ragged, lay_out, move_lists, num_rows, padding_of, slice_rows
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf
 from embedshard.data.source import Source
@@ -26,8 +26,9 @@ IntArray = npt.NDArray[np.int64]
 Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
-_DECODE_ROWS: Final = 16_384
-"""Rows decoded at once: columns of them lie in a core's cache, and a lane holds no more beyond its window."""
+_DECODE_ROWS: Final = 65_536
+_LANE_ROWS: Final = 16_384
+"""Rows decoded at once, and where a row group is one lane's: a lane holds no more beyond its window."""
 _WHOLE_ROWS: Final = 2**17
 """A row group of no more is decoded to its end: its rows take less memory than pages and dictionaries of an open stream."""
 
@@ -98,10 +99,13 @@ class Windows:
         for place, last in self._needed(epoch, window).items():
             if place in self._ended:
                 continue
-            if place not in self._streams:
-                self._streams[place] = _Stream(self._source, epoch, place, self._first_needed(epoch, place, window))
-            stream = self._streams[place]
             end = min(int(epoch.group_starts[place + 1]), epoch.lane_span(self._lanes[1] - 1)[1])
+            if place not in self._streams:
+                first = self._first_needed(epoch, place, window)
+                at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
+                rows = _DECODE_ROWS if at_once else _LANE_ROWS
+                self._streams[place] = _Stream(self._source, epoch, place, first, rows)
+            stream = self._streams[place]
             for first, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
                 self._put(found, first, columns)
             if stream.next >= end:
@@ -200,20 +204,17 @@ class _Window:
         return {name: lists[name] if name in lists else Flat(self._flat[name]) for name in names}
 
     def _in_order(self, name: str, arrived: _Arrived, met: IntArray) -> Ragged:
-        count = arrived.lengths[: len(met)]
-        lengths = self._arrived.array("lengths", self.count, np.int64)
-        if len(met) < self.count:
-            lengths[:] = 0
-        lengths[met] = count
-        offsets = self._buffers.array(f"{name}/offsets", self.count + 1, np.int64)
-        offsets[0] = 0
-        np.cumsum(lengths, out=offsets[1:])
-        values = self._buffers.array(name, int(offsets[-1]), arrived.values.dtype)
-        move_lists(arrived.values, count, met, offsets, values)
+        lengths = arrived.lengths[: len(met)]
+        dtype = np.int32 if arrived.size <= np.iinfo(np.int32).max else np.int64
+        offsets = self._buffers.array(f"{name}/offsets", self.count + 1, dtype)
+        offsets[:] = 0
+        lay_out(lengths, met, offsets)
+        values = self._buffers.array(name, arrived.size, arrived.values.dtype)
+        move_lists(arrived.values, lengths, met, offsets, values)
         weights = None
         if arrived.weights is not None:
-            weights = self._buffers.array(f"{name}/weights", int(offsets[-1]), np.float32)
-            move_lists(arrived.weights, count, met, offsets, weights)
+            weights = self._buffers.array(f"{name}/weights", arrived.size, np.float32)
+            move_lists(arrived.weights, lengths, met, offsets, weights)
         return Ragged(values, offsets, weights)
 
     def _spans(self) -> Iterator[tuple[int, int]]:
@@ -246,13 +247,14 @@ class _Arrived:
     """Lists as they came, one after the other.
 
     Attributes:
+        size: values there are.
         lengths: int32.
-        values: of all lists.
+        values: of all lists, and more.
         weights: of the values, float32, where the feature has weights.
     """
 
     def __init__(self, name: str, rows: int, dtype: np.dtype[Any], pattern: Ragged, buffers: Buffers) -> None:
-        self._name, self._buffers, self._rows, self._size = name, buffers, 0, 0
+        self._name, self._buffers, self._rows, self.size = name, buffers, 0, 0
         lists = max(len(pattern.offsets) - 1, 1)
         expected = rows * int(pattern.offsets[-1] - pattern.offsets[0]) // lists * 17 // 16
         self.lengths = buffers.array(f"{name}/lengths", rows, np.int32)
@@ -262,14 +264,14 @@ class _Arrived:
     def put(self, column: Ragged) -> None:
         """Adds lists."""
         begin, end, rows = int(column.offsets[0]), int(column.offsets[-1]), len(column.offsets) - 1
-        at, self._size = self._size, self._size + end - begin
-        if self._size > len(self.values):
-            self.values = self._buffers.grown(self._name, self._size, at)
-        self.values[at : self._size] = column.values[begin:end]
+        at, self.size = self.size, self.size + end - begin
+        if self.size > len(self.values):
+            self.values = self._buffers.grown(self._name, self.size, at)
+        self.values[at : self.size] = column.values[begin:end]
         if self.weights is not None and column.weights is not None:
-            if self._size > len(self.weights):
-                self.weights = self._buffers.grown(f"{self._name}/weights", self._size, at)
-            self.weights[at : self._size] = column.weights[begin:end]
+            if self.size > len(self.weights):
+                self.weights = self._buffers.grown(f"{self._name}/weights", self.size, at)
+            self.weights[at : self.size] = column.weights[begin:end]
         lengths = self.lengths[self._rows : self._rows + rows]
         np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths, casting="same_kind")
         self._rows += rows
@@ -286,9 +288,9 @@ class _Stream:
         next: the epoch row up to which it is decoded.
     """
 
-    def __init__(self, source: Source, epoch: EpochOrder, place: int, first: int) -> None:
+    def __init__(self, source: Source, epoch: EpochOrder, place: int, first: int, rows: int) -> None:
         begin = int(epoch.group_starts[place])
-        self._pieces = source.iter_row_group(int(epoch.group_order[place]), _DECODE_ROWS, first - begin)
+        self._pieces = source.iter_row_group(int(epoch.group_order[place]), rows, first - begin)
         self.next = first
 
     def up_to(self, last: int) -> Iterator[tuple[int, Columns]]:
