@@ -173,9 +173,9 @@ def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.C
 def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array) -> Parsed:
     """Parses a number a row; one that is called `weight` must be at least 0."""
     numbers = _one_array(array)
-    values: npt.NDArray[Any] = _fitting_float32(numbers) if name != "weight" else None
-    if values is not None:
-        return Parsed(values, numbers, [])
+    fitting = _fitting_float32(numbers) if name != "weight" else None
+    if fitting is not None:
+        return Parsed(fitting, numbers, [])
     values = _as_float64(numbers)
     wrong = list(_wrong_numbers(values))
     if name == "weight":

@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Buffers, Columns, concatenate, gather, slice_rows
@@ -50,14 +53,13 @@ class _CachedRows:
         laps.lap("decode")
         self._lanes, self._laps, self._buffers = lanes, laps, Buffers()
         self._steps_at_once = max(1, _GATHER_ROWS // local_batch_size)
-        self._table = None
-        self._table_of: tuple[EpochOrder, int] | None = None
+        self._table: tuple[EpochOrder, int, npt.NDArray[np.int64]] | None = None
 
     def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
-        if self._table is None or self._table_of != (epoch, window):
-            self._table, self._table_of = epoch.rows(window, self._lanes), (epoch, window)
+        if self._table is None or self._table[:2] != (epoch, window):
+            self._table = epoch, window, epoch.rows(window, self._lanes)
         last = min(last, first + self._steps_at_once)
-        columns = gather(self._columns, epoch.dataset_rows(self._table[first:last].ravel()), self._buffers)
+        columns = gather(self._columns, epoch.dataset_rows(self._table[2][first:last].ravel()), self._buffers)
         self._laps.lap("order")
         return last, columns
 

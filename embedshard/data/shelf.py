@@ -122,7 +122,7 @@ class Shelf:
                 arrays = _arrays(column)
                 for array in arrays:
                     if array is not None:
-                        file.handle.write(memoryview(array).cast("B") if len(array) else b"")
+                        file.handle.write(array.data)
                 columns.append((name, tuple(None if array is None else (array.dtype, len(array)) for array in arrays)))
             file.handle.flush()
         except OSError as error:
@@ -158,12 +158,14 @@ def _copy(column: Flat | Ragged, dtype: np.dtype[Any]) -> Flat | Ragged:
         return Flat(column.values.astype(dtype))
     first, last = int(column.offsets[0]), int(column.offsets[-1])
     weights = None if column.weights is None else column.weights[first:last].copy()
-    offsets = (column.offsets - first).astype(np.int32 if last - first <= np.iinfo(np.int32).max else np.int64)
-    return Ragged(column.values[first:last].astype(dtype), offsets, weights)
+    is_short = last - first <= np.iinfo(np.int32).max
+    offsets: npt.NDArray[Any] = (column.offsets - first).astype(np.int32 if is_short else np.int64)
+    values: npt.NDArray[Any] = column.values[first:last].astype(dtype)
+    return Ragged(values, offsets, weights)
 
 
 def _read_array(handle: IO[bytes], dtype: np.dtype[Any], count: int) -> npt.NDArray[Any]:
     array = np.empty(count, dtype=dtype)
-    if count and handle.readinto(memoryview(array).cast("B")) != array.nbytes:  # type: ignore[attr-defined]
+    if count and handle.readinto(array.data) != array.nbytes:  # type: ignore[attr-defined]
         raise DataError("rows that waited for their turn are not in their file of temporary files any more. Start again.")
     return array

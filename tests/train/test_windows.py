@@ -1,0 +1,136 @@
+"""Windows of streamed data: each row group is decoded once a pass, and what waits for its turn is held within bounds."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from embedshard.config import build_config, table_specs
+from embedshard.data import windows
+from embedshard.data.collate import Collator
+from embedshard.data.dataset import open_dataset
+from embedshard.data.reader import BatchReader
+from embedshard.data.shelf import Shelf
+from embedshard.errors import DataError
+from embedshard.world import open_world
+
+ROWS = 40_000
+
+
+@pytest.fixture(scope="module", params=[1_000, 7_777, ROWS], ids=lambda rows: f"row_groups_of_{rows}")
+def data(request, tmp_path_factory):
+    """Rows whose columns all tell their number, in row groups that a lane has several of, or that several lanes share."""
+    folder, numbers = tmp_path_factory.mktemp("windows"), np.arange(ROWS)
+    lists = pa.ListArray.from_arrays(
+        pa.array(np.append(0, np.cumsum(numbers % 3)), pa.int32()), np.repeat(numbers, numbers % 3)
+    )
+    table = pa.table({"user": numbers, "items": lists, "age": numbers.astype("f4"), "label": (numbers % 2).astype("f4")})
+    pq.write_table(table, folder / "part.parquet", row_group_size=request.param)
+    return folder
+
+
+def open_reader(data, cache_bytes, rank=0, world_size=1, **changes):
+    tree = {
+        "name": "windows",
+        "data": {"train": f"{data}/*.parquet", "label": "label", "lanes": 16, "cache_bytes": cache_bytes, **changes},
+        "features": {
+            "user": {"kind": "id", "table": "user"},
+            "items": {"kind": "bag", "table": "item"},
+            "age": {"kind": "dense"},
+        },
+        "tables": {"user": {"rows": ROWS, "dim": 4}, "item": {"rows": ROWS, "dim": 4}},
+        "model": {"kind": "dlrm", "dense_mlp": [4], "mlp": [4]},
+        "objective": {"kind": "bce"},
+        "train": {"global_batch_size": 512},
+    }
+    config = build_config(tree, {}, "test")
+    with open_world("cpu") as world:
+        dataset = open_dataset(config, world, None)
+    collator = Collator(config, table_specs(config, dataset.table_rows))
+    return dataset, BatchReader(
+        dataset.order, dataset.train, [False], cache_bytes, collator, dataset.sampler, rank, world_size
+    )
+
+
+def check(batches):
+    """Returns the numbers of the rows; each is in all columns of its row."""
+    met = []
+    for batch in batches:
+        rows = batch.rows.numpy()
+        real = rows[rows >= 0]
+        sparse, weighted = batch.sparse["user"], batch.weighted["items"]
+        assert sparse.values().tolist() == real.tolist()
+        assert weighted.values().tolist() == np.repeat(real, real % 3).tolist()
+        assert batch.dense[:, 0].numpy()[rows >= 0].tolist() == real.tolist()
+        met.append(rows)
+    return met
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 300_000, 2**30])
+@pytest.mark.parametrize("window_steps", [1, 10, "auto"])
+def test_each_row_group_is_read_once_a_pass(data, cache_bytes, window_steps):
+    dataset, reader = open_reader(data, cache_bytes, window_steps=window_steps)
+    steps = dataset.order.epoch_steps
+    with reader.batches(0, 2 * steps) as batches:
+        rows = np.stack(check(batches))
+    expected = [
+        dataset.order.epoch_order(epoch, 0).dataset_rows(dataset.order.epoch_order(epoch, 0).rows(window, (0, 16)))
+        for epoch in range(2)
+        for window in range(-(-steps // dataset.order.epoch_order(0, 0).window_steps))
+    ]
+    assert (rows == np.concatenate(expected)).all()
+    footer = pq.ParquetFile(next(data.glob("*.parquet"))).metadata
+    once = sum(
+        footer.row_group(group).column(column).total_compressed_size
+        for group in range(footer.num_row_groups)
+        for column in range(footer.num_columns)
+    )
+    assert dataset.train[0].byte_count.total == 2 * once
+
+
+def test_ranks_read_what_they_train_and_no_row_group_twice(data):
+    whole = open_reader(data, 0, window_steps=10)
+    with whole[1].batches(0, whole[0].order.epoch_steps) as batches:
+        rows = np.stack(check(batches))
+    parts = []
+    for rank in range(4):
+        dataset, reader = open_reader(data, 0, rank, 4, window_steps=10)
+        with reader.batches(0, dataset.order.epoch_steps) as batches:
+            parts.append(np.stack(check(batches)))
+    assert (np.concatenate(parts, axis=1) == rows).all()
+
+
+def test_what_waits_is_held_within_the_limit_and_let_go(data, monkeypatch):
+    shelves, held = [], []
+
+    class Watched(Shelf):
+        def put(self, *given):
+            super().put(*given)
+            held.append(self.held_bytes)
+
+    monkeypatch.setattr(windows, "Shelf", lambda limit: shelves.append(Watched(limit)) or shelves[-1])
+    dataset, reader = open_reader(data, 200_000, window_steps=10)
+    with reader.batches(0, dataset.order.epoch_steps) as batches:
+        check(batches)
+    assert 0 < max(held) <= 200_000
+    assert shelves[0].written_bytes > 0
+    assert shelves[0].held_bytes == 0
+
+
+def test_leaving_early_lets_go(data):
+    dataset, reader = open_reader(data, 0, window_steps=10)
+    with reader.batches(0, dataset.order.epoch_steps) as batches:
+        next(batches)
+    with reader.batches(3, dataset.order.epoch_steps) as batches:
+        again = np.stack(check(batches))
+    assert len(again) == dataset.order.epoch_steps - 3
+
+
+def test_a_row_that_cannot_be_read_stops_the_loop_and_not_the_thread_alone(data, tmp_path):
+    table = pq.read_table(data)
+    users = table["user"].to_numpy().copy()
+    users[ROWS - 1] = ROWS + 5
+    pq.write_table(table.set_column(0, "user", pa.array(users)), tmp_path / "part.parquet", row_group_size=4_000)
+    _, reader = open_reader(tmp_path, 0, window_steps=10)
+    with pytest.raises(DataError, match=rf"column 'user' is {ROWS + 5}"), reader.batches(0, 78) as batches:
+        list(batches)

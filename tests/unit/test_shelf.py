@@ -1,0 +1,89 @@
+"""Rows that wait for their window: what is put down is what is taken, from memory as from a file."""
+
+import os
+import tempfile
+
+import numpy as np
+import pytest
+
+from embedshard.data.columns import Flat, Ragged
+from embedshard.data.shelf import Piece, Shelf
+from embedshard.errors import DataError
+
+TYPES = {"id": np.dtype(np.int16), "list": np.dtype(np.int8)}
+
+
+def piece(lane, first, size, seed):
+    generator = np.random.default_rng(seed)
+    offsets = 5 + np.append(0, np.cumsum(generator.integers(0, 4, size)))
+    return Piece(
+        lane,
+        first,
+        {
+            "id": Flat(generator.integers(-1, 30_000, size)),
+            "number": Flat(generator.random(size, dtype=np.float32)),
+            "list": Ragged(
+                generator.integers(-1, 128, offsets[-1] + 3), offsets, generator.random(offsets[-1] + 3).astype("f4")
+            ),
+        },
+    )
+
+
+def assert_same(found, put):
+    assert (found.lane, found.first) == (put.lane, put.first)
+    assert (found.columns["id"].values == put.columns["id"].values).all()
+    assert (found.columns["number"].values == put.columns["number"].values).all()
+    a, b = found.columns["list"], put.columns["list"]
+    assert a.offsets[0] == 0
+    assert (np.diff(a.offsets) == np.diff(b.offsets)).all()
+    span = slice(b.offsets[0], b.offsets[-1])
+    assert (a.values == b.values[span]).all()
+    assert (a.weights == b.weights[span]).all()
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 3_000, 10**9])
+def test_what_is_put_down_is_what_is_taken(limit_bytes, monkeypatch):
+    monkeypatch.setattr("embedshard.data.shelf._FILE_BYTES", 4_000)  # several files
+    shelf, put = Shelf(limit_bytes), {window: [] for window in range(3)}
+    for number in range(30):
+        window = number % 3
+        put[window].append(piece(number % 4, 100 * number, number * 7 % 50, number))
+        shelf.put(window, put[window][-1], TYPES)
+    assert (shelf.written_bytes == 0) == (limit_bytes == 10**9)
+    assert shelf.held_bytes <= limit_bytes
+    for window, pieces in put.items():
+        found = sorted(shelf.take(window), key=lambda one: one.first)
+        assert len(found) == len(pieces)
+        for a, b in zip(found, pieces, strict=True):
+            assert_same(a, b)
+            assert a.columns["id"].values.dtype == np.int16
+            assert a.columns["list"].values.dtype == np.int8
+    assert shelf.held_bytes == 0
+    assert list(shelf.take(0)) == []
+
+
+def test_files_are_closed_when_their_pieces_are_taken(monkeypatch):
+    monkeypatch.setattr("embedshard.data.shelf._FILE_BYTES", 1)
+    before, shelf = len(os.listdir("/proc/self/fd")), Shelf(0)
+    for window in range(5):
+        shelf.put(window, piece(0, 0, 40, window), TYPES)
+    assert len(os.listdir("/proc/self/fd")) == before + 5
+    for window in range(4):
+        list(shelf.take(window))
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    shelf.clear()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_what_is_put_down_is_a_copy():
+    shelf, one = Shelf(10**9), piece(0, 0, 20, 1)
+    ids = one.columns["id"].values.copy()
+    shelf.put(0, one, TYPES)
+    one.columns["id"].values[:] = 7
+    assert (next(shelf.take(0)).columns["id"].values == ids).all()
+
+
+def test_a_full_disk_is_told(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda **_: open("/dev/full", "w+b"))  # noqa: SIM115 - the shelf's
+    with pytest.raises(DataError, match=r"has no room for rows .* Set TMPDIR .* data.cache_bytes higher \(10\)"):
+        Shelf(10).put(0, piece(0, 0, 5_000, 1), TYPES)
