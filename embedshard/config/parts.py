@@ -178,11 +178,12 @@ class DataConfig(Strict):
     """Equal spans into which an epoch is cut. The worlds that can train are the divisors of it."""
     window_steps: int | Literal["auto"] = "auto"
     """Steps within which a lane's rows are shuffled. `auto`: the whole lane if the data fit `cache_bytes`, else about
-    a million rows over all lanes."""
+    a million rows over all lanes, or as many as take 256 MiB."""
     shuffle: bool = True
     """False trains the rows in file order (each lane's), as streams that are ordered by time may want."""
     cache_bytes: int = Field(2 * 1024**3, ge=0)
-    """Data whose decoded columns fit this many bytes (per process) are decoded once and kept."""
+    """Data whose decoded columns fit this many bytes (per process) are decoded once and kept. Of larger data so much
+    may wait in memory for its turn."""
     label: Name | None = None
     """Column of the one label, a number."""
     labels: dict[Name, Name] = Field(default_factory=dict)

@@ -28,6 +28,7 @@ from embedshard.data.check_report import ColumnReport, Known, ProblemReport, Ref
 from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_specs
 from embedshard.data.distinct import DistinctIds
 from embedshard.data.findings import Action, Finding, Problem, text_of
+from embedshard.data.order import Order
 from embedshard.data.parse import Parsed
 from embedshard.data.partitions import find_partitions
 from embedshard.data.source import Inventory, InventoryFile, Source, data_files, open_file
@@ -37,13 +38,14 @@ from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.data.training_set import held_out_of_training, without_held_out
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies
 from embedshard.data.vocabulary_building import build_vocabularies, counted_tables
+from embedshard.data.windows import rows_that_wait, window_steps
 from embedshard.errors import DataError
+from embedshard.quantities import size
 from embedshard.storage import Location, locate
 
 _BATCH_ROWS = 65_536
 _READERS = 4
 _EXAMPLES = 3
-_READS_TOO_MUCH = 2.0  # decoded rows for each row of an epoch, from which it is worth a word
 
 Progress = Callable[[int, int], None]
 """Hears how many rows were read, and of how many."""
@@ -248,17 +250,19 @@ class _SetCheck:
         return source
 
     def _look_at_lanes(self, groups: Sequence[int]) -> None:
-        """Finds how much is decoded in vain: a lane that begins in the middle of a row group reads what is before it."""
-        starts = np.concatenate([[0], np.cumsum(np.array(groups, dtype=np.int64))])
-        lanes, rows = self._config.data.lanes, int(starts[-1])
-        first = np.arange(lanes) * rows // lanes
-        skipped = first - starts[np.searchsorted(starts, first, side="right") - 1]
-        self.report.decoded_per_row = 1.0 + float(skipped.sum()) / max(rows, 1)
-        if self.report.decoded_per_row >= _READS_TOO_MUCH:
+        """Finds how much of what is decoded for the first window has to wait: lanes begin all over the files at once."""
+        data, rows = self._config.data, sum(groups)
+        steps = window_steps(self._config, self.report.decoded_bytes, rows)
+        order = Order(0, data.lanes, self._config.train.global_batch_size, (steps,), (tuple(groups),), shuffle=False)
+        waiting = rows_that_wait(order.epoch_order(0, 0), (0, data.lanes))
+        self.report.waiting_bytes = waiting * self.report.decoded_bytes // max(rows, 1)
+        beyond = self.report.waiting_bytes - data.cache_bytes
+        if beyond > 0:
             self.report.notes.append(
-                f"{lanes} lanes read {len(groups)} row groups of up to {max(groups):,} rows, and each decodes what lies "
-                f"before its part: {self.report.decoded_per_row:.1f} rows for each that is trained. Write row groups of at "
-                f"most {max(rows // lanes, 1):,} rows, or give fewer data.lanes, or more data.cache_bytes."
+                f"{data.lanes} lanes begin in {len(groups)} row groups of up to {max(groups):,} rows, and a worker decodes "
+                f"each once: so up to {size(self.report.waiting_bytes)} of rows wait for their turn, and what is more "
+                f"than data.cache_bytes waits in {tempfile.gettempdir()} (TMPDIR), up to {size(beyond)}. Less waits with "
+                f"row groups of at most {max(rows // data.lanes, 1):,} rows, fewer data.lanes, or more workers."
             )
 
     # ------------------------------------------------------------------------------------------------------- reading

@@ -129,7 +129,7 @@ class SetReport:
         size_bytes: of the files.
         decoded_bytes: about how many bytes its decoded columns take.
         fits_cache: whether that is at most `data.cache_bytes`; None for sets that are not trained.
-        decoded_per_row: how many rows an epoch decodes for each that it trains; more than 1 where lanes share row groups.
+        waiting_bytes: of decoded rows that are met before their turn, about, where the data are streamed by one worker.
         columns: what they hold.
         problems: values that do not fit.
         refusals: files and columns that do not fit as a whole.
@@ -148,7 +148,7 @@ class SetReport:
     size_bytes: int = 0
     decoded_bytes: int = 0
     fits_cache: bool | None = None
-    decoded_per_row: float = 1.0
+    waiting_bytes: int = 0
     columns: list[ColumnReport] = field(default_factory=list)
     problems: list[ProblemReport] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)

@@ -43,14 +43,12 @@ from embedshard.data.training_set import open_training_set
 from embedshard.data.vocabulary import MetVocabulary, Vocabulary, load_vocabularies, table_rows, unknown_number
 from embedshard.data.vocabulary_building import build_vocabularies, counted_tables, kept_vocabularies
 from embedshard.data.vocabulary_file import IdFile
+from embedshard.data.windows import window_steps
 from embedshard.errors import DataError
 from embedshard.storage import Location, locate
 from embedshard.world import World
 
 IntArray = npt.NDArray[np.int64]
-
-_WINDOW_ROWS = 2**20  # rows of a window over all lanes, where the data do not fit the cache,
-_WINDOW_BYTES = 2**28  # or as many as take so many bytes, if those are fewer
 
 
 @dataclass(frozen=True)
@@ -200,7 +198,10 @@ class Dataset:
         self.cached.append(fits)
         self.order = replace(
             self.order,
-            window_steps=(*self.order.window_steps, _window_steps(self.config, source)),
+            window_steps=(
+                *self.order.window_steps,
+                window_steps(self.config, source.decoded_bytes(), source.inventory.num_rows),
+            ),
             row_groups=(*self.order.row_groups, tuple(group.num_rows for group in source.inventory.row_groups)),
         )
         _open_what_is_drawn(self, world)
@@ -311,7 +312,9 @@ def open_dataset(
     train, former_train = ([source.with_statistics(statistics) for source in part] for part in (train, former_train))
     fits = [source.decoded_bytes() <= config.data.cache_bytes for source in train]
     windows = (
-        resolved["window_steps"] if resolved is not None and own else [_window_steps(config, source) for source in train]
+        resolved["window_steps"]
+        if resolved is not None and own
+        else [window_steps(config, source.decoded_bytes(), source.inventory.num_rows) for source in train]
     )
     order = Order(
         seed=config.seed,
@@ -403,14 +406,6 @@ def _open_held_out(
         assert of_training is not None, "the config holds rows out"
         held_out["validation"] = of_training
     return held_out
-
-
-def _window_steps(config: Config, source: Source) -> int:
-    if config.data.window_steps != "auto":
-        return config.data.window_steps
-    size = source.decoded_bytes()
-    rows = min(_WINDOW_ROWS, _WINDOW_BYTES * source.inventory.num_rows // max(size, 1))
-    return 0 if size <= config.data.cache_bytes else max(1, rows // config.train.global_batch_size)
 
 
 def _check_vocabularies(resolved: Mapping[str, Any], vocabularies: Mapping[str, Vocabulary]) -> None:

@@ -7,7 +7,7 @@ stream meets on its way for later windows waits on a shelf. The next window is d
 
 from __future__ import annotations
 
-__all__ = ["Windows"]
+__all__ = ["Windows", "rows_that_wait", "window_steps"]
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +16,7 @@ from typing import Any, Final, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.config import Config
 from embedshard.data.columns import Buffers, Columns, Flat, Ragged, lay_out, move_lists, num_rows, padding_of, slice_rows
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf
@@ -31,6 +32,34 @@ _LANE_ROWS: Final = 16_384
 """Rows decoded at once, and where a row group is one lane's: a lane holds no more beyond its window."""
 _WHOLE_ROWS: Final = 2**17
 """A row group of no more is decoded to its end: its rows take less memory than pages and dictionaries of an open stream."""
+_WINDOW_ROWS: Final = 2**20
+_WINDOW_BYTES: Final = 2**28
+"""Of a window over all lanes, where the data do not fit the cache: so many rows, or as many as take so many bytes."""
+
+
+def window_steps(config: Config, decoded_bytes: int, rows: int) -> int:
+    """Returns the steps of a partition's windows; 0 for the whole lane.
+
+    Args:
+        config: the config.
+        decoded_bytes: of the partition.
+        rows: of the partition.
+    """
+    if config.data.window_steps != "auto":
+        return config.data.window_steps
+    if decoded_bytes <= config.data.cache_bytes:
+        return 0
+    most = min(_WINDOW_ROWS, _WINDOW_BYTES * rows // max(decoded_bytes, 1))
+    return max(1, most // config.train.global_batch_size)
+
+
+def rows_that_wait(epoch: EpochOrder, lanes: tuple[int, int]) -> int:
+    """Returns about how many rows are decoded with the first window of some lanes that are not in it."""
+    decoded, last_row = 0, epoch.lane_span(lanes[1] - 1)[1]
+    for place, last in _needed(epoch, 0, lanes).items():
+        first, end = _first_needed(epoch, place, 0, lanes), min(int(epoch.group_starts[place + 1]), last_row)
+        decoded += (end if end - first <= _WHOLE_ROWS else min(last + _LANE_ROWS, end)) - first
+    return decoded - sum(last - first for first, last in (epoch.window_rows(lane, 0) for lane in range(*lanes)))
 
 
 class Windows:
@@ -96,12 +125,12 @@ class Windows:
         found = _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2], self._arrived)
         for piece in self._shelf.take(window):
             found.put(piece.lane, piece.first, piece.columns)
-        for place, last in self._needed(epoch, window).items():
+        for place, last in _needed(epoch, window, self._lanes).items():
             if place in self._ended:
                 continue
             end = min(int(epoch.group_starts[place + 1]), epoch.lane_span(self._lanes[1] - 1)[1])
             if place not in self._streams:
-                first = self._first_needed(epoch, place, window)
+                first = _first_needed(epoch, place, window, self._lanes)
                 at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
                 rows = _DECODE_ROWS if at_once else _LANE_ROWS
                 self._streams[place] = _Stream(self._source, epoch, place, first, rows)
@@ -115,23 +144,6 @@ class Windows:
         columns = found.columns()
         laps.lap("order")
         return columns
-
-    def _needed(self, epoch: EpochOrder, window: int) -> Mapping[int, int]:
-        """Returns up to which epoch row each row group must be decoded for a window, by its place in the epoch."""
-        needed: dict[int, int] = {}
-        for lane in range(*self._lanes):
-            first, last = epoch.window_rows(lane, window)
-            while first < last:
-                place = epoch.place_of(first)
-                first = min(last, int(epoch.group_starts[place + 1]))
-                needed[place] = max(needed.get(place, 0), first)
-        return needed
-
-    def _first_needed(self, epoch: EpochOrder, place: int, window: int) -> int:
-        """Returns the first epoch row of a row group that this window or a later one trains."""
-        begin, end = (int(epoch.group_starts[place + i]) for i in (0, 1))
-        spans = [(epoch.window_rows(lane, window)[0], epoch.lane_span(lane)[1]) for lane in range(*self._lanes)]
-        return min(max(first, begin) for first, last in spans if max(first, begin) < min(last, end))
 
     def _put(self, window: _Window, first: int, columns: Columns) -> None:
         """Puts the rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere."""
@@ -148,6 +160,25 @@ class Windows:
                 elif of_row > window.number:
                     self._shelf.put(of_row, Piece(lane, row, part), self._types)
                 row = stop
+
+
+def _needed(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> Mapping[int, int]:
+    """Returns up to which epoch row each row group must be decoded for a window of some lanes, by its place in the epoch."""
+    needed: dict[int, int] = {}
+    for lane in range(*lanes):
+        first, last = epoch.window_rows(lane, window)
+        while first < last:
+            place = epoch.place_of(first)
+            first = min(last, int(epoch.group_starts[place + 1]))
+            needed[place] = max(needed.get(place, 0), first)
+    return needed
+
+
+def _first_needed(epoch: EpochOrder, place: int, window: int, lanes: tuple[int, int]) -> int:
+    """Returns the first epoch row of a row group that the lanes train in this window or a later one."""
+    begin, end = (int(epoch.group_starts[place + i]) for i in (0, 1))
+    spans = [(epoch.window_rows(lane, window)[0], epoch.lane_span(lane)[1]) for lane in range(*lanes)]
+    return min(max(first, begin) for first, last in spans if max(first, begin) < min(last, end))
 
 
 class _Window:

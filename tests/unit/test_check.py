@@ -186,10 +186,15 @@ def test_lanes_that_share_row_groups_are_told(make_config, interactions, tmp_pat
     copy_table(interactions, tmp_path / "train", row_group_size=1000)
     data = {"train": str(tmp_path / "train"), "cache_bytes": 0}
     train = check_data(make_config({"data": data}).config).sets[0]
-    starts = [lane * 203 // 4 for lane in range(4)]
-    assert train.decoded_per_row == pytest.approx(1 + sum(starts) / 203)
-    assert "at most 50 rows" in train.notes[0]
+    assert train.waiting_bytes == 0, "the window is the whole lane"
     copy_table(interactions, tmp_path / "train", row_group_size=25)
+    data |= {"window_steps": 1}
+    train = check_data(make_config({"data": data}).config).sets[0]
+    # Four lanes of 8 rows each step: each touches one row group of 25, or two where it begins in one's last rows.
+    assert 0 < train.waiting_bytes <= train.decoded_bytes
+    assert "wait for their turn" in train.notes[0]
+    assert "at most 50 rows" in train.notes[0]
+    data |= {"cache_bytes": train.waiting_bytes, "window_steps": 1}
     assert check_data(make_config({"data": data}).config).sets[0].notes == []
 
 
