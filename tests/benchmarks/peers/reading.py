@@ -11,6 +11,13 @@ import sys
 import time
 from pathlib import Path
 
+if sys.argv[3:4] == ["embedshard"]:  # what its command line does first
+    from embedshard.world import set_process_environment
+
+    set_process_environment()
+elif sys.argv[3:5] == ["pyarrow", "jemalloc"]:
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "jemalloc"
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from data import DENSE, IDS, criteo_tree
 
 CACHE_SHARE = 4
+RAY_ROWS = 2**20
 COLUMNS = [*IDS, *DENSE, "label"]
 
 
@@ -75,9 +83,13 @@ def by_ray(folder: Path, is_list: bool, setting: str, batch: int) -> int:
         for one in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", **options):
             rows += len(one)
             jagged(one)
+            if rows >= RAY_ROWS:
+                break
     else:
         for one in dataset.iter_torch_batches(batch_size=batch, **options):
             rows += len(one["label"])
+            if rows >= RAY_ROWS:
+                break
     ray.shutdown()
     return rows
 

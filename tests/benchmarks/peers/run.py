@@ -148,7 +148,7 @@ def reading(arguments: argparse.Namespace, scratch: Path) -> list[str]:
     lines = []
     for kind, rows, groups, least in (
         ("ids", arguments.rows, (65_536, 2**20), 0.5),
-        ("lists", arguments.rows // 4, (65_536,), 0.4),
+        ("lists", arguments.rows // 2, (65_536,), 0.4),
     ):
         for row_group in groups:
             folder = write(arguments.data, kind, rows, row_group)
@@ -156,7 +156,11 @@ def reading(arguments: argparse.Namespace, scratch: Path) -> list[str]:
             def side(name: str, reader: str, setting: str = "-", folder: Path = folder, kind: str = kind) -> Side:
                 return Side(name, [sys.executable, str(HERE / "reading.py"), str(folder), kind, reader, setting, str(BATCH)])
 
-            sides = [side("pyarrow alone", "pyarrow"), side("embedshard", "embedshard")]
+            sides = [
+                side("pyarrow alone", "pyarrow"),
+                side("pyarrow alone, jemalloc", "pyarrow", "jemalloc"),
+                side("embedshard", "embedshard"),
+            ]
             if row_group == groups[0]:
                 sides += [side(f"Ray Data, {name}", "ray", name) for name in ("batch", "group", "large")]
                 sides += [
