@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from data import DENSE, IDS, criteo_tree
 
 CACHE_SHARE = 4
-RAY_ROWS = 2**20
 COLUMNS = [*IDS, *DENSE, "label"]
 
 
@@ -83,13 +82,9 @@ def by_ray(folder: Path, is_list: bool, setting: str, batch: int) -> int:
         for one in dataset.iter_batches(batch_size=batch, batch_format="pyarrow", **options):
             rows += len(one)
             jagged(one)
-            if rows >= RAY_ROWS:
-                break
     else:
         for one in dataset.iter_torch_batches(batch_size=batch, **options):
             rows += len(one["label"])
-            if rows >= RAY_ROWS:
-                break
     ray.shutdown()
     return rows
 
