@@ -58,6 +58,7 @@ class Collator:
         self._compositions = {
             lookup.key: spec.composition for spec in specs if spec.composition is not None for lookup in spec.lookups
         }
+        self._all_ones = torch.ones(0, dtype=torch.int64)
         self._pools_by_weights = any(spec.weighted for spec in sequences)
         self._dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
         self._labels = [f"label:{name}" for name in config.data.label_columns]
@@ -83,7 +84,7 @@ class Collator:
             position: where the step is.
 
         Returns:
-            A batch that shares no memory with `columns`.
+            A batch that shares no memory with `columns`, and with other batches none but the lengths of ids, one a row.
         """
         size = last - first
         rows = _flat(columns, "row", first, last, np.int64, -1 if position is not None else 0)
@@ -167,9 +168,19 @@ class Collator:
         return KeyedJaggedTensor(
             keys=[lookup.key for lookup in lookups],
             values=torch.from_numpy(np.concatenate([part[0] for part in parts], dtype=np.int64)),
-            lengths=torch.from_numpy(np.concatenate([part[1] for part in parts], dtype=np.int64)),
+            lengths=self._joined_lengths([part[1] for part in parts]),
             weights=torch.from_numpy(np.concatenate(weights)) if with_weights else None,
         )
+
+    def _joined_lengths(self, parts: Sequence[npt.NDArray[np.int64]]) -> torch.Tensor:
+        """Returns all lengths one after another. Where each row has one id, batches share them: none writes to them."""
+        ones = _ones(len(parts[0]))
+        if any(part is not ones for part in parts):
+            return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
+        count = len(parts) * len(ones)
+        if len(self._all_ones) < count:
+            self._all_ones = torch.ones(count, dtype=torch.int64)
+        return self._all_ones[:count]
 
     def _part(
         self,
