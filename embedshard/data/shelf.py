@@ -108,6 +108,8 @@ class Shelf:
             for piece in pieces:
                 if isinstance(piece, _Written):
                     piece.file.handle.close()
+        if self._file is not None:
+            self._file.handle.close()
         self._windows.clear()
         self.held_bytes, self._file = 0, None
 
@@ -143,7 +145,9 @@ class Shelf:
             read = [None if array is None else _read_array(file.handle, *array) for array in arrays]
             columns[name] = Flat(read[0]) if len(read) == 1 else Ragged(*read)  # type: ignore[arg-type]
         file.waiting -= 1
-        if not file.waiting and file is not self._file:
+        if not file.waiting and file is self._file:
+            file.size_bytes = 0  # it begins anew
+        elif not file.waiting:
             file.handle.close()
         return Piece(written.lane, written.first, columns)
 

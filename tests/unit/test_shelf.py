@@ -75,6 +75,16 @@ def test_files_are_closed_when_their_pieces_are_taken(monkeypatch):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_a_file_of_which_all_is_taken_begins_anew():
+    shelf = Shelf(0)
+    for window in range(4):
+        put = piece(0, 0, 1_000, window)
+        shelf.put(window, put, TYPES)
+        assert_same(next(shelf.take(window)), put)
+    assert 0 < os.fstat(shelf._file.handle.fileno()).st_size < shelf.written_bytes / 2
+    shelf.clear()
+
+
 def test_what_is_put_down_is_a_copy():
     shelf, one = Shelf(10**9), piece(0, 0, 20, 1)
     ids = one.columns["id"].values.copy()
