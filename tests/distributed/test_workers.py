@@ -37,24 +37,31 @@ def start(arguments):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
-@pytest.fixture
-def config_file(make_config, tmp_path):
+@pytest.fixture(scope="module")
+def config_file(make_config, tmp_path_factory):
     """A run of 140 steps that saves each tenth."""
     changes = {
         "train": {"epochs": 20, "log_every_steps": 1},
         "checkpoint": {"every_steps": 10, "keep": 2},
         "evaluate": {"every_steps": 140},
     }
-    path = tmp_path / "config.yaml"
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(make_config(changes).tree))
     return path
 
 
-@pytest.fixture
-def undisturbed(config_file, tmp_path, saved_tensors):
-    done = run(command("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2))
+@pytest.fixture(scope="module")
+def undisturbed_run(config_file, tmp_path_factory):
+    """Its folder: not to be changed."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run(command("train", config_file, "--run-dir", path, "--workers", 2))
     assert done.returncode == 0, done.stderr
-    return saved_tensors(tmp_path / "undisturbed")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run, saved_tensors):
+    return saved_tensors(undisturbed_run)
 
 
 def wait_for_step(path, step):
@@ -83,15 +90,15 @@ def wait_until_gone(pids, seconds=60):
         time.sleep(0.05)
 
 
-def test_two_workers_leave_one_run(config_file, undisturbed, tmp_path):
-    result = json.loads((tmp_path / "undisturbed" / "result.json").read_text())
+def test_two_workers_leave_one_run(undisturbed_run):
+    result = json.loads((undisturbed_run / "result.json").read_text())
     assert result["workers"] == 2
     assert result["steps"] == 140
-    assert sorted(path.name for path in (tmp_path / "undisturbed" / "ledger").iterdir()) == [
+    assert sorted(path.name for path in (undisturbed_run / "ledger").iterdir()) == [
         "0001-00000.jsonl",
         "0001-00001.jsonl",
     ]
-    assert len((tmp_path / "undisturbed" / "attempts.jsonl").read_text().splitlines()) == 1
+    assert len((undisturbed_run / "attempts.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("launched", [lambda *given: command(*given, "--workers", 2), torchrun], ids=["workers", "torchrun"])

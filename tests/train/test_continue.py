@@ -4,7 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -28,8 +27,8 @@ from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
 from embedshard.world import open_world
+from tests.commands import start_command
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TIMEOUT_S = 240
 
 
@@ -303,9 +302,7 @@ def test_progressive_validation_needs_a_metric_of_predictions(day_config):
 
 
 def start(*arguments, cwd):
-    command = [sys.executable, "-m", "embedshard.cli", *map(str, arguments)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
+    return start_command(*arguments, cwd=cwd, PYTHONPATH=os.pathsep.join(sys.path))
 
 
 def wait_for(path, words, process):
