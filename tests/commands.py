@@ -2,12 +2,14 @@
 
 One process, started when it is first needed, imports what takes long (some 5 s of a core), and copies itself for each
 command: `os.fork`, as `LocalGroup` does for its ranks. A copy is a process like any other, with its own id, environment,
-folder, signals and exit code, and it runs `python -m embedshard.cli` from the first line on. What it does not prove is how a
-fresh interpreter starts, and that nothing hangs on the order of a set of strings, which is the same in all copies: tests of
-that start `sys.executable`, as do those that need code of theirs to be there when a module is first imported.
+folder, signals and exit code, and it runs `python -m embedshard.cli` from the first line on. The workers that it starts are
+copies, too. What a copy does not prove is how a fresh interpreter starts, and that nothing hangs on the order of a set of
+strings, which is the same in all copies: tests of that start `sys.executable`, as do those that need code of theirs to be
+there when a module is first imported.
 """
 
 import atexit
+import contextlib
 import gc
 import json
 import os
@@ -17,6 +19,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -32,6 +35,24 @@ def run_command(*arguments, **options):
 def start_command(*arguments, **options):
     """Starts `embedshard` with arguments; see `Copy` for the options."""
     return start_python("-m", "embedshard.cli", *arguments, **options)
+
+
+def run_ranks(number, *arguments, **options):
+    """Runs `embedshard` as so many ranks, in the environment that a launcher makes; returns what rank 0 printed."""
+    from embedshard.world import RENDEZVOUS
+
+    size = str(number)
+    with tempfile.TemporaryDirectory() as folder:
+        shared = {RENDEZVOUS: f"file://{folder}/rendezvous", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **options}
+        ranks = [start_command(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)]
+        try:
+            outputs = [rank.communicate(TIMEOUT_S) for rank in ranks]
+        finally:
+            for rank in ranks:
+                rank.kill()
+    for rank, (_, errors) in zip(ranks, outputs, strict=True):
+        assert rank.returncode == 0, errors
+    return outputs[0][0]
 
 
 def run_python(*arguments, **options):
@@ -164,7 +185,6 @@ def _import_what_takes_long():
     set_process_environment()
     import rich.console
     import rich.progress  # noqa: F401
-    import torch
     import typer  # noqa: F401
     from numba.core.registry import cpu_target
 
@@ -174,11 +194,12 @@ def _import_what_takes_long():
     import embedshard.train.rehearsal  # noqa: F401
     from embedshard.report import page
 
+    with contextlib.suppress(ImportError):  # pyarrow asks what is one of pandas' arrays
+        import pandas  # noqa: F401
     for template in page._templates().list_templates():
         page._templates().get_template(template)
     cpu_target.typing_context.refresh()  # what a kernel from the cache needs
     cpu_target.target_context.refresh()
-    torch.set_num_threads(1)
     threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
     assert set(threads[1:]) <= {"jemalloc_bg_thd"}, f"{threads}: a copy has the first alone; jemalloc sees to its own"
     assert "embedshard.cli" not in sys.modules, "each copy runs it from its first line on"
@@ -214,6 +235,7 @@ def _keep(request, output, errors, status):
         os.environ.clear()
         os.environ.update(request["environment"])
         tempfile.tempdir = None  # it is TMPDIR's
+        subprocess.Popen = _Worker
         return request["arguments"]
     os.close(output)
     os.close(errors)
@@ -221,6 +243,50 @@ def _keep(request, output, errors, status):
     _, state = os.waitpid(child, 0)
     os.write(status, f"{os.waitstatus_to_exitcode(state)}\n".encode())
     os._exit(0)
+
+
+class _Worker(subprocess.Popen):
+    """A process that a copy starts: another copy, if it is of the command line."""
+
+    _OWN = (sys.executable, "-m", "embedshard.cli")
+
+    def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
+        if tuple(args[:3]) != self._OWN:
+            return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others)
+        _, _, _, stdin, to_stdin, from_stdout, stdout, from_stderr, stderr, *_ = others
+        assert cwd is None, "nobody asks for it"
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.setsid()
+            for file, place in ((stdin, 0), (stdout, 1), (stderr, 2)):
+                if file != -1:
+                    os.dup2(file, place)
+            os.closerange(3, 1024)  # also what the others' launcher holds of them
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.clear()
+            os.environ.update(env)
+            _run_to_end(args[1:])
+        self._child_created = True
+        self._close_pipe_fds(stdin, to_stdin, from_stdout, stdout, from_stderr, stderr)
+        return None
+
+
+def _run_to_end(arguments):
+    """Runs, and ends the process: nothing of what it was doing when it was copied is unwound, no folder of it removed."""
+    code = 1
+    try:
+        _run(arguments)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        threading._shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _run(arguments):

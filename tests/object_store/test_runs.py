@@ -16,7 +16,7 @@ from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
-from tests.commands import run_command, start_command
+from tests.commands import run_command, run_ranks, start_command
 
 pytestmark = pytest.mark.timeout(3000)
 
@@ -131,8 +131,8 @@ def test_kill_9_leaves_a_run_in_a_bucket_that_resumes_to_the_same_weights(
 
 def test_two_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
     uri = f"{bucket}/runs/a"
-    arguments = ("train", config_file, "--run-dir", uri, "--auto-resume", "--workers", 2)
-    process = start_command(*arguments)
+    arguments = ("train", config_file, "--run-dir", uri, "--auto-resume")
+    process = start_command(*arguments, "--workers", 2)
     try:
         wait_for_checkpoint(uri, 8, process)
         process.send_signal(signal.SIGTERM)
@@ -141,10 +141,8 @@ def test_two_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, save
         process.kill()
     assert process.returncode == 143, err
     assert f"embedshard train --resume {uri}" in out
-    finished = run_command(*arguments)
-    assert finished.returncode == 0, finished.stderr
-    undisturbed = run_command("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    run_ranks(2, *arguments)
+    run_ranks(2, "train", config_file, "--run-dir", tmp_path / "undisturbed")
     assert_same_tensors(saved_tensors(uri), saved_tensors(tmp_path / "undisturbed"))
     ledgers = [f"ledger/000{attempt}-0000{rank}.jsonl" for attempt in (1, 2) for rank in (0, 1)]
     assert [name for name in files_of(locate(uri)) if name.startswith("ledger/")] == ledgers
@@ -212,8 +210,7 @@ def test_ray_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, save
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Result: {uri}/result.json" in done.stdout
-    undisturbed = run_command("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    run_ranks(2, "train", config_file, "--run-dir", tmp_path / "undisturbed")
     assert_same_tensors(saved_tensors(uri), saved_tensors(tmp_path / "undisturbed"))
     assert audit_run(RunDirectory.open(uri), {}).failures == []
     assert json.loads(locate(uri).join("result.json").read_text())["workers"] == 2

@@ -8,7 +8,7 @@ import pytest
 
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
-from tests.commands import run_command
+from tests.commands import run_ranks
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
 pytestmark = pytest.mark.timeout(900)
@@ -18,8 +18,7 @@ pytestmark = pytest.mark.timeout(900)
 def undisturbed(config_file, tmp_path_factory, environment, saved_tensors):
     """The same run without Ray, in a world of two: its result, and its last tensors."""
     path = tmp_path_factory.mktemp("undisturbed") / "run"
-    done = run_command("train", config_file, "--run-dir", path, "--workers", 2, env=environment)
-    assert done.returncode == 0, done.stderr
+    run_ranks(2, "train", config_file, "--run-dir", path, env=environment)
     return json.loads((path / "result.json").read_text()), saved_tensors(path)
 
 

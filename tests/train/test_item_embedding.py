@@ -19,7 +19,7 @@ from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
 from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
-from tests.commands import run_command
+from tests.commands import run_ranks
 
 WORDS = [f"{group}{number}" for number in range(12) for group in ("even", "odd")]
 OBJECTIVES = {
@@ -289,9 +289,8 @@ def test_two_ranks_measure_the_loss_of_one(make_tree, tmp_path):
     tree["data"]["validation_fraction"] = 0.2
     tree["evaluate"] = {"metrics": ["loss"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    for workers in ("1", "2"):
-        done = run_command("train", tmp_path / "config.yaml", "--workers", workers, "--run-dir", tmp_path / workers)
-        assert done.returncode == 0, done.stderr
-    one, two = (measured(tmp_path / workers / "metrics.jsonl") for workers in ("1", "2"))
+    for size in (1, 2):
+        run_ranks(size, "train", tmp_path / "config.yaml", "--run-dir", tmp_path / f"{size}")
+    one, two = (measured(tmp_path / f"{size}" / "metrics.jsonl") for size in (1, 2))
     assert list(one) == [8]
     assert two == pytest.approx(one, rel=1e-5)

@@ -13,7 +13,7 @@ from embedshard.errors import ConfigError
 from embedshard.launch.local import evaluate_here
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.tracking import Reporter
-from tests.commands import run_command
+from tests.commands import run_ranks
 
 USERS, ITEMS = 12, 9
 
@@ -185,8 +185,7 @@ LOOKED_AT = ["auc", "pr_auc", "gauc", "log_loss", "normalised_entropy", "calibra
 def launch(tree, path, workers):
     config = path.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(tree))
-    done = run_command("train", config, "--run-dir", path, "--workers", workers)
-    assert done.returncode == 0, done.stderr
+    run_ranks(workers, "train", config, "--run-dir", path)
 
 
 def watched(values):

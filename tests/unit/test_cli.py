@@ -167,7 +167,7 @@ def test_doctor_finds_this_environment_sound():
 
 
 def test_doctor_names_the_fix_for_spinning_threads():
-    shown = run_afresh("doctor", OMP_WAIT_POLICY="ACTIVE")
+    shown = run_command("doctor", OMP_WAIT_POLICY="ACTIVE")
     assert shown.returncode == 1
     assert "Unset OMP_WAIT_POLICY" in shown.stdout
 
