@@ -17,6 +17,7 @@ import torch
 
 from embedshard.config import Loaded, build_config
 from embedshard.launch.export import export_here
+from embedshard.launch.rehearsing import LocalGroup
 from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
@@ -97,7 +98,7 @@ def merged(tree, changes):
     return result
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_config(interactions):
     """A function from changes to a loaded config over the tiny interactions."""
 
@@ -125,12 +126,12 @@ def compare_tensors(first, second):
         assert tensor.equal(second[1][name]), name
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def saved_tensors():
     return read_tensors
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_same_tensors():
     return compare_tensors
 
@@ -158,7 +159,18 @@ def two_exports(interactions, tmp_path_factory):
     return root / "older", root / "newer"
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
+def groups():
+    """Processes by world size, for all tests that bring no code of their own: each group is started when it is first used,
+    which takes some 5 s of a core. Four stand for two machines of two.
+    """
+    made = {world_size: LocalGroup(world_size, {4: 2}.get(world_size)) for world_size in (1, 2, 3, 4)}
+    yield made
+    for group in made.values():
+        group.close()
+
+
+@pytest.fixture(scope="session")
 def run_tree():
     return run_to_result
 

@@ -111,8 +111,9 @@ def verify_plans(
     worlds: Sequence[int] = (1, 2, 4),
     types: Sequence[str] | None = None,
     console: Console | None = None,
+    groups: Mapping[int, LocalGroup] | None = None,
 ) -> Verification:
-    """Trains the first steps of a config in all ways, and compares. Leaves no process behind.
+    """Trains the first steps of a config in all ways, and compares. Leaves no process behind that it started.
 
     Args:
         config: the config.
@@ -120,6 +121,7 @@ def verify_plans(
         worlds: numbers of workers. 1 is always trained: it is the reference.
         types: sharding types; all, and the config's own plan, where None.
         console: shown progress; None is quiet.
+        groups: by world size, processes to use and to keep running; others are started and ended here.
 
     Raises:
         EmbedshardError: if the reference cannot be trained: a mistake of the config or the data.
@@ -130,7 +132,7 @@ def verify_plans(
     wanted = [AS_CONFIGURED, *ALL_TYPES] if types is None else list(types)
     with loaded_anew(config) as vocabularies:
         specs = table_specs(config, table_rows(vocabularies))
-    plain = _bare(config)
+    plain, kept = _bare(config), groups or {}
     found = Verification(steps, beyond=_beyond(config))
     with ExitStack() as stack:
         progress = _progress(console)
@@ -142,18 +144,21 @@ def verify_plans(
                 progress.update(task, description=what, advance=1)
 
         tell("reference")
-        with LocalGroup(1) as alone:
+        with nullcontext(kept[1]) if 1 in kept else LocalGroup(1) as alone:
             reference = _reference(alone, plain, specs, steps)
             found.steps = len(reference.losses[0])
             for world_size in sorted(worlds):
-                group = alone if world_size == 1 else stack.enter_context(LocalGroup(world_size, _NODES.get(world_size)))
+                group = alone if world_size == 1 else kept.get(world_size)
+                if group is None:
+                    group = stack.enter_context(LocalGroup(world_size, _NODES.get(world_size)))
                 for sharding in wanted:
                     tell(f"{sharding}, {world_size} worker{'s' if world_size > 1 else ''}")
                     if world_size == 1 and sharding != wanted[0]:  # whatever the type: the same plan, trained again once
                         found.cases.append(replace(found.cases[-1], sharding=sharding, seconds=0.0))
                         continue
                     found.cases.append(_case(group, plain, config, specs, steps, sharding, reference))
-                group.close()
+                if world_size not in kept:
+                    group.close()
     return found
 
 

@@ -1,14 +1,12 @@
 """`embedshard bench` as a user runs it, with two workers: what it prints, what it counts, and that it leaves nothing."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import yaml
 
 from embedshard.stages import STEP_STAGES
+from tests.commands import run_command
 
 ALONE = [
     "memory copy", "Parquet decode", "decode, order, collate", "host to device", "random rows", "lookup",
@@ -37,14 +35,7 @@ def measured(kept, make_config, tmp_path_factory):
     changes = {"tables": tables, "sharding": {"planner": "explicit"}, "model": {"biases": []}}
     (folder / "config.yaml").write_text(yaml.safe_dump(make_config(changes).tree))
     (folder / "scratch").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", "bench", str(folder / "config.yaml"), "--json", "--seconds", "0.05"],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TMPDIR": str(folder / "scratch")},
-    )
+    done = run_command("bench", folder / "config.yaml", "--json", "--seconds", "0.05", TMPDIR=str(folder / "scratch"))
     assert done.returncode == 0, done.stderr
     kept.update(found=json.loads(done.stdout), folder=folder)
     return kept["found"], folder

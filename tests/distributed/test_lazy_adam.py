@@ -1,8 +1,6 @@
 """Lazy Adam against torch's SparseAdam, on TorchRec's own collections; in one process and in several."""
 
 import json
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from embedshard.sharding.lazy_adam import AdamSteps, LazyAdamTables, lazy_adam_s
 from embedshard.sharding.plan import AnyTypeSharder
 from embedshard.sharding.shards import fused_kernels
 from embedshard.world import open_world
+from tests.commands import start_python
 
 OPTIMIZER = TableOptimizerConfig(kind="adam", lr=0.02, eps=1e-6, betas=(0.8, 0.95))
 TABLES = {"a": (("x", "y"), 11, 8), "b": (("z",), 7, 8)}  # features, rows, columns: one kernel for both, two features for a
@@ -247,11 +246,11 @@ PROGRAM = """
 def test_sequences_in_several_processes_are_trained_as_in_one(tmp_path, size, sharding):
     """Pooled lookups in several processes are in `test_parity.py`."""
     expected, sparse_adam = reference(is_weighted=False, is_pooled=False)
-    command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
-    rest = [str(size), str(tmp_path), sharding, str(Path(__file__).parent)]
-    workers = [subprocess.Popen([*command, str(rank), *rest], stderr=subprocess.PIPE) for rank in range(size)]
+    program = tmp_path / "program.py"
+    program.write_text(textwrap.dedent(PROGRAM))
+    workers = [start_python(program, rank, size, tmp_path, sharding, Path(__file__).parent) for rank in range(size)]
     try:
-        words = [worker.communicate(timeout=120)[1].decode()[-1500:] for worker in workers]
+        words = [worker.communicate(timeout=120)[1][-1500:] for worker in workers]
         assert not any(worker.returncode for worker in workers), "\n".join(words)
     finally:
         for worker in workers:

@@ -11,7 +11,6 @@ import torch
 from embedshard.config import Loaded, build_config
 from embedshard.errors import CheckpointError, ConfigError, DataError
 from embedshard.launch.checkpoint_diff import diff_here
-from embedshard.launch.rehearsing import LocalGroup
 from embedshard.launch.resize import resize_here
 from embedshard.launch.similar import vectors_here
 from embedshard.launch.verify import verify_plans
@@ -90,14 +89,6 @@ def tree_of(folder, managed=None, **changes):
 def with_plan(tree, kind):
     tables = {name: table | {"sharding": {"type": kind}} for name, table in tree["tables"].items()}
     return tree | {"tables": tables, "sharding": {"planner": "explicit"}}
-
-
-@pytest.fixture(scope="module")
-def groups():
-    made = {world: LocalGroup(world, {4: 2}.get(world)) for world in (1, 2, 4)}
-    yield made
-    for group in made.values():
-        group.close()
 
 
 @pytest.mark.timeout(300)
@@ -316,9 +307,9 @@ def test_only_a_managed_table_can_be_resized(drifting, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_verify_covers_it(drifting):
+def test_verify_covers_it(drifting, groups):
     config = build_config(tree_of(drifting), {}, "test")
-    found = verify_plans(config, steps=6, worlds=(1, 2), types=("row_wise", "data_parallel"))
+    found = verify_plans(config, steps=6, worlds=(1, 2), types=("row_wise", "data_parallel"), groups=groups)
     by_status = {status: [case for case in found.cases if case.status == status] for status in ("pass", "fail", "n/a")}
     assert not by_status["fail"]
     assert any("change hands" in case.describe() for case in by_status["n/a"])

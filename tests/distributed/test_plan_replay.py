@@ -1,9 +1,6 @@
 """A plan that was made without the hardware is what training does: the same shards, the same bytes, on every rank."""
 
 import json
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
@@ -14,9 +11,9 @@ from embedshard.data.lookup_sample import sample_lookups
 from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.sharding.draft import draft_plan
 from embedshard.sharding.hardware import Cluster, find_machine
+from tests.commands import start_python
 
 TIMEOUT_S = 290
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 SHARDINGS = {
     "planned": {},
     "whole": {name: {"type": "table_wise"} for name in ("user", "item", "group", "age")},
@@ -128,14 +125,9 @@ def test_training_makes_the_shards_of_the_plan(trees, tmp_path, world_size, loca
         cluster = Cluster("cpu", find_machine("cpu")[1], world_size, local)
         drafts[name] = draft_plan(config, specs, cluster, sample, explains=False)
         drafts[name].plan.save(tmp_path / f"{name}-{world_size}.json")
-    command = [sys.executable, "-c", RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(world_size), str(local), str(tmp_path), *trees],
-            env=ENVIRONMENT, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+    program = tmp_path / "program.py"
+    program.write_text(RANK)
+    ranks = [start_python(program, rank, world_size, local, tmp_path, *trees) for rank in range(world_size)]
     try:
         errors = [process.communicate(timeout=TIMEOUT_S)[1] for process in ranks]
     finally:

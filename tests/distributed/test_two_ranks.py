@@ -1,19 +1,14 @@
 """Two processes over gloo take the steps that one takes: the same rows, losses and weights."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import textwrap
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 
-import embedshard
 from embedshard.train.audit import audit_run
 from embedshard.train.audit_report import StepRange
 from embedshard.train.checkpoint import newest_intact
@@ -21,6 +16,7 @@ from embedshard.train.loop import train as train_run
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
+from tests.commands import start_python
 
 PROGRAM = """
     import json, os, sys
@@ -152,22 +148,14 @@ def launch(program, folder, world_size, *arguments):
     """Runs a program as every rank of a world, to its end."""
     path = folder / "program.py"
     path.write_text(textwrap.dedent(program))
-    package = str(Path(embedshard.__file__).parents[1])  # that of this checkout, wherever the program lies
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": package}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(path), str(rank), str(world_size), str(folder), *map(str, arguments)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(world_size)
-    ]  # fmt: skip
+    processes = [start_python(path, rank, world_size, folder, *arguments) for rank in range(world_size)]
     try:
-        outputs = [process.communicate(timeout=120)[0] for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, errors
 
 
 def train(tree, folder, world_size):

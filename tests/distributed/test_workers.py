@@ -13,6 +13,7 @@ import yaml
 
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
+from tests.commands import run_command, run_ranks, start_command
 
 TIMEOUT_S = 240
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -37,24 +38,31 @@ def start(arguments):
     return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
 
 
-@pytest.fixture
-def config_file(make_config, tmp_path):
+@pytest.fixture(scope="module")
+def config_file(make_config, tmp_path_factory):
     """A run of 140 steps that saves each tenth."""
     changes = {
         "train": {"epochs": 20, "log_every_steps": 1},
         "checkpoint": {"every_steps": 10, "keep": 2},
         "evaluate": {"every_steps": 140},
     }
-    path = tmp_path / "config.yaml"
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(make_config(changes).tree))
     return path
 
 
-@pytest.fixture
-def undisturbed(config_file, tmp_path, saved_tensors):
-    done = run(command("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2))
+@pytest.fixture(scope="module")
+def undisturbed_run(config_file, tmp_path_factory):
+    """Its folder: not to be changed."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run_command("train", config_file, "--run-dir", path, "--workers", 2)
     assert done.returncode == 0, done.stderr
-    return saved_tensors(tmp_path / "undisturbed")
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(undisturbed_run, saved_tensors):
+    return saved_tensors(undisturbed_run)
 
 
 def wait_for_step(path, step):
@@ -83,15 +91,15 @@ def wait_until_gone(pids, seconds=60):
         time.sleep(0.05)
 
 
-def test_two_workers_leave_one_run(config_file, undisturbed, tmp_path):
-    result = json.loads((tmp_path / "undisturbed" / "result.json").read_text())
+def test_two_workers_leave_one_run(undisturbed_run):
+    result = json.loads((undisturbed_run / "result.json").read_text())
     assert result["workers"] == 2
     assert result["steps"] == 140
-    assert sorted(path.name for path in (tmp_path / "undisturbed" / "ledger").iterdir()) == [
+    assert sorted(path.name for path in (undisturbed_run / "ledger").iterdir()) == [
         "0001-00000.jsonl",
         "0001-00001.jsonl",
     ]
-    assert len((tmp_path / "undisturbed" / "attempts.jsonl").read_text().splitlines()) == 1
+    assert len((undisturbed_run / "attempts.jsonl").read_text().splitlines()) == 1
 
 
 @pytest.mark.parametrize("launched", [lambda *given: command(*given, "--workers", 2), torchrun], ids=["workers", "torchrun"])
@@ -125,10 +133,11 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
     config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors, descendants
 ):
     path = tmp_path / "run"
-    process = start(command("train", config_file, "--run-dir", path, "--workers", 2))
+    process = start_command("train", config_file, "--run-dir", path, "--workers", 2)
     try:
         wait_for_step(path / "metrics.jsonl", 33)
-        workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
+        workers = descendants(process.pid)
+        assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
         begin = time.monotonic()
         _, err = process.communicate(timeout=TIMEOUT_S)
@@ -139,18 +148,17 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
     assert "was ended by SIGKILL" in err
     assert "Traceback" not in err
     wait_until_gone(workers, 1)
-    resumed = run(command("train", "--run-dir", path, "--auto-resume", "--workers", 2))
-    assert resumed.returncode == 0, resumed.stderr
-    assert "Resumes after step" in resumed.stdout
+    assert "Resumes after step" in run_ranks(2, "train", "--run-dir", path, "--auto-resume")
     assert_same_tensors(saved_tensors(path), undisturbed)
 
 
 def test_workers_whose_launcher_is_killed_save_and_stop(config_file, tmp_path, descendants):
     path = tmp_path / "run"
-    process = start(command("train", config_file, "--run-dir", path, "--workers", 2))
+    process = start_command("train", config_file, "--run-dir", path, "--workers", 2)
     try:
         wait_for_step(path / "metrics.jsonl", 12)
-        workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
+        workers = descendants(process.pid)
+        assert len(workers) == 2
     finally:
         process.kill()
     wait_until_gone(workers)
@@ -171,13 +179,13 @@ def test_an_exception_in_one_worker_ends_all_with_that_error(make_config, tmp_pa
 def test_a_mistake_is_told_once(make_config, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(make_config().tree))
-    done = run(command("train", path, "--run-dir", tmp_path / "run", "--workers", 3))
+    done = run_command("train", path, "--run-dir", tmp_path / "run", "--workers", 2, "--set", "data.lanes=1")
     assert done.returncode == 2
-    assert done.stderr.count("3 workers cannot share data.lanes=4 lanes evenly") == 1, done.stderr
-    done = run(command("train", path, "--workers", 2), RANK="0", WORLD_SIZE="2")
+    assert done.stderr.count("2 workers cannot share data.lanes=1 lanes evenly") == 1, done.stderr
+    done = run_command("train", path, "--workers", 2, RANK="0", WORLD_SIZE="2")
     assert done.returncode == 2
     assert "Leave --workers out" in done.stderr
     for workers in ("0", "many", "4:2"):
-        done = run(command("train", path, "--workers", workers))
+        done = run_command("train", path, "--workers", workers)
         assert done.returncode == 2
         assert f"--workers {workers}: give a number" in done.stderr

@@ -1,6 +1,7 @@
 """The reader, fuzzed: 10,000 data sets, whole and damaged; nothing but a DataError or the right rows comes out.
 
-A case is made of its number alone. `python -m tests.fuzz.test_reader NUMBER` runs one, here and now.
+`make test` reads 3,000 of them, `make test-all` all. A case is made of its number alone.
+`python -m tests.fuzz.test_reader NUMBER` runs one, here and now.
 """
 
 from __future__ import annotations
@@ -43,18 +44,25 @@ from tests.fuzz.damage import cut, flip, page_bodies, spoil
 from tests.fuzz.oracle import Row, decoded_rows, known_words
 
 WHOLE, ALL, CHUNK = 6500, 10_000, 500
+IN_EVERY_SUITE = {*range(0, 2000, CHUNK), *range(WHOLE, WHOLE + 1000, CHUNK)}
+"""The first cases of the chunks that `make test` runs; `make test-all` runs all."""
 MOMENTS = {"age": (3.5, 2.0), "price": (-1e3, 1e4)}
 SECONDS_PER_CASE = 60
 MEMORY_BYTES = 4 * 1024**3
 DAMAGES = ["cut", "spoilt", "spoilt", "spoilt", "page", "page", "cut after", "spoilt after", "gone after"]
 
 
-@pytest.mark.parametrize("first", range(0, WHOLE, CHUNK))
+def chunks(start: int, stop: int) -> list[Any]:
+    slow = pytest.mark.slow
+    return [first if first in IN_EVERY_SUITE else pytest.param(first, marks=slow) for first in range(start, stop, CHUNK)]
+
+
+@pytest.mark.parametrize("first", chunks(0, WHOLE))
 def test_whole_files_give_the_right_rows_or_a_data_error(first, tmp_path):
     run_apart(range(first, first + CHUNK), tmp_path)
 
 
-@pytest.mark.parametrize("first", range(WHOLE, ALL, CHUNK))
+@pytest.mark.parametrize("first", chunks(WHOLE, ALL))
 def test_damaged_files_give_the_right_rows_or_a_data_error(first, tmp_path):
     run_apart(range(first, first + CHUNK), tmp_path)
 

@@ -14,7 +14,7 @@ KUBERNETES = "1.32"
 _QUANTITY = re.compile(r"^([+-]?(\d+(\.\d*)?|\.\d+))([numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)?$")
 
 
-class StrictLoader(yaml.SafeLoader):
+class StrictLoader(yaml.CSafeLoader):
     """YAML in which no key may be given twice."""
 
     def construct_mapping(self, node, deep=False):

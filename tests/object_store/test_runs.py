@@ -1,10 +1,7 @@
 """Runs whose folder is in an object store: they are the runs that a disk would have, through kills and take-overs."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -19,6 +16,7 @@ from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
+from tests.commands import run_command, run_ranks, start_command
 
 pytestmark = pytest.mark.timeout(3000)
 
@@ -29,21 +27,6 @@ CHANGES = {
     "evaluate": {"every_steps": 28},
 }
 OF_TIME = ("wall_seconds", "seconds", "samples_per_second", "peak_memory_bytes")
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "embedshard.cli", *map(str, arguments)]
-
-
-def run(*arguments, **environment):
-    return subprocess.run(
-        command(*arguments),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-        env={**os.environ, **environment},
-    )
 
 
 @pytest.fixture
@@ -86,7 +69,7 @@ def wait_for_checkpoint(uri, step, process):
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
     disk, uri = tmp_path / "run", f"{bucket}/runs/a"
     for place in (disk, uri):
-        done = run("train", config_file, "--run-dir", place)
+        done = run_command("train", config_file, "--run-dir", place)
         assert done.returncode == 0, done.stderr
         assert f"Run: {place}\n" in done.stdout
         assert f"Result: {place}/result.json\n" in done.stdout
@@ -103,18 +86,18 @@ def test_a_run_in_a_bucket_is_the_run_on_a_disk(config_file, bucket, tmp_path, s
     for name in {*results[0], *results[1]} - {*OF_TIME}:
         assert results[0][name] == results[1][name], name
 
-    measured = [json.loads(run("evaluate", place, "--json").stdout) for place in (uri, disk)]
+    measured = [json.loads(run_command("evaluate", place, "--json").stdout) for place in (uri, disk)]
     assert measured[0] == measured[1]
-    audited = run("audit", uri)
+    audited = run_command("audit", uri)
     assert audited.returncode == 0, audited.stdout + audited.stderr
     assert "Proved: each row was trained exactly once an epoch, in all 56 steps." in audited.stdout
     there.join("report.html").delete_file()
-    reported = run("report", uri)
+    reported = run_command("report", uri)
     assert reported.stdout == f"Report: {uri}/report.html\n", reported.stderr
     assert "finished" in there.join("report.html").read_text()
-    compared = run("report", uri, disk, "--out", f"{bucket}/both.html")
+    compared = run_command("report", uri, disk, "--out", f"{bucket}/both.html")
     assert compared.stdout == f"Comparison: {bucket}/both.html\n", compared.stderr
-    refused = run("train", config_file, "--run-dir", uri)
+    refused = run_command("train", config_file, "--run-dir", uri)
     assert refused.returncode == 2
     assert f"{uri} holds a run already" in refused.stderr
 
@@ -125,7 +108,7 @@ def test_kill_9_leaves_a_run_in_a_bucket_that_resumes_to_the_same_weights(
     uri = f"{bucket}/runs/a"
     arguments = ("train", config_file, "--run-dir", uri)
     for step in (8, 16, 32):
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        process = start_command(*arguments)
         try:
             wait_for_checkpoint(uri, step, process)
         finally:
@@ -133,10 +116,10 @@ def test_kill_9_leaves_a_run_in_a_bucket_that_resumes_to_the_same_weights(
             process.communicate(timeout=TIMEOUT_S)
         arguments = ("train", "--resume", uri)
     before = lines_of(locate(uri))
-    finished = run(*arguments)
+    finished = run_command(*arguments)
     assert finished.returncode == 0, finished.stderr
     assert "Resumes after step" in finished.stdout
-    undisturbed = run("train", config_file, "--run-dir", tmp_path / "undisturbed")
+    undisturbed = run_command("train", config_file, "--run-dir", tmp_path / "undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
     assert_same_tensors(saved_tensors(uri), saved_tensors(tmp_path / "undisturbed"))
     assert len(lines_of(locate(uri), "attempts.jsonl")) == 4
@@ -148,8 +131,8 @@ def test_kill_9_leaves_a_run_in_a_bucket_that_resumes_to_the_same_weights(
 
 def test_two_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
     uri = f"{bucket}/runs/a"
-    arguments = ("train", config_file, "--run-dir", uri, "--auto-resume", "--workers", 2)
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    arguments = ("train", config_file, "--run-dir", uri, "--auto-resume")
+    process = start_command(*arguments, "--workers", 2)
     try:
         wait_for_checkpoint(uri, 8, process)
         process.send_signal(signal.SIGTERM)
@@ -158,10 +141,8 @@ def test_two_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, save
         process.kill()
     assert process.returncode == 143, err
     assert f"embedshard train --resume {uri}" in out
-    finished = run(*arguments)
-    assert finished.returncode == 0, finished.stderr
-    undisturbed = run("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    run_ranks(2, *arguments)
+    run_ranks(2, "train", config_file, "--run-dir", tmp_path / "undisturbed")
     assert_same_tensors(saved_tensors(uri), saved_tensors(tmp_path / "undisturbed"))
     ledgers = [f"ledger/000{attempt}-0000{rank}.jsonl" for attempt in (1, 2) for rank in (0, 1)]
     assert [name for name in files_of(locate(uri)) if name.startswith("ledger/")] == ledgers
@@ -204,18 +185,18 @@ def test_an_attempt_that_was_replaced_stops_and_writes_no_more(make_config, buck
 
 
 def test_a_bucket_that_is_missing_and_a_server_that_does_not_answer_are_told(config_file, bucket):
-    missing = run("train", config_file, "--run-dir", f"{bucket}-missing/runs/a")
-    unreachable = run("train", config_file, "--run-dir", f"{bucket}/runs/a", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    missing = run_command("train", config_file, "--run-dir", f"{bucket}-missing/runs/a")
+    unreachable = run_command("train", config_file, "--run-dir", f"{bucket}/runs/a", AWS_ENDPOINT_URL="http://127.0.0.1:9")
     for done, uri in ((missing, f"{bucket}-missing/runs/a"), (unreachable, f"{bucket}/runs/a")):
         assert done.returncode == 2, done.stderr
         assert f"{uri} cannot be read or written" in done.stderr
         assert "AWS_ENDPOINT_URL" in done.stderr
         assert "Traceback" not in done.stderr
     for arguments in (("train", "--resume"), ("evaluate",), ("audit",), ("report",)):
-        done = run(*arguments, f"{bucket}/runs/none")
+        done = run_command(*arguments, f"{bucket}/runs/none")
         assert done.returncode == 2, done.stderr
         assert f"{bucket}/runs/none is not there" in done.stderr
-    done = run("audit", f"{bucket}/runs/a", AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    done = run_command("audit", f"{bucket}/runs/a", AWS_ENDPOINT_URL="http://127.0.0.1:9")
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
 
@@ -224,11 +205,12 @@ def test_a_bucket_that_is_missing_and_a_server_that_does_not_answer_are_told(con
 def test_ray_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
     pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
     uri = f"{bucket}/runs/a"
-    done = run("train", config_file, "--run-dir", uri, "--workers", 2, "--ray", HOME=str(tmp_path), RAY_worker_niceness="0")
+    done = run_command(
+        "train", config_file, "--run-dir", uri, "--workers", 2, "--ray", HOME=str(tmp_path), RAY_worker_niceness="0"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"Result: {uri}/result.json" in done.stdout
-    undisturbed = run("train", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
+    run_ranks(2, "train", config_file, "--run-dir", tmp_path / "undisturbed")
     assert_same_tensors(saved_tensors(uri), saved_tensors(tmp_path / "undisturbed"))
     assert audit_run(RunDirectory.open(uri), {}).failures == []
     assert json.loads(locate(uri).join("result.json").read_text())["workers"] == 2

@@ -99,10 +99,10 @@ CHANGES = {
 }
 
 
-@pytest.fixture
-def config_file(make_config, tmp_path):
+@pytest.fixture(scope="module")
+def config_file(make_config, tmp_path_factory):
     """A run of 140 steps that saves each tenth."""
-    path = tmp_path / "config.yaml"
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(make_config(CHANGES).tree))
     return path
 

@@ -1,13 +1,12 @@
 """`--launcher ray` on a cluster of several nodes that come and go."""
 
-import subprocess
-import sys
 import time
 
 import pytest
 
 from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
+from tests.commands import run_command
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
 pytestmark = pytest.mark.timeout(900)
@@ -29,12 +28,12 @@ def cluster(monkeypatch, environment):
     made.shutdown()
 
 
-@pytest.fixture
-def undisturbed(config_file, tmp_path, train, saved_tensors):
-    training = train("undisturbed", config_file, "--run-dir", tmp_path / "undisturbed")
-    output = training.wait()
-    assert training.process.returncode == 0, output
-    return saved_tensors(training.path)
+@pytest.fixture(scope="module")
+def undisturbed(config_file, tmp_path_factory, environment, saved_tensors):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    done = run_command("train", config_file, "--run-dir", path, env=environment)
+    assert done.returncode == 0, done.stderr
+    return saved_tensors(path)
 
 
 def assert_close(first, second):
@@ -60,10 +59,7 @@ def test_four_workers_of_which_one_is_lost_go_on_as_two_and_every_row_is_trained
     result = training.result()
     assert (result["workers"], result["idle_workers"]) == (2, 1)
     assert_close(saved_tensors(training.path), undisturbed)
-    audit = subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", "audit", training.path], capture_output=True, text=True, timeout=120,
-        check=False,
-    )  # fmt: skip
+    audit = run_command("audit", training.path)
     assert audit.returncode == 0, audit.stdout + audit.stderr
 
 

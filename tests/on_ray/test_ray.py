@@ -1,5 +1,6 @@
 """`--launcher ray` on a cluster of its own: the same run as without Ray, through deaths, faults and signals."""
 
+import json
 import os
 import signal
 
@@ -7,18 +8,18 @@ import pytest
 
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
+from tests.commands import run_ranks
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture
-def undisturbed(config_file, tmp_path, train, saved_tensors):
-    """The same run without Ray, in a world of two, and its last tensors."""
-    training = train("undisturbed", config_file, "--run-dir", tmp_path / "undisturbed", "--workers", 2)
-    output = training.wait()
-    assert training.process.returncode == 0, output
-    return training, saved_tensors(training.path)
+@pytest.fixture(scope="module")
+def undisturbed(config_file, tmp_path_factory, environment, saved_tensors):
+    """The same run without Ray, in a world of two: its result, and its last tensors."""
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(2, "train", config_file, "--run-dir", path, env=environment)
+    return json.loads((path / "result.json").read_text()), saved_tensors(path)
 
 
 def test_a_killed_worker_is_replaced_and_the_run_is_as_one_without_ray(
@@ -32,9 +33,9 @@ def test_a_killed_worker_is_replaced_and_the_run_is_as_one_without_ray(
     for words in ("Starts 2 workers on a Ray cluster", "Resumes after step", "step 140/140", "Result: "):
         assert words in output
     assert len(training.attempts()) == 2
-    other, tensors = undisturbed
+    theirs, tensors = undisturbed
     assert_same_tensors(saved_tensors(training.path), tensors)
-    theirs, ours = other.result(), training.result()
+    ours = training.result()
     for key in ("metrics", "baselines", "slices", "ids", "bad_rows", "steps", "workers"):
         assert theirs[key] == ours[key], key
 

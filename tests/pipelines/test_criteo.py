@@ -11,6 +11,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from tests.commands import run_command, run_python
+
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "pipelines" / "criteo"
 
@@ -92,8 +94,7 @@ def test_one_file_has_nothing_to_hold_out(prepare, tmp_path):
 @pytest.fixture(scope="module")
 def sample(data_set_once, tmp_path_factory):
     out = tmp_path_factory.mktemp("data")
-    command = [sys.executable, str(FOLDER / "prepare.py"), "--source", str(data_set_once), "--out", str(out / "criteo")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    done = run_python(FOLDER / "prepare.py", "--source", data_set_once, "--out", out / "criteo")
     assert "train 70,000 rows, test 10,000 rows" in done.stdout, done.stderr
     return out
 
@@ -108,13 +109,10 @@ def data_set_once():
 
 @pytest.mark.parametrize("name", ["dlrm", "dcn_v2", "deepfm"])
 def test_a_config_trains_on_the_sample(sample, tmp_path, name):
-    command = [
-        sys.executable, "-m", "embedshard.cli", "train", str(FOLDER / f"{name}.yaml"), "--run-dir", str(tmp_path / "run"),
-        "--set", "train.max_steps=40", "--set", "evaluate.bootstrap=20",
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=200, env=os.environ | {"EMBEDSHARD_DATA": str(sample)}
-    )
+    done = run_command(
+        "train", FOLDER / f"{name}.yaml", "--run-dir", tmp_path / "run", "--set", "train.max_steps=40",
+        "--set", "evaluate.bootstrap=20", EMBEDSHARD_DATA=str(sample),
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["metrics"]["auc"] > 0.55, "forty steps know something"

@@ -2,9 +2,6 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +13,7 @@ from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
+from tests.commands import run_python
 
 FOLDER = Path(__file__).parents[2] / "pipelines" / "drift"
 SMALL = ("--days", "6", "--items", "300", "--users", "60", "--rows", "6000", "--test-rows", "6000")
@@ -24,8 +22,8 @@ SMALL = ("--days", "6", "--items", "300", "--users", "60", "--rows", "6000", "--
 @pytest.fixture(scope="module")
 def stream(tmp_path_factory):
     root = tmp_path_factory.mktemp("data")
-    program = [sys.executable, str(FOLDER / "prepare.py"), "--out", str(root / "drift"), *SMALL]
-    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+    done = run_python(FOLDER / "prepare.py", "--out", root / "drift", *SMALL)
+    assert done.returncode == 0, done.stderr
     assert "6 days of 6,000 rows, 1,050 different items; 6,000 test rows" in done.stdout
     return root
 
@@ -53,8 +51,7 @@ def test_managed_rows_beat_hashed_ones(stream, tmp_path):
             train(loaded.config, world, run, Reporter())
         results[name] = json.loads((tmp_path / name / "result.json").read_text())
     assert results["managed"]["metrics"]["auc"] > results["hash"]["metrics"]["auc"] + 0.01
-    environment = dict(os.environ) | {"EMBEDSHARD_DATA": str(stream)}
-    program = [sys.executable, str(FOLDER / "compare.py"), str(tmp_path / "managed"), str(tmp_path / "hash")]
-    done = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60, env=environment)
+    done = run_python(FOLDER / "compare.py", tmp_path / "managed", tmp_path / "hash", EMBEDSHARD_DATA=str(stream))
+    assert done.returncode == 0, done.stderr
     shown = [line for line in done.stdout.splitlines() if "managed" in line]
     assert "0.0%" in shown[0]

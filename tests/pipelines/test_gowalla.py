@@ -2,12 +2,12 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
+from tests.commands import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,9 +61,7 @@ def run(source, tmp_path, overrides):
             *overrides,
         ],
     ):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=3600, check=False
-        )
+        done = run_python(*command, cwd=ROOT)
         assert done.returncode == 0, done.stderr
     assert pq.read_table(tmp_path / "gowalla" / "test").num_rows == 217_242
     return json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]

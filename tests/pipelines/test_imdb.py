@@ -1,14 +1,14 @@
 """The IMDB pipeline: what is held out, and in which layout."""
 
 import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+
+from tests.commands import run_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,14 +47,14 @@ def test_the_command_line_writes_every_set(tmp_path):
     source.mkdir()
     for name, rows in (("train", 6000), ("test", 2600)):
         pq.write_table(reviews(rows), source / f"{name}.parquet")
-    command = [sys.executable, "pipelines/imdb/prepare.py", "--source", str(source), "--out", str(out), "--seed", "3"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    command = ["pipelines/imdb/prepare.py", "--source", source, "--out", out, "--seed", "3"]
+    done = run_python(*command, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert "train 5,400 rows, validation 600 rows, test 2,600 rows" in done.stdout
     train = pq.ParquetFile(out / "train" / "part-00000.parquet")
     assert [train.metadata.row_group(group).num_rows for group in range(train.num_row_groups)] == [2500, 2500, 400]
     assert train.schema_arrow.field("label").type == pa.int8()
-    again = subprocess.run([*command, "--validation-share", "1.5"], capture_output=True, text=True, cwd=ROOT, check=False)
+    again = run_python(*command, "--validation-share", "1.5", cwd=ROOT)
     assert again.returncode == 1
     assert "prepare.py: --validation-share 1.5 is no share" in again.stderr
 

@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.commands import run_python
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -177,9 +179,7 @@ def run_pipeline(source, name, tmp_path, overrides):
             *overrides,
         ],
     ):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, timeout=2400, check=False
-        )
+        done = run_python(*command, cwd=ROOT)
         assert done.returncode == 0, done.stderr
 
 

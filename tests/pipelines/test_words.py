@@ -2,14 +2,14 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from tests.commands import run_python
 
 ROOT = Path(__file__).parents[2]
 TEXTS = ["The end.<br /><br />The END, isn't it?", None, "42 ... <b>7</b>", "the Film; a film: the end"]
@@ -86,7 +86,7 @@ def test_a_run_from_texts_to_the_table(tmp_path, monkeypatch):
     monkeypatch.setenv("EMBEDSHARD_DATA", str(data))
 
     def called(*command):
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT, check=False, timeout=120)
+        done = run_python(*command, cwd=ROOT)
         assert done.returncode == 0, done.stderr
         return done.stdout
 

@@ -1,9 +1,6 @@
 """`embedshard checkpoint`: what is in checkpoints, what moved between two, and vectors of ids, a block at a time."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +17,7 @@ from embedshard.launch.extract import extract_here
 from embedshard.storage import locate
 from embedshard.train.checkpoint import Checkpointer, Piece, open_step
 from embedshard.train.run_directory import RunDirectory
+from tests.commands import run_command
 
 
 @pytest.fixture
@@ -240,11 +238,7 @@ def test_hashed_ids_are_extracted_when_they_are_named(make_config, run_tree, tmp
 
 def test_the_commands_print_what_they_found(run_dir, tmp_path):
     def run(*arguments):
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "COLUMNS": "140"}
-        return subprocess.run(
-            [sys.executable, "-m", "embedshard.cli", "checkpoint", *map(str, arguments)],
-            capture_output=True, text=True, timeout=120, check=False, env=environment,
-        )  # fmt: skip
+        return run_command("checkpoint", *arguments, COLUMNS="140")
 
     assert [one["step"] for one in json.loads(run("ls", run_dir, "--json").stdout)] == [3, 6, 7]
     shown = run("show", run_dir)

@@ -4,8 +4,6 @@ import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pyarrow as pa
@@ -28,8 +26,8 @@ from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
 from embedshard.world import open_world
+from tests.commands import run_ranks, start_command
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TIMEOUT_S = 240
 
 
@@ -302,12 +300,6 @@ def test_progressive_validation_needs_a_metric_of_predictions(day_config):
         day_config(evaluate={"metrics": ["recall@5"], "progressive": True})
 
 
-def start(*arguments, cwd):
-    command = [sys.executable, "-m", "embedshard.cli", *map(str, arguments)]
-    environment = {**ENVIRONMENT, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=cwd)
-
-
 def wait_for(path, words, process):
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline:
@@ -325,11 +317,10 @@ def test_a_watching_run_trains_days_as_they_come_until_it_is_told_to_stop(
 ):
     config = day_config(evaluate={"metrics": ["auc"], "progressive": True})
     spread = [] if workers == 1 else ["--workers", workers]
-    first = start("train", config, "--run-dir", tmp_path / "first", cwd=tmp_path)
-    assert first.wait(TIMEOUT_S) == 0, first.communicate()
+    run_ranks(1, "train", config, "--run-dir", tmp_path / "first", cwd=tmp_path)
     folder = tmp_path / "second"
-    watching = ["--watch", "--poll", "0.3"]
-    process = start("train", config, "--run-dir", folder, "--continue", tmp_path / "first", *watching, *spread, cwd=tmp_path)
+    watching = ["--continue", tmp_path / "first", "--watch", "--poll", "0.3"]
+    process = start_command("train", config, "--run-dir", folder, *watching, *spread, cwd=tmp_path)
     metrics = folder / "metrics.jsonl"
     try:
         days(3)
@@ -356,12 +347,7 @@ def test_a_watching_run_trains_days_as_they_come_until_it_is_told_to_stop(
     assert audit.is_proved
     assert [one.rows_trained for one in audit.passes] == [60, 60]
     # It is complete as it is, so it can be continued; and the days at once give the same weights.
-    assert (
-        start("train", config, "--run-dir", tmp_path / "once", "--continue", tmp_path / "first", *spread, cwd=tmp_path).wait(
-            TIMEOUT_S
-        )
-        == 0
-    )
+    run_ranks(workers, "train", config, "--run-dir", tmp_path / "once", "--continue", tmp_path / "first", cwd=tmp_path)
     if workers == 1:
         assert_same_tensors(saved_tensors(folder), saved_tensors(tmp_path / "once"))
     else:

@@ -1,9 +1,6 @@
 """`embedshard export` and `recommend`: what is written is what the model makes, and is checked before it is believed."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +16,7 @@ from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
 from embedshard.world import open_world
+from tests.commands import run_command
 
 
 @pytest.fixture
@@ -46,10 +44,7 @@ def manifest_of(out):
 
 
 def cli(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "160"}, check=False,
-    )  # fmt: skip
+    return run_command(*arguments, COLUMNS="160")
 
 
 def test_an_export_holds_what_the_checkpoint_and_the_model_hold(trained, interactions, tmp_path, saved_tensors):

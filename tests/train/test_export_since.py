@@ -1,10 +1,7 @@
 """`embedshard export --since`, `apply` and `rollback` of real runs: the result is the whole export, file by file."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -19,6 +16,7 @@ from embedshard.launch.export_since import export_since
 from embedshard.storage import locate
 from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
+from tests.commands import run_command
 
 PLAIN = {
     "model": {"kind": "two_tower", "user": {"features": ["user_id"]}, "item": {"features": ["item_id"]}},
@@ -64,10 +62,7 @@ def test_tables_in_fewer_bits_are_of_a_delta_as_of_a_whole_export(trained, tmp_p
 
 
 def cli(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, env={**os.environ, "COLUMNS": "160"}, check=False,
-    )  # fmt: skip
+    return run_command(*arguments, COLUMNS="160")
 
 
 @pytest.mark.parametrize("changes", [{**PLAIN, **SPARSE}, {}], ids=["tables alone", "towers over them"])

@@ -18,6 +18,7 @@ from embedshard.train.audit import audit_run
 from embedshard.train.checkpoint import Checkpointer, Piece, find_steps, newest_intact, open_step
 from embedshard.train.checkpoint_format import seal
 from embedshard.train.run_directory import RunDirectory
+from tests.commands import run_command, start_command
 
 TIMEOUT_S = 240
 
@@ -26,15 +27,11 @@ def command(*arguments):
     return [sys.executable, "-m", "embedshard.cli", *map(str, arguments)]
 
 
-def run(*arguments, cwd=None):
-    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=TIMEOUT_S, cwd=cwd, check=False)
-
-
-@pytest.fixture
-def config_file(make_config, tmp_path):
+@pytest.fixture(scope="module")
+def config_file(make_config, tmp_path_factory):
     """A run of 140 steps that saves each fifth."""
     changes = {"train": {"epochs": 20, "log_every_steps": 1}, "checkpoint": {"every_steps": 5, "keep": 2}}
-    path = tmp_path / "config.yaml"
+    path = tmp_path_factory.mktemp("config") / "config.yaml"
     path.write_text(yaml.safe_dump(make_config(changes).tree))
     return path
 
@@ -49,11 +46,12 @@ def wait_for_step(path, step):
     raise AssertionError(f"{path} never came to step {step}")
 
 
-@pytest.fixture
-def undisturbed(config_file, tmp_path, saved_tensors):
-    finished = run("train", config_file, "--run-dir", tmp_path / "undisturbed")
+@pytest.fixture(scope="module")
+def undisturbed(config_file, tmp_path_factory, saved_tensors):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    finished = run_command("train", config_file, "--run-dir", path)
     assert finished.returncode == 0, finished.stderr
-    return saved_tensors(tmp_path / "undisturbed")
+    return saved_tensors(path)
 
 
 def test_sigterm_saves_says_how_to_resume_and_exits_143(
@@ -74,7 +72,8 @@ def test_sigterm_saves_says_how_to_resume_and_exits_143(
     stopped_at = newest_intact(RunDirectory(path).checkpoints).step
     assert f"after step {stopped_at}" in out
     assert f"stopped at step {stopped_at} of 140" in (path / "report.html").read_text(encoding="utf-8")
-    resumed = run("train", "--resume", path)
+    again = command("train", "--resume", path)
+    resumed = subprocess.run(again, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumes after step {stopped_at}." in resumed.stdout
     assert_same_tensors(saved_tensors(path), undisturbed)
@@ -88,7 +87,10 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_weights(
     arguments = ("train", config_file, "--run-dir", path)
     kills = 0
     while kills < 4:
-        process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if kills:
+            process = start_command(*arguments)
+        else:  # which has all to import still
+            process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         try:
             begun = find_steps(RunDirectory(path).checkpoints)[-1] if (path / "checkpoints").exists() else 0
             if kills:  # the first is killed while it starts, the others some steps on
@@ -102,7 +104,7 @@ def test_kill_9_at_any_moment_leaves_a_run_that_resumes_to_the_same_weights(
         kills += 1
         if (path / "config.yaml").exists():
             arguments = ("train", "--resume", path)
-    finished = run(*arguments)
+    finished = run_command(*arguments)
     assert finished.returncode == 0, finished.stderr
     assert_same_tensors(saved_tensors(path), undisturbed)
     assert audit_run(RunDirectory.open(path), {}).failures == []
@@ -178,7 +180,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_newest_intact_one_offer
     assert newest_intact(RunDirectory(path).checkpoints, told.append).step == 7
     if damage is not forget_manifest:
         assert len(told) == 1
-    refused = run("evaluate", path, "--checkpoint", "14")
+    refused = run_command("evaluate", path, "--checkpoint", "14")
     assert refused.returncode == 2
     assert "Traceback" not in refused.stderr
     assert "step-00000014" in refused.stderr

@@ -38,8 +38,10 @@ def test_attention_is_the_default_and_is_trained(run_tree, make_config, tmp_path
 
 
 @pytest.mark.slow
-def test_no_world_changes_what_is_trained(make_config):
-    assert_plan_invariant(make_config(as_sequence("attention")).config, steps=6, worlds=(2,), types=["row_wise"])
+def test_no_world_changes_what_is_trained(make_config, groups):
+    assert_plan_invariant(
+        make_config(as_sequence("attention")).config, steps=6, worlds=(2,), types=["row_wise"], groups=groups
+    )
 
 
 def test_sequences_are_the_users_alone(make_config):

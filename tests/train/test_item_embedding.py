@@ -2,8 +2,6 @@
 
 import itertools
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,7 @@ from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
 from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
+from tests.commands import run_ranks
 
 WORDS = [f"{group}{number}" for number in range(12) for group in ("even", "odd")]
 OBJECTIVES = {
@@ -73,11 +72,11 @@ def make_tree(tmp_path):
 @pytest.mark.parametrize(
     ("objective", "drawn_for"), [("negative_sampling", "batch"), ("nce", "lane"), ("hierarchical_softmax", None)]
 )
-def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn_for):
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn_for, groups):
     tree = make_tree(objective)
     if drawn_for is not None:
         tree["objective"]["drawn_for"] = drawn_for
-    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"], groups=groups)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -290,9 +289,8 @@ def test_two_ranks_measure_the_loss_of_one(make_tree, tmp_path):
     tree["data"]["validation_fraction"] = 0.2
     tree["evaluate"] = {"metrics": ["loss"]}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-    for workers in ("1", "2"):
-        command = ["train", str(tmp_path / "config.yaml"), "--workers", workers, "--run-dir", str(tmp_path / workers)]
-        subprocess.run([sys.executable, "-m", "embedshard.cli", *command], check=True, capture_output=True, timeout=900)
-    one, two = (measured(tmp_path / workers / "metrics.jsonl") for workers in ("1", "2"))
+    for size in (1, 2):
+        run_ranks(size, "train", tmp_path / "config.yaml", "--run-dir", tmp_path / f"{size}")
+    one, two = (measured(tmp_path / f"{size}" / "metrics.jsonl") for size in (1, 2))
     assert list(one) == [8]
     assert two == pytest.approx(one, rel=1e-5)

@@ -1,9 +1,6 @@
 """Ranking models through the trainer: every kind learns, in any world, and goes on where it stopped."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +13,7 @@ from embedshard.errors import ConfigError
 from embedshard.launch.local import evaluate_here
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.tracking import Reporter
+from tests.commands import run_ranks
 
 USERS, ITEMS = 12, 9
 
@@ -121,15 +119,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_tree, make_tree, tmp_path, saved_
     assert len(moments) == (8 if norm == "batch" else 0)
 
 
-def test_no_world_changes_batch_norm_and_dropout(make_tree):
+def test_no_world_changes_batch_norm_and_dropout(make_tree, groups):
     tree = make_tree({**MODELS["deepfm"], "norm": "batch", "dropout": 0.2})
-    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"], groups=groups)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", MODELS)
-def test_no_world_and_no_cut_changes_what_is_trained(make_tree, kind):
-    assert_plan_invariant(build_config(make_tree(MODELS[kind]), {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, kind, groups):
+    assert_plan_invariant(
+        build_config(make_tree(MODELS[kind]), {}, "test"), steps=6, worlds=(2,), types=["row_wise"], groups=groups
+    )
 
 
 @pytest.mark.parametrize(
@@ -185,19 +185,7 @@ LOOKED_AT = ["auc", "pr_auc", "gauc", "log_loss", "normalised_entropy", "calibra
 def launch(tree, path, workers):
     config = path.with_suffix(".yaml")
     config.write_text(yaml.safe_dump(tree))
-    command = [
-        sys.executable,
-        "-m",
-        "embedshard.cli",
-        "train",
-        str(config),
-        "--run-dir",
-        str(path),
-        "--workers",
-        str(workers),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    run_ranks(workers, "train", config, "--run-dir", path)
 
 
 def watched(values):

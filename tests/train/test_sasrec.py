@@ -80,5 +80,5 @@ def test_what_looks_at_users_needs_to_know_them(tree):
         build_config(tree, {}, "test")
 
 
-def test_no_world_changes_what_is_trained(tree):
-    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"])
+def test_no_world_changes_what_is_trained(tree, groups):
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"], groups=groups)

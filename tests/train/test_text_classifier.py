@@ -118,11 +118,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_tree, make_tree, tmp_path, saved_
 
 
 @pytest.mark.slow
-def test_no_world_and_no_cut_changes_what_is_trained(make_tree):
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, groups):
     tree = make_tree({"kind": "gru", "hidden": 6})
     tree["features"]["spoken"] = {"kind": "bag", "table": "word", "column": "words", "pooling": "mean", "mask_zero": True}
     tree["model"]["features"].append("spoken")
-    assert_plan_invariant(build_config(tree, {}, "test"), steps=8, worlds=(2,), types=["row_wise"])
+    assert_plan_invariant(build_config(tree, {}, "test"), steps=8, worlds=(2,), types=["row_wise"], groups=groups)
 
 
 def test_several_classes_are_told_apart(run_tree, make_tree, tmp_path):

@@ -1,8 +1,6 @@
 """`embedshard recommend --history`, and exports whose users are histories or whose rows change hands."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +19,7 @@ from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.snapshot import restore_model
 from embedshard.world import open_world
+from tests.commands import run_command
 
 SEQUENCE = {"kind": "sequence", "table": "item", "column": "history", "max_length": 4}
 UNSEEN = {
@@ -63,10 +62,7 @@ def test_an_unseen_user_is_recommended_by_the_items_that_they_met(exported):
         recommend(out, None, 5)
     with pytest.raises(DataError, match=r"no vector of user '4000'.*--history 1,5,9"):
         recommend(out, "4000", 5)
-    shown = subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", "recommend", str(out), "--history", "3,7", "-k", "2", "--json"],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    shown = run_command("recommend", out, "--history", "3,7", "-k", "2", "--json")
     told = json.loads(shown.stdout)
     assert (told["user"], told["history"], len(told["items"]), told["seen"]) == (None, "3,7", 2, 2)
     file = out / "programs" / "user.pt2"

@@ -12,7 +12,6 @@ import torch
 from embedshard.config import build_config
 from embedshard.errors import ConfigError, DataError
 from embedshard.launch.extract import extract_here
-from embedshard.launch.rehearsing import LocalGroup
 from embedshard.sharding.shards import weight_shards
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
@@ -175,21 +174,21 @@ def test_a_round_trip_through_extract_and_a_resumed_run_that_does_not_read_again
     assert json.loads((tmp_path / "cut" / "result.json").read_text())["warm_start"]["item"]["matched"] == 30
 
 
-def test_every_plan_in_every_world_begins_with_the_same_rows(make_config, tmp_path):
+def test_every_plan_in_every_world_begins_with_the_same_rows(make_config, groups, tmp_path):
     ids = list(range(0, 30, 2))
     write(tmp_path / "v.parquet", pa.array(ids), vectors(ids))
     begun = {}
     for size, kinds in ((1, ["table_wise"]), (2, ["table_wise", "row_wise", "column_wise", "data_parallel"])):
-        with LocalGroup(size) as group:
-            for kind in kinds:
-                sharding = {"type": kind}
-                source = {"parquet": str(tmp_path / "v.parquet"), "id": "key", "vector": "vec"}
-                item = {"init_from": source, "sharding": sharding, "optimizer": {"kind": "adagrad"}}
-                changes = {
-                    "tables": {"item": item, "user": {"sharding": {"type": "table_wise"}}},
-                    "sharding": {"planner": "explicit"}, "model": {"biases": []},
-                }  # fmt: skip
-                begun[size, kind] = group.run(Rehearsal(make_config(changes).config, last=1)).before["tables/item/weight"]
+        for kind in kinds:
+            sharding = {"type": kind}
+            source = {"parquet": str(tmp_path / "v.parquet"), "id": "key", "vector": "vec"}
+            item = {"init_from": source, "sharding": sharding, "optimizer": {"kind": "adagrad"}}
+            changes = {
+                "tables": {"item": item, "user": {"sharding": {"type": "table_wise"}}},
+                "sharding": {"planner": "explicit"}, "model": {"biases": []},
+            }  # fmt: skip
+            outcome = groups[size].run(Rehearsal(make_config(changes).config, last=1))
+            begun[size, kind] = outcome.before["tables/item/weight"]
     expected = begun[1, "table_wise"]
     assert np.array_equal(expected[ids], vectors(ids))
     for case, weight in begun.items():

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -14,6 +13,7 @@ import yaml
 
 from embedshard.data.check import check_data
 from embedshard.data.distinct import DistinctIds
+from tests.commands import run_command
 
 
 def column(report, name, of=0):
@@ -239,9 +239,7 @@ def test_many_ids_are_estimated_from_a_sample_that_all_sets_share():
 
 # ------------------------------------------------------------------------------------------------------- command line
 def run(*arguments, columns=80):
-    environment = {**os.environ, "COLUMNS": str(columns)}
-    command = [sys.executable, "-m", "embedshard.cli", "data", "check", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    return run_command("data", "check", *arguments, COLUMNS=str(columns))
 
 
 def test_the_command_ends_with_0_1_or_2(make_config, interactions, tmp_path):

@@ -8,13 +8,20 @@ import sys
 import pytest
 import yaml
 
+from tests.commands import run_command
 
-def run(*arguments, timeout=120, **environment):
+
+def run(*arguments):
+    return run_command(*arguments, COLUMNS="120")
+
+
+def run_afresh(*arguments, **environment):
+    """As a person starts it: with an interpreter of its own, which has nothing imported."""
     return subprocess.run(
         [sys.executable, "-m", "embedshard.cli", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=120,
         env={**os.environ, "COLUMNS": "120", **environment},
         check=False,
     )
@@ -28,7 +35,7 @@ def config_file(make_config, tmp_path):
 
 
 def test_help_names_the_commands():
-    shown = run("--help")
+    shown = run_afresh("--help")
     assert shown.returncode == 0
     for word in ("train", "evaluate", "summary", "plan", "verify", "report", "audit", "doctor", "config", "Exit codes"):
         assert word in shown.stdout
@@ -40,13 +47,13 @@ def test_help_and_config_do_not_import_torch():
 
 
 def test_train_then_evaluate_agree(config_file, tmp_path):
-    trained = run("train", config_file, "--run-dir", tmp_path / "run", "--set", "train.epochs=1")
+    trained = run_afresh("train", config_file, "--run-dir", tmp_path / "run", "--set", "train.epochs=1")
     assert trained.returncode == 0, trained.stderr
     assert f"Result: {tmp_path / 'run' / 'result.json'}" in trained.stdout
     assert f"Report: {tmp_path / 'run' / 'report.html'}" in trained.stdout
     assert "step 7/7" in trained.stdout
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    evaluated = run("evaluate", tmp_path / "run", "--json")
+    evaluated = run_afresh("evaluate", tmp_path / "run", "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     found = json.loads(evaluated.stdout)
     assert found["test"] == result["metrics"]
@@ -102,10 +109,7 @@ def test_evaluate_says_which_baseline_is_left_out_and_keeps_json_clean(make_conf
 
 
 def test_the_default_folder_of_a_run_is_named_after_the_config(config_file, tmp_path):
-    shown = subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", "train", str(config_file), "--set", "train.max_steps=1"],
-        capture_output=True, text=True, timeout=120, cwd=tmp_path, check=False,
-    )  # fmt: skip
+    shown = run_command("train", config_file, "--set", "train.max_steps=1", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert [p.name.startswith("tiny-") for p in (tmp_path / "runs").iterdir()] == [True]
 
@@ -156,14 +160,14 @@ def test_summary_counts_every_table_and_layer(config_file):
 
 
 def test_doctor_finds_this_environment_sound():
-    shown = run("doctor")
+    shown = run_afresh("doctor")
     assert shown.returncode == 0, shown.stdout
     for word in ("Python", "release triple", "they match and load", "cores", "memory", "disk", "OpenMP", "Ray"):
         assert word in shown.stdout
 
 
 def test_doctor_names_the_fix_for_spinning_threads():
-    shown = run("doctor", OMP_WAIT_POLICY="ACTIVE")
+    shown = run_command("doctor", OMP_WAIT_POLICY="ACTIVE")
     assert shown.returncode == 1
     assert "Unset OMP_WAIT_POLICY" in shown.stdout
 
@@ -194,7 +198,7 @@ def test_config_schema_is_json():
 
 @pytest.mark.slow
 def test_verify_tells_what_law_one_covers(config_file):
-    done = run("verify", config_file, "--steps", "3", "--json", timeout=600)
+    done = run("verify", config_file, "--steps", "3", "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0, done.stderr
     by_case = {(case["sharding"], case["world_size"]): case for case in found["cases"]}

@@ -1,8 +1,6 @@
 """Plans without the hardware: what they say is true, what they refuse, and what they suggest."""
 
 import json
-import subprocess
-import sys
 from itertools import pairwise
 
 import numpy as np
@@ -27,6 +25,7 @@ from embedshard.sharding.footprint import DenseCost, footprint_of
 from embedshard.sharding.hardware import Cluster, Machine, cluster_of, find_machine, named_machines
 from embedshard.sharding.recorded import RecordedPlan, RecordedShard, RecordedTable, describe_table, read_plan
 from embedshard.world import open_world
+from tests.commands import run_command
 
 NOTHING = DenseCost(weight_bytes=0, state_bytes=0, numbers_per_row=0, numbers_gathered=0, process_bytes=0)
 CPU = Machine(device="cpu", host_memory=64, host_bandwidth=50, within_machine=2, between_machines=1)
@@ -291,10 +290,7 @@ def too_large(make_config, tmp_path):
 
 
 def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", "plan", *map(str, arguments)],
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+    return run_command("plan", *arguments)
 
 
 def test_what_is_suggested_fits(too_large):

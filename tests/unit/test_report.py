@@ -24,6 +24,7 @@ from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
+from tests.commands import run_command
 
 HOSTILE = "<script>alert('x')</script>"
 EVERY_KEY = {
@@ -463,10 +464,7 @@ def test_a_comparison_says_that_the_data_differ(finished, tmp_path):
 
 # ------------------------------------------------------------------------------------------------------ the command line
 def embedshard(*arguments, cwd=None):
-    return subprocess.run(
-        [sys.executable, "-m", "embedshard.cli", *map(str, arguments)],
-        capture_output=True, text=True, timeout=60, cwd=cwd, check=False,
-    )  # fmt: skip
+    return run_command(*arguments, cwd=cwd)
 
 
 def test_the_command_line_writes_where_it_says(finished, tmp_path):
