@@ -165,6 +165,10 @@ def train(
         config, tuple(overrides or []), run_dir, resume, auto_resume, device, plan, continues, poll if watch else None
     ).resolved()
     least, most = parse_workers(workers or "1")
+    if request.config is not None:
+        from embedshard.config import load_config
+
+        load_config(request.config, os.environ, request.overrides)  # a mistake is told before torch is imported
     console = Console(soft_wrap=True, highlight=False)
     if use_ray or launcher is Launcher.ray:
         from embedshard.launch.ray import RayRequest, train_on_ray

@@ -86,8 +86,8 @@ class Windows:
     def read(self, epoch: EpochOrder, window: int) -> Columns:
         """Returns a window's rows as they are trained, steps * lanes * rows of a lane in a step; valid until the next call.
 
-        Padding is an empty list, a number of 0, and an id or row number of -1. Ids are of the
-        least type that holds all of their table.
+        Padding is an empty list, a number of 0, and an id or row number of -1. Ids are of the least type that holds all of
+        their table's.
 
         Raises:
             DataError: if the rows cannot be read or hold what the config does not allow.
