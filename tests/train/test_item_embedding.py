@@ -127,8 +127,8 @@ def test_a_batch_holds_the_same_pairs_in_every_world(make_tree):
         parts = assemble(config, world)
         readers = {
             (rank, size): type(parts.reader())(
-                parts.dataset.order, parts.dataset.train, parts.dataset.cached, parts.collator, parts.dataset.sampler,
-                rank, size,
+                parts.dataset.order, parts.dataset.train, parts.dataset.cached, config.data.cache_bytes, parts.collator,
+                parts.dataset.sampler, rank, size,
             )
             for size in (1, 4)
             for rank in range(size)
