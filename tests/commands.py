@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -121,9 +122,9 @@ class Copy:
     def wait(self, timeout=None):
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
-            if deadline is not None and time.monotonic() > deadline:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._status], [], [], left)[0]:
                 raise subprocess.TimeoutExpired(self.arguments, timeout)
-            time.sleep(0.005)
         return self.returncode
 
     def communicate(self, timeout=None):
@@ -279,6 +280,8 @@ def _run_to_end(arguments):
         _run(arguments)
         code = 0
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
