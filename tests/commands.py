@@ -14,6 +14,7 @@ import gc
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import subprocess
@@ -121,9 +122,9 @@ class Copy:
     def wait(self, timeout=None):
         deadline = None if timeout is None else time.monotonic() + timeout
         while self.poll() is None:
-            if deadline is not None and time.monotonic() > deadline:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._status], [], [], left)[0]:
                 raise subprocess.TimeoutExpired(self.arguments, timeout)
-            time.sleep(0.005)
         return self.returncode
 
     def communicate(self, timeout=None):
@@ -200,10 +201,15 @@ def _import_what_takes_long():
         page._templates().get_template(template)
     cpu_target.typing_context.refresh()  # what a kernel from the cache needs
     cpu_target.target_context.refresh()
-    threads = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
-    assert set(threads[1:]) <= {"jemalloc_bg_thd"}, f"{threads}: a copy has the first alone; jemalloc sees to its own"
+    assert not _threads(), f"{_threads()}: a copy would lack them"
     assert "embedshard.cli" not in sys.modules, "each copy runs it from its first line on"
     gc.freeze()  # so that a copy's first collection does not write to all that was imported
+
+
+def _threads():
+    """The names of this process's other threads; jemalloc sees to its own."""
+    tasks = [task for task in Path("/proc/self/task").iterdir() if task.name != str(os.getpid())]
+    return {(task / "comm").read_text().strip() for task in tasks} - {"jemalloc_bg_thd"}
 
 
 def _serve(requests):
@@ -246,12 +252,12 @@ def _keep(request, output, errors, status):
 
 
 class _Worker(subprocess.Popen):
-    """A process that a copy starts: another copy, if it is of the command line."""
+    """A process that a copy starts: a copy, too, if it is of the command line and threads (of S3's client, say) allow it."""
 
     _OWN = (sys.executable, "-m", "embedshard.cli")
 
     def _execute_child(self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others):
-        if tuple(args[:3]) != self._OWN:
+        if tuple(args[:3]) != self._OWN or _threads():
             return super()._execute_child(args, executable, preexec_fn, close_fds, pass_fds, cwd, env, *others)
         _, _, _, stdin, to_stdin, from_stdout, stdout, from_stderr, stderr, *_ = others
         assert cwd is None, "nobody asks for it"
@@ -279,6 +285,8 @@ def _run_to_end(arguments):
         _run(arguments)
         code = 0
     except SystemExit as end:
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException:
         traceback.print_exc()
