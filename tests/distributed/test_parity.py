@@ -29,6 +29,8 @@ CASES = [
     *[("rowwise_adagrad", kind) for kind in ("table_wise", "row_wise", "table_row_wise", "data_parallel", "mixed", "piled")],
 ]
 
+IDS_ALONE = "ids alone, "  # towers that map what repeats in a batch once, on some ranks more rows than on others
+
 
 class Lab:
     """Groups of processes, started when they are first needed, and what their cases gave."""
@@ -56,6 +58,8 @@ class Lab:
 @pytest.fixture(scope="module")
 def lab(interactions, tmp_path_factory):
     def make_tree(optimizer, sharding):
+        ids_alone = sharding.startswith(IDS_ALONE)
+        sharding = sharding.removeprefix(IDS_ALONE)
         tables = {
             "user": {"rows": 40, "dim": 8},  # 41 rows: uneven
             "item": {"rows": 30, "dim": 8, "l2_lookup": 0.01},
@@ -72,7 +76,7 @@ def lab(interactions, tmp_path_factory):
         }.get(sharding, {name: {"type": sharding} for name in tables})
         for name, table in tables.items():
             table["sharding"] = placed[name]
-        return {
+        tree = {
             "seed": 11,
             "data": {"train": str(interactions / "train" / "*.parquet"), "lanes": 12, "weight": "weight"},
             "features": {
@@ -99,6 +103,16 @@ def lab(interactions, tmp_path_factory):
             "sharding": {"planner": "explicit"},
             "train": {"global_batch_size": 24, "epochs": 3},
         }
+        if ids_alone:
+            del (
+                tables["item"]["l2_lookup"],
+                tree["features"]["history"],
+                tree["features"]["friends"],
+                tree["features"]["age"],
+            )
+            tree["model"]["user"]["features"] = ["user_id", "group"]
+            tree["model"]["item"]["mlp"] = [16, 8]
+        return tree
 
     lab = Lab(make_tree, tmp_path_factory.mktemp("checkpoints"))
     yield lab
@@ -119,6 +133,14 @@ def assert_same_result(found, expected, optimizer):
             assert np.quantile(difference, 0.999 if by_element else 1.0) <= (1e-5 if by_element else 1e-6), name
         elif "momentum" in name:
             np.testing.assert_allclose(values, expected.after[name], rtol=1e-3, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("sharding", [*TYPES, "mixed"])
+def test_rows_that_are_mapped_once_change_no_result_under_any_plan(lab, world, sharding):
+    optimizer = "rowwise_adagrad" if sharding in ("row_wise", "table_row_wise", "mixed") else "adagrad"
+    reference = lab.run(1, optimizer, f"{IDS_ALONE}table_wise")
+    assert_same_result(lab.run(world, optimizer, f"{IDS_ALONE}{sharding}"), reference, optimizer)
 
 
 @pytest.mark.parametrize("world", [2, 4])

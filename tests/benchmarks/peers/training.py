@@ -28,6 +28,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad  # noqa: E402
 from embedshard.config.load import load_config  # noqa: E402
 from embedshard.models.embeddings import table_modules, table_weights  # noqa: E402
 from embedshard.models.registry import build_model  # noqa: E402
+from embedshard.models.two_tower import TwoTower  # noqa: E402
 from embedshard.train.assembly import assemble  # noqa: E402
 from embedshard.world import open_world  # noqa: E402
 
@@ -97,6 +98,9 @@ def main() -> None:
             batches = list(read)
         model, optimizers = (bare_torchrec if way == "torchrec" else plain_pytorch)(config, parts, world)
         objective = parts.objective
+        for module in model.modules():
+            if isinstance(module, TwoTower):
+                module.ids_alone = ((), ())  # peers map each row: to map once what repeats is embedshard's
 
         def step(batch) -> None:
             for optimizer in optimizers:
