@@ -179,4 +179,7 @@ def _spread(
     """Returns what is made of the vectors of each row, (B, D); made of the different ones alone, where they are known."""
     if repeats is None:
         return mapped(lookups)
-    return repeats.spread(mapped({key: vectors[: repeats.count] for key, vectors in lookups.items()}))
+    count = repeats.count
+    return repeats.spread(
+        mapped({key: vectors if len(vectors) == count else vectors[:count] for key, vectors in lookups.items()})
+    )
