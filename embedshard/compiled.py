@@ -21,8 +21,9 @@ def compiled(function: _Function) -> _Function:
     """Has a loop compiled at its first call; kept for other processes where there is a folder to write to.
 
     Sums over the numbers of a vector may be added up several at a time, and products not be rounded before they are added.
+    A division by zero gives what IEEE 754 says, as in numpy: to look for one keeps a loop from taking several at a time.
     """
-    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}}
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
     try:
         loop: _Function = numba.njit(**options, cache=True)(function)
     except RuntimeError:  # numba's, where neither its folder nor the user's can be written to

@@ -50,11 +50,13 @@ class EmbeddingLookup(nn.Module):
 
     Attributes:
         to_rows: turns ids into rows where they are not rows already, given whether this is training. Set from outside.
+        is_uneven: whether ranks may look up different numbers of rows at a time. Set from outside.
     """
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
         super().__init__()
         self.to_rows: Callable[[Batch, bool], Batch] | None = None
+        self.is_uneven = False
         for spec in specs:
             if hasattr(nn.ModuleDict, spec.name):
                 raise ConfigError(

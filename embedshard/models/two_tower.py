@@ -7,18 +7,19 @@ from __future__ import annotations
 
 __all__ = ["Tower", "TwoTower"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from embedshard.config import Config, TableSpec, bias_key, negative_key, num_negative_slots
-from embedshard.config.parts import DenseFeature, TowerConfig, TwoTowerConfig
+from embedshard.config.parts import DenseFeature, IdFeature, TowerConfig, TwoTowerConfig
 from embedshard.data.batch import Batch, Draws
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.layers import POOLINGS, mlp, side_by_side
 from embedshard.models.output import RetrievalOutput
+from embedshard.models.repeats import Repeats, without_repeats
 
 
 class Tower(nn.Module):
@@ -44,6 +45,10 @@ class TwoTower(nn.Module):
     Args:
         config: the config, whose model is a two-tower.
         specs: its tables.
+
+    Attributes:
+        ids_alone: of the user's tower and of the item's, the keys whose ids are all that it is a function of; empty where
+            there is more. On a CPU, in training, what repeats in a batch is mapped once then (`repeats.py`).
     """
 
     def __init__(self, config: Config, specs: Sequence[TableSpec]) -> None:
@@ -66,13 +71,17 @@ class TwoTower(nn.Module):
             }
         )
         self.global_bias = nn.Parameter(torch.zeros(1)) if "global" in model.biases else None
+        self.ids_alone = _ids_alone(config, model, specs)
 
     def forward(self, batch: Batch) -> RetrievalOutput:
         """Returns the vectors of the batch's rows and of what was drawn. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        shorter, (of_user, of_item) = batch, (None, None)
+        if self.training and any(self.ids_alone) and batch.weights.device.type == "cpu":
+            shorter, (of_user, of_item) = without_repeats(batch, self.ids_alone, self.embeddings.is_uneven)
+        lookups = self.embeddings(shorter)
         return RetrievalOutput(
-            query_BD=self._queries(lookups, batch),
-            candidate_BD=self._candidates(lookups, batch.dense, None),
+            query_BD=_spread(of_user, lookups, lambda found: self._queries(found, batch)),
+            candidate_BD=_spread(of_item, lookups, lambda found: self._candidates(found, batch.dense, None)),
             negative_ND=None if batch.draws is None else self._drawn(lookups, batch.draws),
             lookups=lookups,
         )
@@ -138,3 +147,39 @@ class TwoTower(nn.Module):
         if slot_count is None:
             return lookups[key]
         return torch.cat([lookups[negative_key(key, slot)] for slot in range(self._num_slots)])[:slot_count]
+
+
+def _ids_alone(config: Config, model: TwoTowerConfig, specs: Sequence[TableSpec]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Returns the keys of each tower that reads single ids alone, whose vectors nobody else asks for; else none."""
+    if any(spec.managed_by is not None for spec in specs):
+        return (), ()  # what admits ids counts each as often as it is met
+    single = {
+        lookup.key
+        for spec in specs
+        if not (spec.weighted or spec.is_sequence or spec.composition or spec.l2_lookup)
+        for lookup in spec.lookups
+        if isinstance(config.features[lookup.feature], IdFeature)
+    }
+    sides = []
+    for side, tower in (("user", model.user), ("item", model.item)):
+        keys = tuple(tower.features)
+        identity = config.identity(f"{side}_id")
+        if side in model.biases and identity is not None:
+            keys = (*keys, bias_key(identity))
+        draws = side == "item" and num_negative_slots(config) > 0
+        sides.append(keys if single.issuperset(keys) and not draws else ())
+    return (sides[0], sides[1]) if not set(model.user.features) & set(model.item.features) else ((), ())
+
+
+def _spread(
+    repeats: Repeats | None,
+    lookups: Mapping[str, torch.Tensor],
+    mapped: Callable[[Mapping[str, torch.Tensor]], torch.Tensor],
+) -> torch.Tensor:
+    """Returns what is made of the vectors of each row, (B, D); made of the different ones alone, where they are known."""
+    if repeats is None:
+        return mapped(lookups)
+    count = repeats.count
+    return repeats.spread(
+        mapped({key: vectors if len(vectors) == count else vectors[:count] for key, vectors in lookups.items()})
+    )

@@ -139,8 +139,12 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
                 torch.zeros(size, dim) if part is None else part.float()
                 for size, part in zip(sizes, gradients[first:last], strict=True)
             ]
+            ids_V = indices[span].numpy()
+            if len(parts) == 1 and weights is None and _is_one_a_row(bags, ids_V):
+                self._move(table, ids_V, parts[0].contiguous().numpy())  # those of further rows are of no id
+                continue
             vectors, stride = _as_rows(parts[0]) if len(parts) == 1 else (torch.cat(parts), 1)
-            rows_U, sources, ends = _grouped(indices[span].numpy(), len(self._weights_of_tables[table]))
+            rows_U, sources, ends = _grouped(ids_V, len(self._weights_of_tables[table]))
             of_weights = None if weights is None or not is_pooled else weights[span][torch.from_numpy(sources)].float()
             if is_pooled and not _are_single(bags):
                 sources = bags_of_ids(bags)[sources]
@@ -273,6 +277,12 @@ def _in_threes(tensors: Sequence[torch.Tensor | None]) -> list[tuple[Any, Any, A
 def _are_single(begins: Ids) -> bool:
     """Returns whether bags that begin there have one id each."""
     return int(begins[-1] - begins[0]) == len(begins) - 1 and bool((begins[1:] - begins[:-1] == 1).all())
+
+
+def _is_one_a_row(begins: Ids, ids_V: Ids) -> bool:
+    """Returns whether the first bags have an id each, all different and ascending, and further ones none."""
+    count = len(ids_V)
+    return bool((ids_V[1:] > ids_V[:-1]).all()) and count < len(begins) and _are_single(begins[: count + 1])
 
 
 def _as_rows(part: torch.Tensor) -> tuple[torch.Tensor, int]:

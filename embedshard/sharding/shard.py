@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["make_sharders", "round_at_random", "shard_model"]
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, Shardin
 
 from embedshard.config import Config, TableSpec
 from embedshard.errors import ConfigError
+from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.sharding.alone import look_up_directly
 from embedshard.sharding.cache import keep_apart
 from embedshard.sharding.initialise import initialise_tables
@@ -26,6 +27,9 @@ from embedshard.sharding.recorded import RecordedPlan
 from embedshard.sharding.row_tables import take_over_tables
 from embedshard.sharding.shards import weight_shards
 from embedshard.world import World
+
+_UNEVEN: Final = {"table_wise", "column_wise", "data_parallel"}
+"""Sharding types whose vectors travel in any number from any rank."""
 
 
 def shard_model(
@@ -77,9 +81,18 @@ def shard_model(
     if world.world_size == 1:
         sharded._dmp_wrapped_module.to(world.device)  # as DDP's wrapper would
         look_up_directly(sharded)
+    _allow_uneven_lookups(sharded, plan, world)
     if initialises:
         initialise_tables(config.seed, specs, weight_shards(sharded))
     return sharded
+
+
+def _allow_uneven_lookups(model: nn.Module, plan: ShardingPlan, world: World) -> None:
+    """Tells lookups whether ranks may ask for different numbers of rows: gloo scatters no sums of tables cut by rows so."""
+    types = {placed.sharding_type for module_plan in plan.plan.values() for placed in module_plan.values()}
+    for module in model.modules():
+        if isinstance(module, EmbeddingLookup):
+            module.is_uneven = world.world_size == 1 or types <= _UNEVEN
 
 
 def round_at_random(plan: ShardingPlan, specs: Sequence[TableSpec]) -> None:

@@ -28,6 +28,8 @@ CASES = [
     *[("rowwise_adagrad", kind) for kind in ("table_wise", "row_wise", "table_row_wise", "data_parallel", "mixed", "piled")],
 ]
 
+IDS_ALONE = "ids alone, "  # towers that map what repeats in a batch once, on some ranks more rows than on others
+
 
 class Lab:
     """Groups of processes, and what their cases gave."""
@@ -53,6 +55,8 @@ class Lab:
 @pytest.fixture(scope="module")
 def lab(interactions, tmp_path_factory, groups):
     def make_tree(optimizer, sharding):
+        ids_alone = sharding.startswith(IDS_ALONE)
+        sharding = sharding.removeprefix(IDS_ALONE)
         tables = {
             "user": {"rows": 40, "dim": 8},  # 41 rows: uneven
             "item": {"rows": 30, "dim": 8, "l2_lookup": 0.01},
@@ -69,7 +73,7 @@ def lab(interactions, tmp_path_factory, groups):
         }.get(sharding, {name: {"type": sharding} for name in tables})
         for name, table in tables.items():
             table["sharding"] = placed[name]
-        return {
+        tree = {
             "seed": 11,
             "data": {"train": str(interactions / "train" / "*.parquet"), "lanes": 12, "weight": "weight"},
             "features": {
@@ -96,6 +100,16 @@ def lab(interactions, tmp_path_factory, groups):
             "sharding": {"planner": "explicit"},
             "train": {"global_batch_size": 24, "epochs": 3},
         }
+        if ids_alone:
+            del (
+                tables["item"]["l2_lookup"],
+                tree["features"]["history"],
+                tree["features"]["friends"],
+                tree["features"]["age"],
+            )
+            tree["model"]["user"]["features"] = ["user_id", "group"]
+            tree["model"]["item"]["mlp"] = [16, 8]
+        return tree
 
     return Lab(make_tree, tmp_path_factory.mktemp("checkpoints"), groups)
 
@@ -123,6 +137,18 @@ def case(world, optimizer, sharding):
     """In a world of two, `make test` leaves those of several nodes out, and SGD, which has no state."""
     is_slow = world == 2 and (sharding in OF_NODES or optimizer == "sgd")
     return pytest.param(world, optimizer, sharding, marks=pytest.mark.slow if is_slow else ())
+
+
+def tables_of_ids_alone(world):
+    sharding = [*TYPES, "mixed"]
+    return [pytest.param(world, one, marks=pytest.mark.slow if world == 2 and one in OF_NODES else ()) for one in sharding]
+
+
+@pytest.mark.parametrize(("world", "sharding"), [*tables_of_ids_alone(2), *tables_of_ids_alone(4)])
+def test_rows_that_are_mapped_once_change_no_result_under_any_plan(lab, world, sharding):
+    optimizer = "rowwise_adagrad" if sharding in ("row_wise", "table_row_wise", "mixed") else "adagrad"
+    reference = lab.run(1, optimizer, f"{IDS_ALONE}table_wise")
+    assert_same_result(lab.run(world, optimizer, f"{IDS_ALONE}{sharding}"), reference, optimizer)
 
 
 @pytest.mark.parametrize(("world", "optimizer", "sharding"), [case(world, *one) for one in CASES for world in (2, 4)])

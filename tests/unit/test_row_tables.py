@@ -86,6 +86,28 @@ def test_tables_are_trained_as_fbgemm_trains_them(optimizer, pooling, is_weighte
 
 
 @pytest.mark.parametrize("pooling", [PoolingMode.NONE, PoolingMode.SUM])
+@pytest.mark.parametrize("optimizer", ["EXACT_SGD", "EXACT_ADAGRAD", "EXACT_ROWWISE_ADAGRAD"])
+@pytest.mark.parametrize("rows", [[2, 5, 40, 299], [2, 5, 5, 299], [5, 2, 40, 299]], ids=["different", "twice", "unsorted"])
+def test_rows_that_are_different_and_in_order_are_moved_as_others(optimizer, pooling, rows, monkeypatch):
+    grouped, group = [], row_tables._grouped
+    monkeypatch.setattr(row_tables, "_grouped", lambda ids, count: (grouped.append(ids.tolist()), group(ids, count))[1])
+    tensors = []
+    for is_taken_over in (True, False):
+        model = Lookups(EmbOptimType[optimizer], pooling, SparseType.FP32)
+        if is_taken_over:
+            take_over_tables(model)
+        tables = model._lookups[0].emb_module
+        lengths = [0] * 2 * BATCH + [1] * len(rows) + [0] * (BATCH - len(rows))  # of the large table's feature alone
+        found = tables(torch.tensor(rows), torch.tensor(np.concatenate([[0], np.cumsum(lengths)])))
+        (found.sin() * torch.arange(1, found.shape[1] + 1)).sum().backward()
+        states = [state for of_table in tables.split_optimizer_states() for state in of_table]
+        tensors.append([*tables.split_embedding_weights(), *states])
+    assert grouped == ([] if rows == sorted(set(rows)) else [rows])
+    for tensor, other in zip(*tensors, strict=True):
+        torch.testing.assert_close(tensor, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pooling", [PoolingMode.NONE, PoolingMode.SUM])
 @pytest.mark.parametrize("dtype", [SparseType.FP32, SparseType.FP16])
 def test_more_threads_give_the_same_bits(pooling, dtype, monkeypatch):
     arguments = True, EmbOptimType.EXACT_ROWWISE_ADAGRAD, pooling, dtype

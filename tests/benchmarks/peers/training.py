@@ -19,7 +19,7 @@ set_process_environment()
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torchrec.distributed import DistributedModelParallel  # noqa: E402
-from torchrec.distributed.types import ShardingEnv  # noqa: E402
+from torchrec.distributed.types import ShardingEnv, ShardingPlan  # noqa: E402
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward  # noqa: E402
 from torchrec.optim.keyed import KeyedOptimizerWrapper  # noqa: E402
 from torchrec.optim.optimizers import in_backward_optimizer_filter  # noqa: E402
@@ -28,6 +28,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad  # noqa: E402
 from embedshard.config.load import load_config  # noqa: E402
 from embedshard.models.embeddings import table_modules, table_weights  # noqa: E402
 from embedshard.models.registry import build_model  # noqa: E402
+from embedshard.models.two_tower import TwoTower  # noqa: E402
 from embedshard.train.assembly import assemble  # noqa: E402
 from embedshard.world import open_world  # noqa: E402
 
@@ -56,10 +57,25 @@ class PlainLookup(nn.Module):
         return found
 
 
+class WithLoss(nn.Module):
+    """A model and its loss in one, as in TorchRec's examples.
+
+    DDP looks for the loss in what its module returns. Of a module that returns a dataclass it sees nothing, and shares no
+    gradient under the static graph that TorchRec asks it for: each worker then trains a dense part of its own.
+    """
+
+    def __init__(self, model, objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch):
+        return self.objective(self.model(batch), batch).mean()
+
+
 def bare_torchrec(config, parts, world):
     """Returns a model that TorchRec shards by the same plan, with no more than its examples do, and its dense optimizer."""
-    plan = parts.model.plan
-    model = build_model(config, parts.specs, world)
+    plan = ShardingPlan({f"model.{path}": placed for path, placed in parts.model.plan.plan.items()})
+    model = WithLoss(each_row(build_model(config, parts.specs, world)), parts.objective)
     optimizer = config.optimizer.tables
     arguments = {"lr": optimizer.lr} | ({"eps": optimizer.eps} if optimizer.kind != "sgd" else {})
     for _, module in table_modules(model):
@@ -77,14 +93,22 @@ def bare_torchrec(config, parts, world):
 
 def plain_pytorch(config, parts, world):
     """Returns a model over `EmbeddingBag(sparse=True)`, and its optimizers."""
-    model = build_model(config, parts.specs, world)
+    model = each_row(build_model(config, parts.specs, world))
     model.embeddings = PlainLookup(parts.specs)
     tables = list(model.embeddings.parameters())
     of_tables = {id(weight) for weight in tables}
     dense = [weight for weight in model.parameters() if id(weight) not in of_tables]
     optimizer = config.optimizer.tables
     arguments = {"lr": optimizer.lr} | ({"eps": optimizer.eps} if optimizer.kind != "sgd" else {})
-    return model, [CLASSES[optimizer.kind](tables, **arguments), torch.optim.Adam(dense, lr=config.optimizer.dense.lr)]
+    dense_optimizer = torch.optim.Adam(dense, lr=config.optimizer.dense.lr)
+    return WithLoss(model, parts.objective), [CLASSES[optimizer.kind](tables, **arguments), dense_optimizer]
+
+
+def each_row(model):
+    """Returns a model that maps each row, as peers do: to map what repeats once is embedshard's."""
+    if isinstance(model, TwoTower):
+        model.ids_alone = ((), ())
+    return model
 
 
 def main() -> None:
@@ -96,12 +120,11 @@ def main() -> None:
         with parts.reader().batches(0, BATCHES) as read:
             batches = list(read)
         model, optimizers = (bare_torchrec if way == "torchrec" else plain_pytorch)(config, parts, world)
-        objective = parts.objective
 
         def step(batch) -> None:
             for optimizer in optimizers:
                 optimizer.zero_grad()
-            objective(model(batch), batch).mean().backward()
+            model(batch).backward()
             for optimizer in optimizers:
                 optimizer.step()
 
