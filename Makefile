@@ -2,8 +2,10 @@
 # make test    the test suite (20 to 35 minutes on two busy cores)
 # make bench-scale   200 million rows on this machine: memory against the plan, speed (20 GB of memory, 20 GB of disk)
 # make setup   the environment alone; make check, what CI checks; make test-all, also the slow tests and the pipelines
+# make setup VENV=.venv-2.11 PINS=requirements/torch-2.11   another release of torch, torchrec and fbgemm-gpu (requirements/README.md)
 PYTHON ?= python3
 VENV := .venv
+PINS := requirements
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 SEED ?= 0
@@ -16,13 +18,13 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 setup: $(READY)
 
-$(READY): $(wildcard requirements/*.txt) pyproject.toml
+$(READY): $(wildcard requirements/*.txt $(PINS)/*.txt) pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "embedshard needs Python 3.11 or later; $(PYTHON) is older. Use: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/torch.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements/cpu.txt -r requirements/ray.txt -r requirements/dev.txt --editable .
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements/torchrec.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(PINS)/torch.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r $(PINS)/cpu.txt -r requirements/ray.txt -r requirements/dev.txt --editable .
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r $(PINS)/torchrec.txt
 	@touch $@
 
 train: setup

@@ -145,10 +145,13 @@ class World:
         if self.world_size == 1:
             return tensor
         import torch.distributed as dist
-        from torch.distributed._functional_collectives import all_gather_single_autograd
+        from torch.distributed import _functional_collectives as functional
 
         if tensor.requires_grad:
-            return all_gather_single_autograd(tensor.contiguous(), 0, self.group)
+            # torch 2.11 has the latter name alone; torch 2.13 has both, and warns of the latter.
+            is_newer = hasattr(functional, "all_gather_single_autograd")
+            gather = functional.all_gather_single_autograd if is_newer else functional.all_gather_tensor_autograd
+            return gather(tensor.contiguous(), 0, self.group)
         parts = [tensor.new_empty(tensor.shape) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         import torch

@@ -54,9 +54,14 @@ def test_the_pins_stand_in_one_place():
     pattern = re.compile(r"\b(torch|torchrec|fbgemm-gpu(?:-cpu)?)==\d")
     tracked = [*ROOT.glob("*.toml"), ROOT / "Makefile", *ROOT.glob(".ci/*"), *FILES]
     assert [path.name for path in tracked if pattern.search(path.read_text())] == []
-    pins = "".join(path.read_text() for path in (ROOT / "requirements").glob("*.txt"))
+
+
+@pytest.mark.parametrize("folder", ["requirements", "requirements/torch-2.11"])
+def test_pins_are_of_one_release(folder):
+    pins = "".join(path.read_text() for path in (ROOT / folder).glob("*.txt"))
     triple = dict(re.findall(r"^(torch|torchrec|fbgemm-gpu-cpu|fbgemm-gpu)==(\d+\.\d+)", pins, re.MULTILINE))
     minor = int(triple["torchrec"].split(".")[1])
     assert triple == {
         "torch": f"2.{minor + 5}", "torchrec": f"1.{minor}", "fbgemm-gpu": f"1.{minor}", "fbgemm-gpu-cpu": f"1.{minor}",
     }  # fmt: skip
+    assert folder in ("requirements", f"requirements/torch-{triple['torch']}")
