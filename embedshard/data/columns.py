@@ -11,9 +11,9 @@ __all__ = [
     "Flat",
     "Ragged",
     "concatenate",
+    "fill_offsets",
     "gather",
     "good_rows",
-    "lay_out",
     "move_lists",
     "num_rows",
     "padding_of",
@@ -215,7 +215,7 @@ def _gather_lists(values: Array, begins: IntArray, offsets: IntArray, out: Array
 
 
 @compiled
-def lay_out(lengths: Array, places: IntArray, offsets: Array) -> None:
+def fill_offsets(lengths: Array, places: IntArray, offsets: Array) -> None:
     """Fills in where each place begins, given the lists in it, and where the last ends.
 
     Args:

@@ -192,16 +192,13 @@ class Dataset:
                 f"partition {partition.name} was complete and has changed while it was opened: {changed}. Write a partition "
                 f"under another name and rename it when it is whole, or name a marker: data.partitions.marker."
             )
-        fits = source.decoded_bytes() <= self.config.data.cache_bytes
+        size = source.decoded_bytes()
         self.train.append(source)
         self.names.append(partition.name)
-        self.cached.append(fits)
+        self.cached.append(size <= self.config.data.cache_bytes)
         self.order = replace(
             self.order,
-            window_steps=(
-                *self.order.window_steps,
-                window_steps(self.config, source.decoded_bytes(), source.inventory.num_rows),
-            ),
+            window_steps=(*self.order.window_steps, window_steps(self.config, size, source.inventory.num_rows)),
             row_groups=(*self.order.row_groups, tuple(group.num_rows for group in source.inventory.row_groups)),
         )
         _open_what_is_drawn(self, world)
@@ -310,11 +307,12 @@ def open_dataset(
     if statistics is None:
         statistics = world.from_rank_zero(lambda: compute_statistics(train))
     train, former_train = ([source.with_statistics(statistics) for source in part] for part in (train, former_train))
-    fits = [source.decoded_bytes() <= config.data.cache_bytes for source in train]
+    sizes = [source.decoded_bytes() for source in train]
+    fits = [size <= config.data.cache_bytes for size in sizes]
     windows = (
         resolved["window_steps"]
         if resolved is not None and own
-        else [window_steps(config, source.decoded_bytes(), source.inventory.num_rows) for source in train]
+        else [window_steps(config, size, source.inventory.num_rows) for source, size in zip(train, sizes, strict=True)]
     )
     order = Order(
         seed=config.seed,

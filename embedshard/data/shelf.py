@@ -85,7 +85,7 @@ class Shelf:
         """
         columns = {name: _copy(column, types.get(name, column.values.dtype)) for name, column in piece.columns.items()}
         piece = Piece(piece.lane, piece.first, columns)
-        size = sum(array.nbytes for column in columns.values() for array in _arrays(column) if array is not None)
+        size = _size_bytes(columns)
         if self.held_bytes + size > self.limit_bytes:
             self._windows[window].append(self._write(piece, size))
             return
@@ -98,8 +98,7 @@ class Shelf:
         while pieces:
             piece = pieces.pop()
             if isinstance(piece, Piece):
-                arrays = (array for column in piece.columns.values() for array in _arrays(column))
-                self.held_bytes -= sum(array.nbytes for array in arrays if array is not None)
+                self.held_bytes -= _size_bytes(piece.columns)
             yield piece if isinstance(piece, Piece) else self._read(piece)
 
     def clear(self) -> None:
@@ -154,6 +153,10 @@ class Shelf:
 
 def _arrays(column: Flat | Ragged) -> tuple[npt.NDArray[Any] | None, ...]:
     return (column.values,) if isinstance(column, Flat) else (column.values, column.offsets, column.weights)
+
+
+def _size_bytes(columns: Columns) -> int:
+    return sum(array.nbytes for column in columns.values() for array in _arrays(column) if array is not None)
 
 
 def _copy(column: Flat | Ragged, dtype: np.dtype[Any]) -> Flat | Ragged:

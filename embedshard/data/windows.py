@@ -17,7 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from embedshard.config import Config
-from embedshard.data.columns import Buffers, Columns, Flat, Ragged, lay_out, move_lists, num_rows, padding_of, slice_rows
+from embedshard.data.columns import (
+    Buffers,
+    Columns,
+    Flat,
+    Ragged,
+    fill_offsets,
+    move_lists,
+    num_rows,
+    padding_of,
+    slice_rows,
+)
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf
 from embedshard.data.source import Source
@@ -55,11 +65,11 @@ def window_steps(config: Config, decoded_bytes: int, rows: int) -> int:
 
 def rows_that_wait(epoch: EpochOrder, lanes: tuple[int, int]) -> int:
     """Returns about how many rows are decoded with the first window of some lanes that are not in it."""
-    decoded, last_row = 0, epoch.lane_span(lanes[1] - 1)[1]
+    decoded = 0
     for place, last in _needed(epoch, 0, lanes).items():
-        first, end = _first_needed(epoch, place, 0, lanes), min(int(epoch.group_starts[place + 1]), last_row)
+        first, end = _first_needed(epoch, place, 0, lanes), _end(epoch, place, lanes)
         decoded += (end if end - first <= _WHOLE_ROWS else min(last + _LANE_ROWS, end)) - first
-    return decoded - sum(last - first for first, last in (epoch.window_rows(lane, 0) for lane in range(*lanes)))
+    return decoded - _num_rows(epoch, 0, lanes)
 
 
 class Windows:
@@ -128,7 +138,7 @@ class Windows:
         for place, last in _needed(epoch, window, self._lanes).items():
             if place in self._ended:
                 continue
-            end = min(int(epoch.group_starts[place + 1]), epoch.lane_span(self._lanes[1] - 1)[1])
+            end = _end(epoch, place, self._lanes)
             if place not in self._streams:
                 first = _first_needed(epoch, place, window, self._lanes)
                 at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
@@ -181,6 +191,16 @@ def _first_needed(epoch: EpochOrder, place: int, window: int, lanes: tuple[int, 
     return min(max(first, begin) for first, last in spans if max(first, begin) < min(last, end))
 
 
+def _end(epoch: EpochOrder, place: int, lanes: tuple[int, int]) -> int:
+    """Returns the epoch row up to which the lanes train a row group."""
+    return min(int(epoch.group_starts[place + 1]), epoch.lane_span(lanes[1] - 1)[1])
+
+
+def _num_rows(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> int:
+    """Returns the rows of a window of some lanes, without padding."""
+    return sum(last - first for first, last in (epoch.window_rows(lane, window) for lane in range(*lanes)))
+
+
 class _Window:
     """A window that is being filled: each row goes to its place in the order of training at once.
 
@@ -204,7 +224,8 @@ class _Window:
     ) -> None:
         self.epoch, self.number = epoch, number
         self._lanes, self._types, self._buffers, self._arrived = lanes, types, buffers, arrived
-        self.count = epoch.steps(number) * (lanes[1] - lanes[0]) * epoch.rows_per_lane
+        self._rows = _num_rows(epoch, number, lanes)
+        self._count = epoch.steps(number) * (lanes[1] - lanes[0]) * epoch.rows_per_lane
         self._places: dict[int, IntArray] = {}
         self._flat: dict[str, Array] = {}
         self._lists: dict[str, _Arrived] = {}
@@ -222,24 +243,25 @@ class _Window:
                 held[places] = column.values.astype(held.dtype, copy=False)
             else:
                 if name not in self._lists:
-                    rows = sum(last - first for first, last in self._spans())
-                    self._lists[name] = _Arrived(name, rows, self._type(name, column), column, self._arrived)
+                    self._lists[name] = _Arrived(name, self._rows, self._type(name, column), column, self._arrived)
                 self._lists[name].put(column)
         if self._lists:
             self._met.append(places)
 
     def columns(self) -> Columns:
         """Returns the rows as they are trained, when all are there."""
-        names, met = [*self._flat, *self._lists], np.concatenate(self._met) if self._met else np.zeros(0, np.int64)
-        lists = {name: self._in_order(name, arrived, met) for name, arrived in self._lists.items()}
-        return {name: lists[name] if name in lists else Flat(self._flat[name]) for name in names}
+        columns: Columns = {name: Flat(values) for name, values in self._flat.items()}
+        if self._lists:
+            met = np.concatenate(self._met)
+            columns |= {name: self._in_order(name, arrived, met) for name, arrived in self._lists.items()}
+        return columns
 
     def _in_order(self, name: str, arrived: _Arrived, met: IntArray) -> Ragged:
         lengths = arrived.lengths[: len(met)]
         dtype = np.int32 if arrived.size <= np.iinfo(np.int32).max else np.int64
-        offsets = self._buffers.array(f"{name}/offsets", self.count + 1, dtype)
+        offsets = self._buffers.array(f"{name}/offsets", self._count + 1, dtype)
         offsets[:] = 0
-        lay_out(lengths, met, offsets)
+        fill_offsets(lengths, met, offsets)
         values = self._buffers.array(name, arrived.size, arrived.values.dtype)
         move_lists(arrived.values, lengths, met, offsets, values)
         weights = None
@@ -247,9 +269,6 @@ class _Window:
             weights = self._buffers.array(f"{name}/weights", arrived.size, np.float32)
             move_lists(arrived.weights, lengths, met, offsets, weights)
         return Ragged(values, offsets, weights)
-
-    def _spans(self) -> Iterator[tuple[int, int]]:
-        return (self.epoch.window_rows(lane, self.number) for lane in range(*self._lanes))
 
     def _places_of(self, lane: int) -> IntArray:
         """Returns the place in the window of each of a lane's rows, as the epoch has them."""
@@ -260,7 +279,7 @@ class _Window:
             turn = np.arange(len(order), dtype=np.int64)
             step, within = np.divmod(turn, per_lane)
             places = self._places[lane] = np.empty(len(order), dtype=np.int64)
-            places[order] = step * (self.count // self.epoch.steps(self.number)) + within
+            places[order] = step * (self._count // self.epoch.steps(self.number)) + within
             places += (lane - self._lanes[0]) * per_lane
         return places
 
@@ -268,8 +287,8 @@ class _Window:
         return self._types.get(name, column.values.dtype)
 
     def _empty(self, name: str, column: Flat) -> Array:
-        held = self._buffers.array(name, self.count, self._type(name, column))
-        if sum(last - first for first, last in self._spans()) < self.count:
+        held = self._buffers.array(name, self._count, self._type(name, column))
+        if self._rows < self._count:
             held[:] = padding_of(name, held.dtype)
         return held
 

@@ -275,7 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=2**22, help="to read, with ids; a quarter with lists")
+    parser.add_argument("--rows", type=int, default=2**22, help="to read, with ids; half of it with lists")
     parser.add_argument("--steps", type=int, default=400, help="to train")
     parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)), help="core that contenders are bound to")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-peers", help="kept")
