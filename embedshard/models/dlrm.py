@@ -1,17 +1,18 @@
 """DLRM: dot products of all pairs of features' vectors, the dense features made one vector among them.
 
-Shapes: B rows on this rank, D dim of all vectors, F features with a table.
+Shapes: B rows on this rank, D dim of all vectors, F dense features, V vectors of a row, P pairs of them.
 """
 
 from __future__ import annotations
 
-__all__ = ["DLRM"]
+__all__ = ["DLRM", "DotInteraction"]
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
-from torchrec.models.dlrm import InteractionArch
+from torch.autograd.function import once_differentiable
 
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import DLRMConfig
@@ -41,11 +42,8 @@ class DLRM(nn.Module):
         make = MLPMaker(model.norm, model.dropout, config.seed, world)
         num_vectors, dim = len(self.fields.embedded), self.fields.dims[0]
         self.dense_mlp = make(self.fields.num_dense, [*model.dense_mlp, dim]) if self.fields.num_dense else None
-        # Without dense features the first vector stands in their place, and only products are used.
-        others = num_vectors if self.dense_mlp is not None else num_vectors - 1
-        self.interaction = InteractionArch(others)
-        num_products = (others + 1) * others // 2
-        self.mlp = make(num_products + (dim if self.dense_mlp is not None else 0), model.mlp)
+        self.interaction = DotInteraction(num_vectors + (self.dense_mlp is not None))
+        self.mlp = make(self.interaction.num_pairs + (dim if self.dense_mlp is not None else 0), model.mlp)
         self.head = nn.Linear(self.mlp.width, 1)
 
     def forward(self, batch: Batch) -> LabelOutput:
@@ -53,7 +51,59 @@ class DLRM(nn.Module):
         lookups = self.embeddings(batch)
         vectors, numbers_BF = self.fields(lookups, batch)
         if self.dense_mlp is not None:
-            joined = self.interaction(self.dense_mlp(numbers_BF, batch), torch.stack(vectors, dim=1))
+            numbers_BD = self.dense_mlp(numbers_BF, batch)
+            joined = torch.cat([numbers_BD, self.interaction(torch.stack([numbers_BD, *vectors], dim=1))], dim=1)
         else:
-            joined = self.interaction(vectors[0], torch.stack(vectors[1:], dim=1))[:, vectors[0].shape[1] :]
+            joined = self.interaction(torch.stack(vectors, dim=1))
         return LabelOutput(self.head(self.mlp(joined, batch)), lookups)
+
+
+class DotInteraction(nn.Module):
+    """The dot product of each pair of a row's vectors, in the order of TorchRec's `InteractionArch`.
+
+    That one takes what lies above the diagonal by a pair of indices, whose gradient torch puts in place number by number: a
+    third of a step of the DLRM in docs/benchmarks.md. Here a gradient is laid out as the whole symmetric matrix in one pass,
+    and multiplied in one batched product where autograd takes two.
+
+    Args:
+        num_vectors: V.
+    """
+
+    def __init__(self, num_vectors: int) -> None:
+        super().__init__()
+        first_P, second_P = torch.triu_indices(num_vectors, num_vectors, offset=1)
+        self.num_pairs = len(first_P)
+        pair_VV = torch.full(
+            (num_vectors, num_vectors), self.num_pairs
+        )  # of a vector with itself: the zero behind all pairs
+        pair_VV[first_P, second_P] = pair_VV[second_P, first_P] = torch.arange(self.num_pairs)
+        self.register_buffer("_place_P", first_P * num_vectors + second_P, persistent=False)
+        self.register_buffer("_pair", pair_VV.flatten(), persistent=False)
+
+    def forward(self, vectors_BVD: torch.Tensor) -> torch.Tensor:
+        """Returns (B, P): vectors 0 . 1, 0 . 2, ..., 1 . 2, ..."""
+        if not self.training:
+            return _dot_interaction(vectors_BVD, self._place_P)
+        products_BP: torch.Tensor = _DotInteraction.apply(vectors_BVD, self._place_P, self._pair)
+        return products_BP
+
+
+def _dot_interaction(vectors_BVD: torch.Tensor, place_P: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(vectors_BVD, vectors_BVD.transpose(1, 2)).flatten(1).index_select(1, place_P)
+
+
+class _DotInteraction(torch.autograd.Function):
+    """`_dot_interaction` with its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, vectors_BVD: torch.Tensor, place_P: torch.Tensor, pair: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(vectors_BVD, pair)
+        return _dot_interaction(vectors_BVD, place_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient_BP: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        vectors_BVD, pair = ctx.saved_tensors
+        num_vectors = vectors_BVD.shape[1]
+        gradient_BVV = nn.functional.pad(gradient_BP, (0, 1)).index_select(1, pair).unflatten(1, (num_vectors, num_vectors))
+        return torch.bmm(gradient_BVV, vectors_BVD), None, None

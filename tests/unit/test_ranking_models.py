@@ -7,12 +7,14 @@ from itertools import combinations
 import pytest
 import torch
 from torch import nn
+from torchrec.models.dlrm import InteractionArch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.config import bias_key, build_config, table_specs
 from embedshard.data.batch import Batch
 from embedshard.data.order import Position
 from embedshard.models.deepfm import pair_products
+from embedshard.models.dlrm import DotInteraction
 from embedshard.models.fields import TargetPooling
 from embedshard.models.mlp import MLP, BatchNorm
 from embedshard.models.objectives.pointwise import Pointwise
@@ -171,6 +173,19 @@ def test_without_dense_features_a_dlrm_has_products_alone():
     for row in range(ROWS):
         products = torch.stack([vectors[a][row] @ vectors[b][row] for a, b in combinations(IDS, 2)])
         torch.testing.assert_close(model(batch).logits[row], naive_head(model.head, naive_mlp(model.mlp, products)))
+
+
+@pytest.mark.parametrize("num_vectors", [2, 3, 9])
+def test_products_and_their_gradient_are_those_of_torchrec(num_vectors):
+    generator = torch.Generator().manual_seed(3)
+    vectors = torch.randn(ROWS, num_vectors, DIM, generator=generator, dtype=torch.float64, requires_grad=True)
+    ours = DotInteraction(num_vectors)
+    expected = InteractionArch(num_vectors - 1).double()(vectors[:, 0], vectors[:, 1:])[:, DIM:]
+    assert ours.num_pairs == expected.shape[1]
+    torch.testing.assert_close(ours(vectors), expected)
+    torch.testing.assert_close(ours.eval()(vectors), expected)
+    ours.train()
+    assert torch.autograd.gradcheck(ours, vectors)
 
 
 def test_features_are_read_in_the_order_of_the_model():

@@ -20,13 +20,16 @@ import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torchrec.distributed import DistributedModelParallel  # noqa: E402
 from torchrec.distributed.types import ShardingEnv, ShardingPlan  # noqa: E402
+from torchrec.models.dlrm import InteractionArch  # noqa: E402
 from torchrec.optim.apply_optimizer_in_backward import apply_optimizer_in_backward  # noqa: E402
 from torchrec.optim.keyed import KeyedOptimizerWrapper  # noqa: E402
 from torchrec.optim.optimizers import in_backward_optimizer_filter  # noqa: E402
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad  # noqa: E402
 
 from embedshard.config.load import load_config  # noqa: E402
+from embedshard.models.dlrm import DLRM  # noqa: E402
 from embedshard.models.embeddings import table_modules, table_weights  # noqa: E402
+from embedshard.models.output import LabelOutput  # noqa: E402
 from embedshard.models.registry import build_model  # noqa: E402
 from embedshard.models.two_tower import TwoTower  # noqa: E402
 from embedshard.train.assembly import assemble  # noqa: E402
@@ -75,7 +78,7 @@ class WithLoss(nn.Module):
 def bare_torchrec(config, parts, world):
     """Returns a model that TorchRec shards by the same plan, with no more than its examples do, and its dense optimizer."""
     plan = ShardingPlan({f"model.{path}": placed for path, placed in parts.model.plan.plan.items()})
-    model = WithLoss(each_row(build_model(config, parts.specs, world)), parts.objective)
+    model = WithLoss(build_as_peers_do(config, parts, world), parts.objective)
     optimizer = config.optimizer.tables
     arguments = {"lr": optimizer.lr} | ({"eps": optimizer.eps} if optimizer.kind != "sgd" else {})
     for _, module in table_modules(model):
@@ -93,7 +96,7 @@ def bare_torchrec(config, parts, world):
 
 def plain_pytorch(config, parts, world):
     """Returns a model over `EmbeddingBag(sparse=True)`, and its optimizers."""
-    model = each_row(build_model(config, parts.specs, world))
+    model = build_as_peers_do(config, parts, world)
     model.embeddings = PlainLookup(parts.specs)
     tables = list(model.embeddings.parameters())
     of_tables = {id(weight) for weight in tables}
@@ -104,11 +107,28 @@ def plain_pytorch(config, parts, world):
     return WithLoss(model, parts.objective), [CLASSES[optimizer.kind](tables, **arguments), dense_optimizer]
 
 
-def each_row(model):
-    """Returns a model that maps each row, as peers do: to map what repeats once is embedshard's."""
+def build_as_peers_do(config, parts, world):
+    """Returns a model without what is embedshard's own: two towers map each row, a DLRM multiplies by TorchRec's module."""
+    if config.model.kind == "dlrm":
+        return TorchRecDLRM(config, parts.specs, world)
+    model = build_model(config, parts.specs, world)
     if isinstance(model, TwoTower):
         model.ids_alone = ((), ())
     return model
+
+
+class TorchRecDLRM(DLRM):
+    """A DLRM around TorchRec's `InteractionArch`."""
+
+    def __init__(self, config, specs, world) -> None:
+        super().__init__(config, specs, world)
+        self.interaction = InteractionArch(len(self.fields.embedded))
+
+    def forward(self, batch):
+        lookups = self.embeddings(batch)
+        vectors, numbers = self.fields(lookups, batch)
+        joined = self.interaction(self.dense_mlp(numbers, batch), torch.stack(vectors, dim=1))
+        return LabelOutput(self.head(self.mlp(joined, batch)), lookups)
 
 
 def main() -> None:
