@@ -77,14 +77,16 @@ class DotInteraction(nn.Module):
             (num_vectors, num_vectors), self.num_pairs
         )  # of a vector with itself: the zero behind all pairs
         pair_VV[first_P, second_P] = pair_VV[second_P, first_P] = torch.arange(self.num_pairs)
+        self._place_P: torch.Tensor
         self.register_buffer("_place_P", first_P * num_vectors + second_P, persistent=False)
+        self._pair: torch.Tensor
         self.register_buffer("_pair", pair_VV.flatten(), persistent=False)
 
     def forward(self, vectors_BVD: torch.Tensor) -> torch.Tensor:
         """Returns (B, P): vectors 0 . 1, 0 . 2, ..., 1 . 2, ..."""
         if not self.training:
             return _dot_interaction(vectors_BVD, self._place_P)
-        products_BP: torch.Tensor = _DotInteraction.apply(vectors_BVD, self._place_P, self._pair)
+        products_BP: torch.Tensor = _DotInteraction.apply(vectors_BVD, self._place_P, self._pair)  # type: ignore[no-untyped-call]
         return products_BP
 
 
@@ -104,6 +106,6 @@ class _DotInteraction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient_BP: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         vectors_BVD, pair = ctx.saved_tensors
-        num_vectors = vectors_BVD.shape[1]
-        gradient_BVV = nn.functional.pad(gradient_BP, (0, 1)).index_select(1, pair).unflatten(1, (num_vectors, num_vectors))
+        size, num_vectors, _ = vectors_BVD.shape
+        gradient_BVV = nn.functional.pad(gradient_BP, (0, 1)).index_select(1, pair).view(size, num_vectors, num_vectors)
         return torch.bmm(gradient_BVV, vectors_BVD), None, None
