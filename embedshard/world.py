@@ -137,6 +137,25 @@ class World:
         dist.all_reduce(total, group=self.group)
         return total
 
+    def begin_sum(self, numbers: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Returns what waits for the sum of a few numbers over all ranks, added up in rank order. Collective.
+
+        All ranks' numbers go to all: for few of them quicker than `sum`, and the others need not be waited for at once.
+        """
+        if self.world_size == 1:
+            return lambda: numbers
+        import torch
+        import torch.distributed as dist
+
+        parts = [torch.empty_like(numbers) for _ in range(self.world_size)]
+        work = dist.all_gather(parts, numbers.contiguous(), group=self.group, async_op=True)
+
+        def total() -> torch.Tensor:
+            work.wait()
+            return torch.stack(parts).sum(dim=0)
+
+        return total
+
     def gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns all ranks' tensors, concatenated along the first axis in rank order. Collective.
 

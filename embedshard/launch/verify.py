@@ -345,10 +345,19 @@ def _problems(outcome: Outcome, reference: Outcome, specs: Sequence[TableSpec]) 
             yield f"weights of table '{spec.name}' differ by {found:.1e}, allowed are {tolerance:.1e}"
     for name, values in outcome.after.items():
         if name.startswith("dense/"):
-            difference = float(np.quantile(np.abs(_wide(values) - _wide(reference.after[name])), 0.999))
+            difference = _most(np.abs(_wide(values) - _wide(reference.after[name])))
             scale = max(1.0, float(np.abs(reference.after[name]).max(initial=0.0)))
             if difference > 1e-5 * scale:
                 yield f"'{name.removeprefix('dense/')}' differs by {difference:.1e}, allowed are {1e-5 * scale:.1e}"
+
+
+def _most(differences: Array) -> float:
+    """Returns the largest but for one in a thousand, and for one of a hundred or more.
+
+    Adam divides a gradient by its size: one that is all rounding moves its weight as far as any other.
+    """
+    left_out = max(differences.size // 1000, int(differences.size >= 100))
+    return float(np.sort(differences, axis=None)[-1 - left_out]) if differences.size else 0.0
 
 
 def _wide(values: Array) -> Array:

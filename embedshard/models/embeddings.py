@@ -51,12 +51,14 @@ class EmbeddingLookup(nn.Module):
     Attributes:
         to_rows: turns ids into rows where they are not rows already, given whether this is training. Set from outside.
         is_uneven: whether ranks may look up different numbers of rows at a time. Set from outside.
+        hand_on: what vectors by key are handed on through. Set from outside.
     """
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
         super().__init__()
         self.to_rows: Callable[[Batch, bool], Batch] | None = None
         self.is_uneven = False
+        self.hand_on: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
         for spec in specs:
             if hasattr(nn.ModuleDict, spec.name):
                 raise ConfigError(
@@ -87,18 +89,26 @@ class EmbeddingLookup(nn.Module):
         if self.to_rows is not None:
             batch = self.to_rows(batch, self.training)
         vectors: dict[str, torch.Tensor] = {}
+        for collection, ids in self.requests(batch):
+            found = collection(ids)
+            if collection is self.plain or collection is self.weighted:
+                vectors.update(found.to_dict())
+            else:
+                asked = batch.sequences
+                assert asked is not None, "sequences were asked for"
+                vectors.update({key: self._pooled(key, found[key].values(), asked) for key in ids.keys()})  # noqa: SIM118
+        return vectors if self.hand_on is None else self.hand_on(vectors)
+
+    def requests(self, batch: Batch) -> Iterator[tuple[nn.Module, KeyedJaggedTensor]]:
+        """Yields each collection that a batch looks something up in, with the rows that it looks up there."""
         for collection, ids in ((self.plain, batch.sparse), (self.weighted, batch.weighted)):
             if collection is not None:
-                vectors.update(collection(ids).to_dict())
+                assert ids is not None, "the collator fills what collections are looked up by"
+                yield collection, ids
         if batch.sequences is not None:
             for name, collection in self.sequences.items():
-                vectors.update(self._looked_up(collection, _of_keys(batch.sequences, self._sequence_keys[name])))
-        return vectors
-
-    def _looked_up(self, collection: nn.Module, ids: KeyedJaggedTensor) -> dict[str, torch.Tensor]:
-        without_weights = KeyedJaggedTensor(keys=ids.keys(), values=ids.values(), lengths=ids.lengths())
-        found = collection(without_weights)
-        return {key: self._pooled(key, found[key].values(), ids) for key in ids.keys()}  # noqa: SIM118 (no mapping)
+                of_keys = _of_keys(batch.sequences, self._sequence_keys[name])
+                yield collection, KeyedJaggedTensor(keys=of_keys.keys(), values=of_keys.values(), lengths=of_keys.lengths())
 
     def _pooled(self, key: str, vectors_VD: torch.Tensor, ids: KeyedJaggedTensor) -> torch.Tensor:
         if key not in self._pooled_keys:

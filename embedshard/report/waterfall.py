@@ -17,7 +17,7 @@ from embedshard.stages import BESIDE, READING, STEP_STAGES, Waterfall
 _WIDTH, _LABEL, _VALUE, _ROW = 960, 128, 150, 21
 _BAR, _TOP, _BOTTOM = 13, 6, 26
 _COLOUR_OF = {
-    **dict.fromkeys(("read_wait", "agree"), 1),
+    **dict.fromkeys(("read_wait", "agree", "dense_sync"), 1),
     **dict.fromkeys(("copy", "input_dist", "output_dist"), 3),
     **dict.fromkeys(("lookup", "table_backward"), 0),
     **dict.fromkeys(("dense_forward", "loss", "dense_backward", "dense_update"), 2),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 __all__ = ["mark_lookups"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 from torchrec.distributed.types import ShardedModule
 
@@ -16,11 +15,11 @@ from embedshard.stages import Laps
 
 
 def mark_lookups(model: nn.Module, laps: Laps) -> None:
-    """Makes a model's lookups, and the gradient of what they gave, end stages; in training alone. Call it once.
+    """Makes a model's lookups end stages; in training alone. Call it once.
 
     `input_dist` ends where a collection begins to read its rows (where ids of managed vocabularies become rows, that is in
-    it), `lookup` where the vectors are on their way, `output_dist` where all have come; `dense_backward` where the first
-    gradient of them is whole. What was before a lookup in the same forward pass is `dense_forward`.
+    it), `lookup` where the vectors are on their way, `output_dist` where all have come. What was before a lookup in the same
+    forward pass is `dense_forward`.
     """
     for module in model.modules():
         if isinstance(module, EmbeddingLookup):
@@ -36,11 +35,11 @@ def mark_lookups(model: nn.Module, laps: Laps) -> None:
 
 
 class _Marks:
-    """The marks of one lookup; those on its backward pass are made anew by each forward pass."""
+    """The marks of one lookup."""
 
     def __init__(self, laps: Laps) -> None:
         self._laps = laps
-        self._is_first = self._waits_for_gradient = False
+        self._is_first = False
 
     def begin(self, module: nn.Module, given: object) -> None:
         if module.training:
@@ -53,19 +52,9 @@ class _Marks:
             self._laps.lap("output_dist")
         self._is_first = False
 
-    def end(self, module: nn.Module, given: object, vectors: Mapping[str, torch.Tensor]) -> None:
-        if not module.training:
-            return
-        self._laps.lap("output_dist")
-        self._waits_for_gradient = True
-        # Vectors of a collection are slices of one tensor: a node for all, which runs when each one's gradient is there.
-        for node in {vector.grad_fn for vector in vectors.values() if vector.grad_fn is not None}:
-            node.register_prehook(self.gradient)
-
-    def gradient(self, gradients: object) -> None:
-        if self._waits_for_gradient:
-            self._waits_for_gradient = False
-            self._laps.lap("dense_backward")
+    def end(self, module: nn.Module, given: object, vectors: object) -> None:
+        if module.training:
+            self._laps.lap("output_dist")
 
 
 def _timed(module: nn.Module, work: Callable[..., Any], laps: Laps) -> Callable[..., Any]:

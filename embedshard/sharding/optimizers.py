@@ -25,6 +25,7 @@ from embedshard.config import Config, TableSpec
 from embedshard.config.parts import DenseOptimizerConfig, ScheduleConfig, TableOptimizerConfig
 from embedshard.errors import ConfigError
 from embedshard.models.embeddings import table_modules, table_weights
+from embedshard.sharding.dense_gradients import DenseGradients
 from embedshard.sharding.lazy_adam import AdamSteps, tell_fbgemm
 from embedshard.sharding.ownership import TABLE_CLASSES, check_ownership
 from embedshard.sharding.shards import Shard, replicated_tables
@@ -113,6 +114,7 @@ class Optimizers:
         owned = {name for optimizer in self._replicated.values() for name in optimizer.params}
         self._dense_parameters = {name: parameter for name, parameter in rest.items() if name not in owned}
         check_ownership(model, specs, self._replicated, self._dense_parameters, world)
+        self._gradients = DenseGradients(self._dense_parameters, world)
         self._adam_steps = AdamSteps(model, [spec.name for spec in specs if spec.optimizer.kind == "adam"])
         self.dense = _dense_optimizer(config.optimizer.dense, self._dense_parameters)
         groups = [group for _, fused in self._fused.optimizers for group in fused.param_groups]
@@ -169,8 +171,13 @@ class Optimizers:
     def zero_grad(self) -> None:
         """Makes ready for a step: forgets the gradients of all that is not fused."""
         self._adam_steps.tell()
-        for optimizer in self._unfused:
+        self._gradients.clear()
+        for optimizer in self._replicated.values():
             optimizer.zero_grad(set_to_none=False)
+
+    def sum_gradients(self, factor: float) -> None:
+        """Makes the dense gradients the sum over the ranks, times a factor. Collective; once a backward pass."""
+        self._gradients.finish(factor)
 
     def step(self) -> None:
         """Takes the step of all that is not fused; other tables have taken theirs in the backward pass."""

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import nn
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs_registry
-from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import QuantizedCommCodecs, ShardingEnv, ShardingPlan
 
 from embedshard.config import Config, TableSpec
@@ -70,16 +70,12 @@ def shard_model(
         device=world.device,
         plan=plan,
         sharders=list(sharders),
-        # The output is a dataclass, into which a static graph's hooks do not look. Where it looks for unused parameters, DDP
-        # leaves its buckets as they are; else it orders them anew after its first step, and with them the sums over more
-        # than two ranks: a run that resumes would not be the run that was not stopped, bit for bit.
-        data_parallel_wrapper=DefaultDataParallelWrapper(static_graph=False, find_unused_parameters=True),
-        init_data_parallel=world.world_size > 1,  # there is no gradient to share in a world of one
+        init_data_parallel=False,  # what all have a copy of is kept the same by `dense_gradients.py`
     )
     take_over(sharded)
     take_over_tables(sharded)
+    sharded._dmp_wrapped_module.to(world.device)  # as DDP's wrapper would
     if world.world_size == 1:
-        sharded._dmp_wrapped_module.to(world.device)  # as DDP's wrapper would
         look_up_directly(sharded)
     _allow_uneven_lookups(sharded, plan, world)
     if initialises:

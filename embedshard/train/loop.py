@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, pairwise
 from typing import Any
 
 from embedshard import __version__
@@ -214,15 +215,17 @@ class _Training:
         self.stopwatch.watch_reader(reader.laps)
         with reader.batches(state.step, steps) as batches:
             self.stopwatch.restart()
+            with_upcoming = pairwise(chain(batches, [None]))
             while state.step < steps and not state.has_stopped_early(config.train.early_stopping):
                 self.days.validate_next(self.parts, state)
                 self.stopwatch.lap("evaluate")
-                batch = next(batches)
+                batch, upcoming = next(with_upcoming)
+                assert batch is not None, "the reader has a batch for each step"
                 self.stopwatch.lap("read_wait")
                 self.parts.optimizers.set_learning_rates(state.step, steps, self.parts.dataset.former.steps)
                 self.stopwatch.lap("dense_update")
                 result = self.parts.stepper.take(
-                    batch, notices.stop is not None, notices.save, self.parts.dataset.bytes_read
+                    batch, notices.stop is not None, notices.save, self.parts.dataset.bytes_read, upcoming
                 )
                 self.ledger.add(batch)
                 self.quarantine.add(batch)
@@ -245,7 +248,9 @@ class _Training:
                     notices.save = False
                     self.reporter.measured(state.step, {"checkpoint/seconds": self.stopwatch.lap("checkpoint")})
                 if result.stop_asked and not is_end:
+                    self.parts.stepper.end()
                     return notices.stop or "another rank"
+            self.parts.stepper.end()
         return None
 
     @property

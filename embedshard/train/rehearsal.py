@@ -10,6 +10,7 @@ __all__ = ["Block", "Noted", "Rehearsal", "merge", "rehearse"]
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -110,10 +111,10 @@ def rehearse(wanted: Rehearsal, world: World, dataset: Dataset | None = None) ->
     last = min(wanted.last, parts.num_steps)
     touched: dict[str, list[Array]] = {}
     with parts.reader().batches(first, last) as batches:
-        for step in range(first, last):
-            batch = next(batches)
+        for step, (batch, upcoming) in zip(range(first, last), pairwise(chain(batches, [None])), strict=True):
+            assert batch is not None, "the reader has a batch for each step"
             parts.optimizers.set_learning_rates(step, parts.num_steps)
-            noted.losses.append(parts.stepper.take(batch, stop_asked=False).loss)
+            noted.losses.append(parts.stepper.take(batch, stop_asked=False, upcoming=upcoming).loss)
             for table, ids in _looked_up(parts, batch):
                 touched.setdefault(table, []).append(ids)
     noted.touched = {table: np.unique(np.concatenate(ids)) for table, ids in touched.items()}

@@ -1,4 +1,4 @@
-"""One optimizer step: forward, the loss agreed by all ranks, backward, the dense update."""
+"""One optimizer step: forward, backward to what was looked up, the loss agreed by all ranks, tables, the dense update."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from embedshard.data.batch import Batch
 from embedshard.errors import TrainingError
 from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.models.objectives.objective import Objective, l2_penalty
+from embedshard.sharding.ahead import Ahead
+from embedshard.sharding.halves import LookedUp
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.stages import STEP_STAGES, Laps
 from embedshard.world import World
@@ -72,21 +74,31 @@ class Stepper:
         self._laps = Laps(STEP_STAGES) if laps is None else laps
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._world, self._seed, self._describe_row, self._streaming = world, seed, describe_row, streaming
+        self._ahead, self._looked_up = Ahead(model, world), LookedUp(model)
         self._penalties: Mapping[str, float] = {
             lookup.key: spec.l2_lookup for spec in specs if spec.l2_lookup for lookup in spec.lookups if lookup.slot is None
         }
 
-    def take(self, batch: Batch, stop_asked: bool, save_asked: bool = False, bytes_read: int = 0) -> StepResult:
+    def take(
+        self,
+        batch: Batch,
+        stop_asked: bool,
+        save_asked: bool = False,
+        bytes_read: int = 0,
+        upcoming: Batch | None = None,
+    ) -> StepResult:
         """Takes one step. Collective.
 
         The gradient is that of the mean loss over the global batch's weights: each rank's sum is scaled by
-        world size / total weight, since DDP and TorchRec divide by the world size.
+        world size / total weight, since TorchRec divides by the world size.
 
         Args:
             batch: this rank's rows.
             stop_asked: whether this rank was asked to stop; any rank's wish is all ranks'.
             save_asked: whether this rank was asked to save; likewise.
             bytes_read: by this rank so far, to be summed.
+            upcoming: the next step's batch, which is brought to where it is needed while this one is trained; None leaves
+                that to its step.
 
         Raises:
             TrainingError: if the loss is not finite on any rank; no table has changed then.
@@ -94,9 +106,13 @@ class Stepper:
         position, lap = batch.training_position, self._laps.lap
         # For modules that draw from the global generator (dropout): a resumed run draws the same.
         _seed_generator((self._seed * 1_000_003 + position.step) * 65_537 + self._world.rank, self._world.device)
-        batch = batch.to(self._world.device)
+        batch = self._ahead.take(batch)
         lap("copy")
+        if upcoming is not None:
+            self._ahead.send(upcoming)
+            lap("input_dist")
         self._optimizers.zero_grad()
+        self._looked_up.clear()
         lap("dense_update")
         output = self._model(batch)
         lap("dense_forward")
@@ -112,7 +128,15 @@ class Stepper:
         numbers = torch.cat([torch.stack([value.double() for value in local]), told])
         if batch.tally is not None and len(batch.tally):
             numbers = torch.cat([numbers, batch.tally.to(numbers)])
-        total_loss, total_weight, rows, stops, saves, read, *tally = self._world.sum(numbers).tolist()
+        agreed = self._world.begin_sum(numbers)
+        lap("agree")
+        self._ahead.send_ids()
+        lap("input_dist")
+        # As if all rows weighed 1: what they weigh is known when the others have answered, and mostly it is that.
+        places = batch.size * self._world.world_size
+        torch.autograd.backward(loss_sum * (self._world.world_size / places))
+        lap("dense_backward")
+        total_loss, total_weight, rows, stops, saves, read, *tally = agreed().tolist()
         lap("agree")
         if not math.isfinite(total_loss):
             raise TrainingError(self._not_finite(batch, _of_rows(weighted.detach(), output, batch)))
@@ -120,13 +144,21 @@ class Stepper:
             logits_BL = output.logits_BL if hasattr(output, "logits_BL") else output.logits.unsqueeze(1)
             self._streaming.update(logits_BL, batch.labels, batch.weights)
             lap("metrics")
-        if total_weight > 0:
-            (loss_sum * (self._world.world_size / total_weight)).backward()
+        factor = places / total_weight if total_weight else 0.0
+        if total_weight:
+            self._looked_up.go_on(factor)
             lap("table_backward")
+        self._optimizers.sum_gradients(factor / self._world.world_size)
+        lap("dense_sync")
+        if total_weight:
             self._optimizers.step()
             lap("dense_update")
         mean_loss = total_loss / total_weight if total_weight else 0.0
         return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally), round(read))
+
+    def end(self) -> None:
+        """Lets go of an upcoming batch whose step is not taken. Collective."""
+        self._ahead.drop()
 
     def _not_finite(self, batch: Batch, weighted_B: torch.Tensor) -> str:
         position = batch.training_position

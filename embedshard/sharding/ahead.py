@@ -1,0 +1,122 @@
+"""The next batch on its way while one is trained: to the device, and its ids to the workers that hold their rows.
+
+What TorchRec's `TrainPipelineSparseDist` does for models that `torch.fx` can trace, done here for any model: ids depend on
+nothing that a step changes, so that what is trained is the same bit for bit. Vectors are read when their step has come.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Ahead"]
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torchrec.distributed.types import ShardedModule
+
+from embedshard.data.batch import Batch
+from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.world import World
+
+
+class Ahead:
+    """Brings batches to a sharded model ahead of their steps, at most one at a time.
+
+    In a world of one on a CPU there is nothing to bring. Where ids of managed vocabularies become rows as they are looked up
+    nothing can be sent before its step. Then a batch is taken as it is.
+
+    Args:
+        model: the sharded model, whose collections are looked up by it from now on. Make it once.
+        world: whose ranks train together.
+    """
+
+    def __init__(self, model: nn.Module, world: World) -> None:
+        self._device = world.device
+        self._lookups = [module for module in model.modules() if isinstance(module, EmbeddingLookup)]
+        self._sends = world.world_size > 1 or world.device.type == "cuda"
+        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._coming: _Coming | None = None
+        self._arrived: dict[nn.Module, Any] = {}
+        if self._sends:
+            for lookup in self._lookups:
+                for collection in lookup.modules():
+                    if isinstance(collection, ShardedModule):
+                        setattr(collection, "forward", self._looked_up_by(collection, collection.forward))  # noqa: B010
+
+    def send(self, batch: Batch) -> None:
+        """Begins to bring a batch: tells the workers how many ids each will get. Collective."""
+        if not self._sends or any(lookup.to_rows is not None for lookup in self._lookups):
+            return
+        with self._beside():
+            self._coming = coming = _Coming(batch, batch.to(self._device, non_blocking=True))
+            for lookup in self._lookups:
+                for collection, ids in lookup.requests(coming.on_device):
+                    assert isinstance(collection, ShardedModule), "the model is sharded"
+                    context = collection.create_context()
+                    coming.under_way[collection] = context, collection.input_dist(context, ids)
+
+    def send_ids(self) -> None:
+        """Sends the ids of a batch that was begun, if one was. Collective."""
+        if self._coming is not None:
+            with self._beside():
+                for collection, (context, sizes) in self._coming.under_way.items():
+                    self._coming.under_way[collection] = context, sizes.wait()
+
+    def take(self, batch: Batch) -> Batch:
+        """Returns a batch on the device. The model's next forward pass looks it up; if its ids were sent, by these."""
+        coming, self._coming = self._coming, None
+        if coming is None or coming.batch is not batch:
+            self._arrived = {}
+            return batch.to(self._device)
+        if self._stream is not None:
+            now = torch.cuda.current_stream(self._device)
+            now.wait_stream(self._stream)
+            coming.on_device.record_stream(now)
+        self._arrived = coming.under_way
+        return coming.on_device
+
+    def drop(self) -> None:
+        """Lets go of a batch that was begun and whose step will not be taken. Collective."""
+        coming, self._coming = self._coming, None
+        if coming is not None:
+            for _, ids in coming.under_way.values():
+                ids.wait()
+
+    def _beside(self) -> AbstractContextManager[object]:
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def _looked_up_by(self, collection: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a collection's forward pass that goes on with what has arrived for it."""
+
+        def look_up(*given: Any, **named: Any) -> Any:
+            if collection not in self._arrived:
+                return forward(*given, **named)
+            context, request = self._arrived.pop(collection)
+            with self._beside():
+                ids = request.wait()
+            if self._stream is not None:
+                now = torch.cuda.current_stream(self._device)
+                now.wait_stream(self._stream)
+                ids.record_stream(now)
+                context.record_stream(now)
+            return collection.compute_and_output_dist(context, ids)
+
+        return look_up
+
+
+@dataclass
+class _Coming:
+    """A batch that is on its way.
+
+    Attributes:
+        batch: as it was given.
+        on_device: the same on the device.
+        under_way: of each collection, TorchRec's context of the lookup, and what is to be waited for.
+    """
+
+    batch: Batch
+    on_device: Batch
+    under_way: dict[nn.Module, tuple[Any, Any]] = field(default_factory=dict)
