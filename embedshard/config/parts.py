@@ -189,7 +189,7 @@ class DataConfig(Strict):
     labels: dict[Name, Name] = Field(default_factory=dict)
     """Label name to column, where there are several."""
     weight: Name | None = None
-    """Column of a row's weight, a number of at least 0."""
+    """Column of a training row's weight, a number of at least 0; held-out rows count alike."""
     on_bad_row: Literal["error", "quarantine"] = "error"
     """What a row does that holds a value which its feature, label or weight does not allow: stop the run, or be set
     aside, which is to keep its place with weight 0 and to be recorded in the run's folder."""
@@ -1283,7 +1283,8 @@ class EvaluateConfig(Strict):
     every_steps: int | None = Field(None, ge=1)
     """Steps between evaluations on the validation set. Absent: at the end of each epoch."""
     select: str | None = None
-    """The metric by which the best checkpoint is chosen; the first of `metrics` where absent."""
+    """The metric by which the best checkpoint is chosen, or one label's or class's (`auc:click`); the first of `metrics`
+    where absent."""
     max_users: int | None = Field(None, ge=1)
     """Users of the validation set that are evaluated, drawn once by the seed; all where absent. The test set is
     always evaluated whole."""

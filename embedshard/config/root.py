@@ -88,8 +88,7 @@ STREAMING_METRICS: Final = ("auc", "pr_auc", "log_loss", "normalised_entropy", "
 
 STREAMING_OF_NUMBERS: Final = STREAMING_METRICS[-2:]
 
-_OF_CLASSES: Final = ("log_loss", "accuracy", "f1")
-_OF_ODDS: Final = ("log_loss", "auc", "accuracy", "f1")
+_OF_CLASSES: Final = ("log_loss", "auc", "accuracy", "f1")
 
 
 class Config(Strict):
@@ -463,9 +462,9 @@ class Config(Strict):
                         f"an 'id' feature"
                     )
             self._check_catalogue(f"metric '{from_ranking[0]}'")
-        select, metrics = self.evaluate.select, self.evaluate.metrics
-        if select is not None and select not in metrics:
-            raise ValueError(f"evaluate.select: '{select}' is not among evaluate.metrics. {nearest(select, metrics)}")
+        select, metrics, measured = self.evaluate.select, self.evaluate.metrics, self.measured()
+        if select is not None and select not in measured:
+            raise ValueError(f"evaluate.select: '{select}' is not among evaluate.metrics. {nearest(select, measured)}")
         if self.data.validation_fraction is not None and not metrics:
             raise ValueError(
                 "data.validation_fraction holds training rows out, and nothing looks at them: give evaluate.metrics, or "
@@ -484,25 +483,26 @@ class Config(Strict):
         if "gauc" in pointwise and self.identity("user_id") is None:
             raise ValueError("evaluate.metrics: 'gauc' is a mean over users: give model.user_id the name of an 'id' feature")
         selected = self.evaluate.select or next(iter(self.evaluate.metrics), None)
-        if self.data.has_validation and selected == "calibration":
+        if self.data.has_validation and selected is not None and selected.partition(":")[0] == "calibration":
             raise ValueError(
-                "evaluate.select: 'calibration' is best at 1, so that neither more nor less of it is better. Give "
+                f"evaluate.select: '{selected}' is best at 1, so that neither more nor less of it is better. Give "
                 "evaluate.select another of evaluate.metrics"
             )
         for option in ("bootstrap", "slice_by"):
             if getattr(self.evaluate, option) and not pointwise:
                 raise ValueError(f"evaluate.{option} looks at labels: add a metric such as 'auc' to evaluate.metrics")
-            if getattr(self.evaluate, option) and isinstance(self.objective, CrossEntropyConfig):
-                raise ValueError(
-                    f"evaluate.{option} is for one number a row, and objective 'cross_entropy' has several classes. "
-                    f"Leave it out"
-                )
         if not self.train.metrics:
             return
+        if isinstance(self.objective, CrossEntropyConfig):
+            raise ValueError(
+                f"train.metrics are of rows with one logit a label, and objective 'cross_entropy' gives a row "
+                f"{self.objective.classes}, one a class. Leave them out, and have evaluate.metrics measure a validation set"
+                + ("; or learn a label of 0 or 1 by 'bce'" if self.objective.classes == 2 else "")
+            )
         if not isinstance(self.objective, PointwiseConfig):
             raise ValueError(
-                f"train.metrics compare predictions with labels, which objective '{self.objective.kind}' has not. Leave "
-                f"them out"
+                f"train.metrics compare predictions with labels, and objective '{self.objective.kind}' predicts none: it "
+                f"compares items. Leave them out, and have evaluate.metrics measure a validation set"
             )
         allowed = STREAMING_OF_NUMBERS if self.objective.kind == "mse" else STREAMING_METRICS
         for name in self.train.metrics:
@@ -646,6 +646,19 @@ class Config(Strict):
             if self._knows_user_and_item() and not self._is_managed():
                 found.append(BiasBaseline(kind="bias"))
         return found
+
+    def measured(self) -> list[str]:
+        """The names of what is measured of a set: each of `evaluate.metrics`, and its parts, such as `auc:click`."""
+        return [name for metric in self.evaluate.metrics for name in (metric, *self._parts(metric))]
+
+    def _parts(self, metric: str) -> list[str]:
+        """The names of a metric by label, or by class where it has a value for each."""
+        parts: Sequence[str | int] = ()
+        if metric in POINTWISE_METRICS and len(self.data.label_columns) > 1:
+            parts = list(self.data.label_columns)
+        elif metric == "f1" or (metric == "auc" and self.num_logits > 2):
+            parts = range(max(self.num_logits, 2))
+        return [f"{metric}:{part}" for part in parts]
 
     def num_buckets(self, table: str) -> int:
         """The virtual buckets of a table whose vocabulary is managed."""

@@ -260,9 +260,14 @@ class MetVocabulary:
         encoded = ids.cast(pa.large_string()).dictionary_encode()
         return self._of(encoded.dictionary.to_pylist())[encoded.indices.to_numpy(zero_copy_only=False)]
 
+    @property
+    def met(self) -> list[int | str]:
+        """What it has met, in row order."""
+        return list(self._rows)
+
     def ids_of(self, rows: IntArray) -> list[int | str | None]:
         """Returns the id of each row."""
-        met: list[int | str | None] = list(self._rows)
+        met = self.met
         return [met[row] for row in rows.tolist()]
 
     def describe(self) -> str:

@@ -19,7 +19,6 @@ from embedshard.data.columns import Columns
 from embedshard.data.dataset import Dataset
 from embedshard.data.survey import Interactions, Survey
 from embedshard.errors import TrainingError
-from embedshard.evaluate.evaluator import prediction_link
 from embedshard.evaluate.held_out import HeldOutSets, RankedSet, Split
 from embedshard.evaluate.item_models import (
     Histories,
@@ -30,6 +29,7 @@ from embedshard.evaluate.item_models import (
     item_knn_bytes,
     item_knn_weights,
 )
+from embedshard.evaluate.label_metrics import prediction_link
 from embedshard.evaluate.label_models import bias_bytes, fit_biases, mean_logit
 from embedshard.evaluate.pointwise import PointwiseSums
 from embedshard.evaluate.ranking import POINTWISE_METRICS, FloatArray

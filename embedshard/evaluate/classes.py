@@ -1,7 +1,7 @@
-"""Metrics of the class that is predicted: accuracy, F1, and the log loss of several classes.
+"""Metrics of several classes: accuracy and F1 of the one that is predicted, log loss, and AUC of each against the rest.
 
-Sums are kept in float64 over batches, and parts of several workers add up to the same result. Rows of weight 0 do not exist
-here.
+Sums are kept in float64 over batches, AUC keeps its rows, and parts of several workers add up to the same result. Rows of
+weight 0 do not exist here.
 
 Shapes: B rows of a batch, C classes.
 """
@@ -18,10 +18,11 @@ import numpy.typing as npt
 import torch
 
 from embedshard.errors import TrainingError
+from embedshard.evaluate.discrimination import weighted_auc
 from embedshard.evaluate.ranking import FloatArray
 from embedshard.models.objectives.pointwise import checked_classes
 
-CLASS_METRICS: Final = ("accuracy", "f1", "log_loss")
+CLASS_METRICS: Final = ("accuracy", "f1", "log_loss", "auc")
 """The metrics of a choice among several classes."""
 
 Array = npt.NDArray[np.generic]
@@ -70,6 +71,10 @@ class Confusion:
 class ClassSums:
     """Sums from which the metrics of several classes follow; batches and other workers' sums are added in any order.
 
+    Of two classes `auc` is the second one's. Of more it is the mean of each class's against all others, by its probability,
+    each class counting alike (scikit-learn's and torchmetrics' `macro`, one versus rest); a class that all rows have, or
+    none, has no AUC and counts in no mean. All rows are kept for it.
+
     Args:
         metrics: names among `CLASS_METRICS`.
         num_classes: C, at least 2.
@@ -81,21 +86,30 @@ class ClassSums:
         self.num_rows = 0
         self.total_weight = self._log_losses = 0.0
         self._confusion = Confusion(num_classes)
+        self._kept: list[tuple[FloatArray, Array, FloatArray]] = []
 
-    def update(self, logits_BC: torch.Tensor, labels_B: torch.Tensor, weights_B: torch.Tensor) -> None:
+    def update(
+        self,
+        logits_BC: torch.Tensor,
+        labels_B: torch.Tensor,
+        weights_B: torch.Tensor,
+        groups_B: torch.Tensor | None = None,
+        /,
+    ) -> None:
         """Adds a batch.
 
         Args:
             logits_BC: before the softmax.
-            labels_B: whole numbers from 0 to C - 1.
+            labels_B: whole numbers from 0 to C - 1, (B,) or (B, 1).
             weights_B: at least 0; rows of weight 0 are not looked at.
+            groups_B: not looked at; no metric of classes is within groups.
 
         Raises:
             DataError: if a label is none of the classes.
             TrainingError: if a logit is nan.
         """
         counts = weights_B > 0
-        logits, labels = logits_BC[counts].double(), labels_B[counts]
+        logits, labels = logits_BC[counts].double(), labels_B.reshape(-1)[counts]
         weights = weights_B[counts].double().cpu().numpy()
         if bool(torch.isnan(logits).any()):
             raise TrainingError(
@@ -105,9 +119,14 @@ class ClassSums:
         classes = checked_classes(labels, self.num_classes)
         self.num_rows += len(classes)
         self.total_weight += float(weights.sum())
-        losses = torch.nn.functional.cross_entropy(logits, classes, reduction="none").cpu().numpy()
+        log_shares = torch.log_softmax(logits, dim=1)
+        losses = -log_shares.gather(1, classes.unsqueeze(1)).squeeze(1).cpu().numpy()
         self._log_losses += float(np.dot(weights, losses))
         self._confusion.update(logits.argmax(dim=1).cpu().numpy(), classes.cpu().numpy(), weights)
+        if "auc" in self.metrics:
+            # Of two classes the log odds: they tell apart what both probabilities are rounded to 1 in.
+            scores = (logits[:, 1:] - logits[:, :1]) if self.num_classes == 2 else log_shares
+            self._kept.append((scores.cpu().numpy(), classes.cpu().numpy(), weights))
 
     def add(self, other: ClassSums) -> None:
         """Adds another worker's sums to these."""
@@ -116,10 +135,27 @@ class ClassSums:
         self.total_weight += other.total_weight
         self._log_losses += other._log_losses
         self._confusion.add(other._confusion)
+        self._kept.extend(other._kept)
 
     def result(self) -> dict[str, float]:
-        """Returns each metric's value by name, F1 of each class as `f1:<class>`, and `rows`, how many rows it is from."""
+        """Returns each metric's value by name, and `rows`, how many rows it is from.
+
+        F1 of each class is `f1:<class>`; so is AUC of each, `auc:<class>`, where there are more than two.
+        """
         values = self._confusion.values(self.metrics)
         if "log_loss" in self.metrics:
             values["log_loss"] = self._log_losses / self.total_weight if self.total_weight else float("nan")
+        if "auc" in self.metrics:
+            values |= self._aucs()
         return values | {"rows": self.num_rows}
+
+    def _aucs(self) -> dict[str, float]:
+        if not self._kept:
+            return {"auc": float("nan")}
+        scores, classes, weights = (np.concatenate(part) for part in zip(*self._kept, strict=True))
+        if self.num_classes == 2:
+            return {"auc": weighted_auc(scores[:, 0], classes == 1, weights)}
+        each = np.array([weighted_auc(scores[:, of], classes == of, weights) for of in range(self.num_classes)])
+        known = each[~np.isnan(each)]
+        mean = float(known.mean()) if len(known) else float("nan")
+        return {"auc": mean} | {f"auc:{number}": float(value) for number, value in enumerate(each)}

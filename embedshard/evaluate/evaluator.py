@@ -5,28 +5,25 @@ What a query is, and what is relevant to it, is said in `held_out.py`.
 
 from __future__ import annotations
 
-__all__ = ["Evaluator", "Split", "prediction_link"]
+__all__ = ["Evaluator", "Split"]
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from embedshard.config import LOSS, Config
-from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
 from embedshard.data.dataset import Dataset
 from embedshard.data.decode import slice_column
 from embedshard.errors import ConfigError
-from embedshard.evaluate.classes import ClassSums
 from embedshard.evaluate.held_out import HeldOutSets, Split
+from embedshard.evaluate.label_metrics import LabelMetrics, in_order
 from embedshard.evaluate.label_rows import LabelRows
 from embedshard.evaluate.pair_loss import PairLoss
-from embedshard.evaluate.pointwise import Link, PointwiseSums
 from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.scores import DotProducts
 from embedshard.evaluate.slices import ItemSlices
@@ -50,9 +47,8 @@ class Evaluator:
     def __init__(self, config: Config, dataset: Dataset, collator: Collator, world: World, objective: nn.Module) -> None:
         self._config, self._dataset, self._collator, self._world = config, dataset, collator, world
         metrics = [parse_metric(name) for name in config.evaluate.metrics]
-        self._pointwise = [str(metric) for metric in metrics if metric.is_pointwise]
+        self._labels = LabelMetrics(config, [str(metric) for metric in metrics if metric.is_pointwise])
         self._ranking = [str(metric) for metric in metrics if metric.ranks]
-        self._slice_by = list(config.evaluate.slice_by)
         self._pair_loss = None
         if LOSS in config.evaluate.metrics:
             self._pair_loss = PairLoss(config, collator, dataset.sampler, objective, world)
@@ -93,15 +89,16 @@ class Evaluator:
             values: dict[str, float] = {}
             if self._ranking:
                 values |= self._rank(plain, split, slices)
-            if self._pointwise:
+            if self._labels.metrics:
                 values |= self._score(plain, split, in_depth)
             if self._pair_loss is not None:
                 values |= self._pair_loss.measure(plain, self.sets.read(split))
         finally:
             plain.train(was_training)
         names = self._config.evaluate.metrics
-        self.counts[split] = {name: int(value) for name, value in values.items() if name not in names and ":" not in name}
-        return {name: values[name] for asked in names for name in values if name == asked or name.startswith(f"{asked}:")}
+        found = in_order(values, names)
+        self.counts[split] = {name: int(value) for name, value in values.items() if name not in found}
+        return found
 
     def _unwrapped(self, model: nn.Module) -> Any:
         inner = getattr(model, "module", model)
@@ -128,46 +125,26 @@ class Evaluator:
 
     # ----------------------------------------------------------------------------------------------------- pointwise
     def _score(self, model: Any, split: Split, in_depth: bool) -> dict[str, float]:
-        columns, objective = self.sets.read(split), self._config.objective
-        batches = (
-            self._collator.batch(columns, first, last).to(self._world.device)
-            for first, last in self._spans(num_rows(columns))
-        )
-        if isinstance(objective, CrossEntropyConfig):
-            of_classes = ClassSums(self._pointwise, objective.classes)
-            for batch in batches:
-                of_classes.update(model(batch).logits_BC, batch.labels[:, 0], batch.weights)
-            return of_classes.result()
-        labels, user_id = list(self._config.data.label_columns), self._config.identity("user_id")
-        link, keeps = prediction_link(self._config), in_depth and bool(self._config.evaluate.bootstrap or self._slice_by)
-        sums = [PointwiseSums(self._pointwise, link) for _ in labels]
-        kept = [LabelRows(self._pointwise, link) for _ in labels] if keeps else []
-        for batch in batches:
-            output = model(batch)
-            logits_BL = output.logits_BL if self._config.learns_several_labels else output.logits.unsqueeze(1)
-            users = None if user_id is None else batch.ids[user_id]
-            for place in range(len(labels)):
-                row = logits_BL[:, place], batch.labels[:, place], batch.weights, users
-                sums[place].update(*row)
-                if keeps:
-                    kept[place].update(*row)
+        columns, evaluate = self.sets.read(split), self._config.evaluate
+        keeps = in_depth and bool(evaluate.bootstrap or evaluate.slice_by)
+        sums, kept = self._labels.sums(), LabelRows(self._labels.metrics, self._labels.sums)
+        for first, last in self._spans(num_rows(columns)):
+            batch = self._collator.batch(columns, first, last).to(self._world.device)
+            scored = self._labels.of(model(batch), batch)
+            sums.update(*scored)
+            if keeps:
+                kept.update(*scored)
         if keeps:
-            self._look_deeper(split, columns, dict(zip(labels, kept, strict=True)))
-        return _joined(dict(zip(labels, (of_label.result() for of_label in sums), strict=True)), self._pointwise)
+            self._look_deeper(split, columns, kept)
+        return sums.result()
 
-    def _look_deeper(self, split: Split, columns: Columns, rows: Mapping[str, LabelRows]) -> None:
-        evaluate, several = self._config.evaluate, len(rows) > 1
-        self.intervals[split], self.column_slices[split] = {}, {}
-        for label, of_label in rows.items():
-            suffix = f":{label}" if several else ""
-            for name, interval in of_label.intervals(evaluate.bootstrap, self._config.seed).items():
-                self.intervals[split][f"{name}{suffix}"] = interval
-            for column in self._slice_by:
-                met = self._dataset.slice_values[column]
-                names = [str(value) for value in met.ids_of(np.arange(met.rows))]
-                for value, found in of_label.slices(columns[slice_column(column)].values, names).items():
-                    slice_of = self.column_slices[split].setdefault(column, {}).setdefault(value, {})
-                    slice_of |= {name if name == "rows" else f"{name}{suffix}": number for name, number in found.items()}
+    def _look_deeper(self, split: Split, columns: Columns, rows: LabelRows) -> None:
+        evaluate = self._config.evaluate
+        self.intervals[split] = rows.intervals(evaluate.bootstrap, self._config.seed)
+        self.column_slices[split] = {}
+        for column in evaluate.slice_by:
+            values = list(self._dataset.slice_values[column].met)
+            self.column_slices[split][column] = rows.slices(columns[slice_column(column)].values, values)
 
     # ---------------------------------------------------------------------------------------------------------- both
     def _encode(self, encode: Any, columns: Columns, count: int) -> torch.Tensor:
@@ -188,21 +165,3 @@ class Evaluator:
     def _spans(self, count: int) -> list[tuple[int, int]]:
         size = self._config.evaluate.batch_size
         return [(first, min(first + size, count)) for first in range(0, count, size)]
-
-
-def _joined(found: Mapping[str, Mapping[str, float]], metrics: Sequence[str]) -> dict[str, float]:
-    """Returns the results of one label; of several each metric's mean and that of each as `metric:label`, and the counts."""
-    first = next(iter(found.values()))
-    if len(found) == 1:
-        return dict(first)
-    values = {name: number for name, number in first.items() if name.partition(":")[0] not in metrics}
-    for metric in metrics:
-        values[metric] = sum(result[metric] for result in found.values()) / len(found)
-        values |= {f"{metric}:{label}": result[metric] for label, result in found.items()}
-    return values
-
-
-def prediction_link(config: Config) -> Link:
-    """Returns how a logit becomes a prediction: ratings are predicted as they are, all else as log odds."""
-    is_rating = isinstance(config.objective, PointwiseConfig) and config.objective.kind == "mse"
-    return "identity" if is_rating else "sigmoid"

@@ -15,13 +15,10 @@ import torch
 from torch import nn
 
 from embedshard.config import POINTWISE_METRICS, Config
-from embedshard.config.parts import CrossEntropyConfig
 from embedshard.data.collate import Collator
 from embedshard.data.columns import num_rows
 from embedshard.data.source import Source
-from embedshard.evaluate.classes import ClassSums
-from embedshard.evaluate.evaluator import prediction_link
-from embedshard.evaluate.pointwise import PointwiseSums
+from embedshard.evaluate.label_metrics import LabelMetrics, RowSums, in_order
 from embedshard.world import World
 
 
@@ -36,11 +33,11 @@ class Progressive:
 
     def __init__(self, config: Config, collator: Collator, world: World) -> None:
         self._config, self._collator, self._world = config, collator, world
-        self._metrics = [name for name in config.evaluate.metrics if name in POINTWISE_METRICS]
+        self._labels = LabelMetrics(config, [name for name in config.evaluate.metrics if name in POINTWISE_METRICS])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:
-        """Returns the metrics of a partition, in config order, and `rows`, of how many it is. Collective.
+        """Returns the metrics of a partition, in config order, each before its parts, and `rows`, of how many. Collective.
 
         Rows that are set aside, and those of weight 0, are not counted.
 
@@ -59,24 +56,16 @@ class Progressive:
         for other in others:
             total.add(other)
         values = total.result()
-        metrics = [name for given in self._metrics for name in values if name == given or name.startswith(f"{given}:")]
-        asked = {name: values[name] for name in metrics}
-        return asked | {"rows": values["rows"]}
+        return in_order(values, self._labels.metrics) | {"rows": values["rows"]}
 
-    def _sums(self, model: nn.Module, source: Source) -> Any:
+    def _sums(self, model: nn.Module, source: Source) -> RowSums:
         """Returns the sums of this rank's batches."""
-        objective = self._config.objective
-        of_classes = isinstance(objective, CrossEntropyConfig)
-        sums: Any = (
-            ClassSums(self._metrics, objective.classes)
-            if isinstance(objective, CrossEntropyConfig)
-            else PointwiseSums(self._metrics, prediction_link(self._config))
-        )
+        sums = self._labels.sums()
         for batch, counts in self._batches(source):
             batch = batch.to(self._world.device)
             output = model(batch)
             if counts:
-                sums.update(output.logits_BC if of_classes else output.logits, batch.labels[:, 0], batch.weights)
+                sums.update(*self._labels.of(output, batch))
         return sums
 
     def _batches(self, source: Source) -> Iterator[tuple[Any, bool]]:

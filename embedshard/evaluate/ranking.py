@@ -98,12 +98,12 @@ def parse_metric(text: str) -> Metric:
 
 
 def higher_is_better(metric: str) -> bool:
-    """Returns whether a greater value of the metric, such as 'recall@20' or 'rmse', means a better model.
+    """Returns whether a greater value of the metric, such as 'recall@20', 'rmse' or 'auc:click', means a better model.
 
     Raises:
         ConfigError: there is no such metric, or neither is better.
     """
-    name = parse_metric(metric).name
+    name = parse_metric(metric.partition(":")[0]).name
     if name == "calibration":
         raise ConfigError("metric 'calibration' is best at 1: neither more nor less of it is better.")
     return name not in _LOWER_IS_BETTER

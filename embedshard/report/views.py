@@ -143,7 +143,7 @@ class ManagedTable:
 def direction(metric: str) -> int:
     """Returns 1 where a greater value of the metric is better, -1 where a smaller one is, 0 for an unknown metric."""
     try:
-        return 1 if higher_is_better(metric.partition(":")[0]) else -1
+        return 1 if higher_is_better(metric) else -1
     except ConfigError:
         return 0
 

@@ -20,7 +20,8 @@ from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
 from embedshard.data.source import Inventory
 from embedshard.data.tokenizer_training import PreparationProgress
-from embedshard.evaluate.evaluator import Evaluator, prediction_link
+from embedshard.evaluate.evaluator import Evaluator
+from embedshard.evaluate.label_metrics import prediction_link
 from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective

@@ -32,6 +32,7 @@ from embedshard.train.checkpoint import Checkpoint, Checkpointer, open_step
 from embedshard.train.days import Days
 from embedshard.train.ledger import Ledger
 from embedshard.train.run_directory import Origin, RunDirectory
+from embedshard.train.selection import selected_metric, why_not_judged
 from embedshard.train.snapshot import pieces, restore, restore_model
 from embedshard.train.state import TrainState, due
 from embedshard.train.step import StepResult
@@ -181,6 +182,7 @@ class _Training:
         self.num_steps = parts.num_steps
         self.stopwatch = Stopwatch(parts.laps)
         self.samples = self.steps = 0  # of this attempt
+        self.has_said_why_not = False
 
     def run(self, notices: Notices) -> str | None:
         """Takes the steps that are left; returns the signal that ended it early, if one did."""
@@ -313,7 +315,11 @@ class _Training:
         with self.parts.caches.left_out():
             values = self.parts.evaluator.evaluate(self.parts.model, "validation")
         self.reporter.measured(state.step, {f"validation/{name}": value for name, value in values.items()})
-        selected = config.evaluate.select or config.evaluate.metrics[0]
+        why_not = why_not_judged(config, values, state.step)
+        if why_not is not None and not self.has_said_why_not:
+            self.reporter.said(why_not)
+            self.has_said_why_not = True
+        selected = selected_metric(config)
         min_delta = config.train.early_stopping.min_delta if config.train.early_stopping else 0.0
         return state.judge(values[selected], higher_is_better(selected), min_delta)
 

@@ -261,6 +261,85 @@ def test_two_workers_measure_training_rows_as_one(make_tree, tmp_path):
         assert two == pytest.approx(one, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["mmoe", "dcn_v2"])
+def test_a_partition_is_validated_by_label_and_within_users(run_tree, make_tree, clicks, tmp_path, kind):
+    """A model of several labels was refused by an assertion, and AUC within users was not told of any."""
+    tree = make_tree({**MODELS[kind], "user_id": "user"})
+    days = [str(clicks / "train"), str(clicks / "test")]
+    for name in ("train", "test", "weight"):  # held-out rows have no weight, training rows have
+        del tree["data"][name]
+    tree["data"]["partitions"] = days
+    tree["evaluate"] = {"metrics": ["auc", "gauc", "log_loss"], "progressive": True, "batch_size": 150}
+    _, second = run_tree(tree, tmp_path / "run")["progressive"]
+    names = ["auc", "gauc", "log_loss"]
+    if kind == "mmoe":
+        names = [part for name in names for part in (name, f"{name}:click", f"{name}:buy")]
+    assert [name for name in second if name not in ("partition", "name", "step")] == [*names, "rows"]
+    # The same day as a test set, by what the first day alone has taught.
+    tree["data"]["test"], tree["evaluate"]["progressive"] = days[1], False
+    tree["train"] |= {"max_steps": second["step"]}
+    tested = run_tree(tree, tmp_path / "tested")
+    assert tested["evaluated"]["test"]["rows"] == second["rows"] == 400
+    assert {name: second[name] for name in names} == pytest.approx(tested["metrics"], abs=1e-6)
+
+
+class Listener(Reporter):
+    """Keeps what was said."""
+
+    def __init__(self):
+        self.sentences = []
+
+    def said(self, message):
+        self.sentences.append(message)
+
+
+def test_the_best_step_is_that_of_one_label_where_it_is_selected(run_tree, make_tree, clicks, tmp_path):
+    """A mean over labels, one of which has one class alone, selected the last step without a word."""
+    table = pq.read_table(clicks / "test" / "part.parquet")
+    place = table.schema.get_field_index("buy")
+    (tmp_path / "validation").mkdir()
+    nothing = table.set_column(place, "buy", pa.array([0] * len(table), pa.int8()))
+    pq.write_table(nothing, tmp_path / "validation" / "part.parquet")
+    tree = make_tree({**MODELS["mmoe"], "user_id": "user"})
+    tree["data"]["validation"] = str(tmp_path / "validation")
+    tree["train"]["max_steps"] = 12
+    tree["evaluate"] = {"metrics": ["auc", "gauc"], "every_steps": 6, "slice_by": "shop", "bootstrap": 20}
+    listener = Listener()
+    result = run_tree(tree, tmp_path / "mean", reporter=listener)
+    assert (result["selected_step"], result["best_validation"]) == (12, None)
+    (said,) = [one for one in listener.sentences if "evaluate.select" in one]
+    assert "'auc' has no value on the validation set after step 6: auc:buy has none" in said
+    assert "rows of both labels" in said
+    assert "such as 'auc:click'" in said
+    groups = result["evaluated"]["test"]
+    assert groups["gauc_groups:click"] == USERS
+    assert 0 < groups["gauc_groups:buy"] <= USERS
+    assert list(result["intervals"]) == list(result["metrics"])
+    assert all(set(result["metrics"]) | {"rows"} == set(values) for values in result["column_slices"]["shop"].values())
+
+    tree["evaluate"] |= {"select": "auc:click", "slice_by": [], "bootstrap": 0}
+    listener, recorder = Listener(), []
+    listener.measured = lambda step, values: recorder.append((step, values))
+    result = run_tree(tree, tmp_path / "click", reporter=listener)
+    found = {step: values["validation/auc:click"] for step, values in recorder if "validation/auc:click" in values}
+    assert result["best_validation"] == max(found.values())
+    assert result["selected_step"] == max(found, key=found.get)
+    assert not [one for one in listener.sentences if "evaluate.select" in one]
+
+
+def test_what_is_no_part_of_a_metric_is_not_selected(make_tree):
+    for select, words in (
+        ("auc:bye", r"'auc:bye' is not among evaluate\.metrics\. Did you mean 'auc:buy'"),
+        ("calibration:buy", "'calibration:buy' is best at 1"),
+    ):
+        tree = make_tree(MODELS["mmoe"], evaluate={"metrics": ["auc", "calibration"], "select": select})
+        tree["data"]["validation"] = tree["data"]["test"]
+        with pytest.raises(ConfigError, match=words):
+            build_config(tree, {}, "test")
+    tree["evaluate"]["select"] = "auc:buy"
+    build_config(tree, {}, "test")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -128,10 +128,35 @@ def test_no_world_and_no_cut_changes_what_is_trained(make_tree, groups):
 def test_several_classes_are_told_apart(run_tree, make_tree, tmp_path):
     tree = make_tree("mean", objective={"kind": "cross_entropy", "classes": 3})
     tree["train"]["epochs"] = 12
+    tree["evaluate"] |= {"metrics": [*tree["evaluate"]["metrics"], "auc"], "slice_by": "user", "bootstrap": 20}
     result = run_tree(tree, tmp_path / "run")
-    assert list(result["metrics"]) == ["accuracy", "f1", "f1:0", "f1:1", "f1:2", "log_loss"]
-    assert result["metrics"]["accuracy"] > 0.6, "a third by chance"
-    assert evaluate_here(tmp_path / "run", None, "cpu", {})["test"] == result["metrics"]
+    metrics, slices, intervals = result["metrics"], result["column_slices"]["user"], result["intervals"]
+    parts = [f"auc:{number}" for number in range(3)]
+    assert list(metrics) == ["accuracy", "f1", "f1:0", "f1:1", "f1:2", "log_loss", "auc", *parts]
+    assert metrics["accuracy"] > 0.6, "a third by chance"
+    assert metrics["auc"] == pytest.approx(sum(metrics[name] for name in parts) / 3)
+    assert metrics["auc"] > 0.75
+    assert list(intervals) == list(metrics)
+    assert all(low <= metrics[name] <= high for name, (low, high) in intervals.items())
+    rows = result["evaluated"]["test"]["rows"]
+    assert sum(part["rows"] for part in slices.values()) == rows
+    assert sum(part["rows"] * part["accuracy"] for part in slices.values()) / rows == pytest.approx(metrics["accuracy"])
+    again = evaluate_here(tmp_path / "run", None, "cpu", {})
+    assert (again["test"], again["column_slices"], again["intervals"]) == (metrics, result["column_slices"], intervals)
+
+
+def test_two_classes_have_one_auc_and_training_rows_of_classes_no_metrics(make_tree):
+    tree = make_tree("mean", objective={"kind": "cross_entropy", "classes": 2})
+    tree["evaluate"] = {"metrics": ["auc", "f1"]}
+    assert build_config(tree, {}, "test").measured() == ["auc", "f1", "f1:0", "f1:1"]
+    tree["train"]["metrics"] = ["auc"]
+    with pytest.raises(
+        ConfigError, match=r"one logit a label, and objective 'cross_entropy' gives a row 2, one a class.*'bce'"
+    ):
+        build_config(tree, {}, "test")
+    tree["train"]["metrics"], tree["evaluate"]["metrics"] = [], ["pr_auc"]
+    with pytest.raises(ConfigError, match=r"'pr_auc' does not go with objective 'cross_entropy'\. .*: log_loss, auc"):
+        build_config(tree, {}, "test")
 
 
 def test_a_text_is_learnt(run_tree, make_tree, tmp_path):

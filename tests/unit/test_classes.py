@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_accuracy, multiclass_auroc, multiclass_f1_score
 
 from embedshard.errors import DataError, TrainingError
 from embedshard.evaluate.classes import ClassSums
@@ -31,11 +31,39 @@ def test_several_classes_are_measured_as_torchmetrics_does(classes):
     assert found["log_loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, wanted).item())
 
 
+@pytest.mark.parametrize("classes", [2, 5])
+def test_auc_is_macro_of_one_versus_rest(classes):
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(300, classes, generator=generator)
+    labels = (logits + 2 * torch.randn(300, classes, generator=generator)).argmax(dim=1)
+    parts = [ClassSums(["auc", "accuracy"], classes) for _ in range(2)]
+    for part, sums in enumerate(parts):
+        sums.update(logits[part::2], labels[part::2].float().unsqueeze(1), torch.ones(150))
+    parts[0].add(parts[1])
+    found = parts[0].result()
+    assert found["auc"] == pytest.approx(multiclass_auroc(logits, labels, classes, average="macro").item(), abs=1e-6)
+    each = multiclass_auroc(logits, labels, classes, average="none").tolist()
+    assert [found[name] for name in found if name.startswith("auc:")] == pytest.approx(each if classes > 2 else [], abs=1e-6)
+
+
+def test_auc_of_classes_goes_by_weight_and_leaves_out_what_has_none():
+    sums = ClassSums(["auc"], 3)
+    assert np.isnan(sums.result()["auc"])
+    logits = torch.tensor([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0], [3.0, 0.0, 0.0], [0.0, 1.0, 9.0]])
+    sums.update(logits, torch.tensor([0.0, 1.0, 1.0, 2.0]), torch.tensor([1.0, 3.0, 1.0, 0.0]))
+    found = sums.result()
+    assert found["auc:0"] == found["auc:1"] == found["auc"] == 0.75
+    assert np.isnan(found["auc:2"])
+
+
 def test_two_classes_by_one_logit_are_the_same_as_by_two():
     generator = torch.Generator().manual_seed(1)
     logits, labels = torch.randn(200, generator=generator), torch.randint(2, (200,), generator=generator).float()
     weights = torch.rand(200, generator=generator)
-    one, two = PointwiseSums(["accuracy", "f1", "log_loss"], "sigmoid"), ClassSums(["accuracy", "f1", "log_loss"], 2)
+    one, two = (
+        PointwiseSums(["accuracy", "f1", "log_loss", "auc"], "sigmoid"),
+        ClassSums(["accuracy", "f1", "log_loss", "auc"], 2),
+    )
     one.update(logits, labels, weights)
     two.update(torch.stack([torch.zeros(200), logits], dim=1), labels, weights)
     assert one.result() == pytest.approx(two.result(), rel=1e-6)

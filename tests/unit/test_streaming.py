@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from embedshard.evaluate import label_rows
+from embedshard.evaluate.label_metrics import LabelSums
 from embedshard.evaluate.label_rows import LabelRows
 from embedshard.evaluate.pointwise import PointwiseSums
 from embedshard.evaluate.streaming import StreamingMetrics
@@ -87,10 +88,10 @@ def test_numbers_are_predicted_as_they_are_and_rows_without_weight_hold_anything
 
 
 # ------------------------------------------------------------------------------------------------- slices and intervals
-def kept(rows, metrics=METRICS, groups=None):
-    whole = LabelRows(metrics, "sigmoid")
+def kept(rows, metrics=METRICS, groups=None, labels=("click",)):
+    whole = LabelRows(metrics, lambda: LabelSums(metrics, "sigmoid", labels))
     for part in (slice(0, 50), slice(50, None)):
-        whole.update(rows[0][part, 0], rows[1][part, 0], rows[2][part], None if groups is None else groups[part])
+        whole.update(rows[0][part], rows[1][part], rows[2][part], None if groups is None else groups[part])
     return whole
 
 
@@ -106,6 +107,65 @@ def test_slices_are_the_metrics_of_their_rows(monkeypatch):
     found = kept(rows).slices(codes, ["de", "fr", "it"])
     assert list(found) == ["de", "other"]
     assert found["other"] == pytest.approx(exact([column[codes != 0] for column in rows]))
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["de", "null"], ["null", "de", '"null"']),
+        (["other", '"null"'], ["null", '"other"', '""null""']),
+        ([1, "1", "0"], ["null", "1", "0"]),
+    ],
+)
+def test_no_two_slices_have_one_name_unless_they_are_one(values, names):
+    """A column with nulls and the string `null` had one slice of two lost, its rows with it."""
+    rows = some_rows(300)
+    rows = (rows[0], rows[1], torch.ones(300))
+    codes = np.random.default_rng(3).integers(-1, len(values), 300)
+    found = kept(rows).slices(codes, values)
+    assert set(found) == set(names)
+    assert sum(part["rows"] for part in found.values()) == 300
+    assert found["null"]["rows"] == (codes == -1).sum()
+
+
+def test_what_is_called_other_is_not_the_others(monkeypatch):
+    monkeypatch.setattr(label_rows, "MOST_SLICES", 2)
+    rows = some_rows(300)
+    rows = (rows[0], rows[1], torch.ones(300))
+    codes = np.random.default_rng(3).choice([-1, 0, 1], 300, p=[0.2, 0.5, 0.3])
+    found = kept(rows).slices(codes, ["other", "it"])
+    assert {name: part["rows"] for name, part in found.items()} == {
+        '"other"': (codes == 0).sum(), "other": (codes != 0).sum(),
+    }  # fmt: skip
+
+
+def test_several_labels_and_their_mean_have_slices_and_intervals():
+    rows, labels = some_rows(400, labels=2), ("click", "buy")
+    whole = kept(rows, ["auc", "log_loss"], labels=labels)
+    codes = np.arange(400) % 2
+    found = whole.slices(codes, ["a", "b"])
+    for code, value in enumerate(("a", "b")):
+        for place, label in enumerate(labels):
+            sums = PointwiseSums(["auc", "log_loss"], "sigmoid")
+            sums.update(*(column[codes == code][:, place] for column in rows[:2]), rows[2][codes == code])
+            assert found[value][f"auc:{label}"] == sums.result()["auc"]
+        assert found[value]["auc"] == pytest.approx((found[value]["auc:click"] + found[value]["auc:buy"]) / 2)
+    intervals = whole.intervals(50, 3)
+    assert list(intervals) == ["auc", "auc:click", "auc:buy", "log_loss", "log_loss:click", "log_loss:buy"]
+    widths = {name: high - low for name, (low, high) in intervals.items()}
+    assert 0 < widths["auc"] < max(widths["auc:click"], widths["auc:buy"]), "the labels are drawn apart"
+
+
+def test_each_label_tells_how_many_groups_it_is_from():
+    rows = some_rows(60, labels=2)
+    rows[1][:, 1] = 0.0
+    rows[1][:4, 1] = torch.tensor([0.0, 1.0, 0.0, 1.0])
+    sums = LabelSums(["gauc"], "sigmoid", ("click", "buy"))
+    sums.update(rows[0], rows[1], torch.ones(60), torch.arange(60) // 4)
+    found = sums.result()
+    assert found["gauc_groups:buy"] == 1
+    assert found["gauc_groups:click"] > 5
+    assert found["rows"] == 60
 
 
 def test_intervals_cover_what_other_samples_give():
