@@ -39,6 +39,7 @@ from embedshard.train.step import StepResult
 from embedshard.train.stop import Notices, StopSignal
 from embedshard.train.stopwatch import Stopwatch, grouped, over_ranks
 from embedshard.train.tracking import Reporter
+from embedshard.train.unlearnt import check_learnt
 from embedshard.train.warm_start import start_warm
 from embedshard.world import World
 
@@ -239,6 +240,7 @@ class _Training:
                 self.stopwatch.lap("count")
                 self._tell(position, result)
                 is_end = state.step == steps
+                self._check_learnt(position, result, is_end)
                 self.stopwatch.lap("log")
                 is_best = self._evaluate(position, is_end)
                 self.stopwatch.lap("evaluate")
@@ -277,6 +279,12 @@ class _Training:
             ]
             what = f"step {state.step}, epoch {position.epoch + 1} of the training data"
             raise too_many(what, state.epoch_quarantined, rows, data.max_bad_fraction, state.bad_rows, hints)
+
+    def _check_learnt(self, position: Position, result: StepResult, is_end: bool) -> None:
+        """Says that an epoch had nothing to learn from, and stops a run that never had."""
+        state, parts = self.state, self.parts
+        state.steps_without_loss = 0 if result.has_loss else state.steps_without_loss + 1
+        check_learnt(parts.config, state, position, parts.dataset.order.epoch_steps, is_end, self.reporter.said)
 
     def _tell(self, position: Position, result: StepResult) -> None:
         step, bad_rows = self.state.step, self.state.bad_rows

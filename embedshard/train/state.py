@@ -25,6 +25,7 @@ class TrainState:
         samples_seen: rows trained, over all workers; padding not counted.
         bad_rows: what was wrong with them.
         epoch_quarantined: rows of the epoch that were set aside so far.
+        steps_without_loss: the newest steps in a row in which nothing had a loss that counts.
         best_value: best value of the selected metric so far.
         best_step: the step at which it was reached.
         evaluations_since_best: evaluations since then.
@@ -36,6 +37,7 @@ class TrainState:
     samples_seen: int = 0
     bad_rows: BadRowCounts = field(default_factory=BadRowCounts)
     epoch_quarantined: int = 0
+    steps_without_loss: int = 0
     best_value: float | None = None
     best_step: int | None = None
     evaluations_since_best: int = 0

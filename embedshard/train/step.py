@@ -34,6 +34,7 @@ class StepResult:
         save_asked: whether any rank was asked to save.
         tally: sum of the batches' tallies.
         bytes_read: sum of the ranks' bytes read so far.
+        has_loss: whether anything of the global batch had a loss that counts.
     """
 
     loss: float
@@ -42,6 +43,7 @@ class StepResult:
     save_asked: bool = False
     tally: tuple[float, ...] = ()
     bytes_read: int = 0
+    has_loss: bool = True
 
 
 class Stepper:
@@ -154,7 +156,7 @@ class Stepper:
             self._optimizers.step()
             lap("dense_update")
         mean_loss = total_loss / total_weight if total_weight else 0.0
-        return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally), round(read))
+        return StepResult(mean_loss, round(rows), stops > 0, saves > 0, tuple(tally), round(read), total_weight > 0)
 
     def end(self) -> None:
         """Lets go of an upcoming batch whose step is not taken. Collective."""

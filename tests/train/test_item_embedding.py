@@ -12,12 +12,15 @@ from typer.testing import CliRunner
 
 from embedshard.cli import app
 from embedshard.config import build_config
+from embedshard.data.order import Position
 from embedshard.errors import ConfigError, DataError
 from embedshard.launch.local import evaluate_here
 from embedshard.launch.similar import similar_here
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
+from embedshard.train.state import TrainState
 from embedshard.train.tracking import JsonLinesReporter
+from embedshard.train.unlearnt import check_learnt
 from embedshard.world import open_world
 from tests.commands import run_ranks
 
@@ -166,6 +169,37 @@ def as_words(batch):
 def test_what_makes_no_pairs_is_refused(make_tree, changes, words):
     with pytest.raises(ConfigError, match=words):
         build_config(make_tree() | changes, {}, "test")
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_lists_without_a_pair_train_nothing_and_say_so(run_tree, make_tree, tmp_path, objective):
+    """All lists were of one word: the run ended well, with a loss of 0."""
+    tree = make_tree(objective)
+    pq.write_table(pa.table({"words": [["even0"]] * 80 + [[]] * 20, "weight": [1.0] * 100}), tmp_path / "single.parquet")
+    tree["data"]["train"] = str(tmp_path / "single.parquet")
+    words = r"epoch 1 of the training data, up to step 4, has no list with two places.*column 'words'.*A list needs two ids"
+    with pytest.raises(DataError, match=words):
+        run_tree(tree, tmp_path / "run")
+    tree["train"] |= {"max_steps": 2}
+    with pytest.raises(DataError, match="the training data of the run, up to step 2"):
+        run_tree(tree, tmp_path / "short")
+
+
+def test_a_later_epoch_without_a_pair_is_said(make_tree):
+    config = build_config(make_tree(), {}, "test")
+    said = []
+
+    def look(idle, step, is_epoch_end=True):
+        state = TrainState(step=step, steps_without_loss=idle)
+        check_learnt(config, state, Position(step - 1, 1, 0, 9, is_epoch_end), 10, False, said.append)
+
+    look(9, 20)
+    look(10, 15, is_epoch_end=False)
+    assert not said, "a step had a pair, or the epoch goes on"
+    look(10, 20)
+    assert "Nothing was learnt in 10 steps: epoch 2 of the training data" in said[0]
+    with pytest.raises(DataError, match="nothing was learnt"):
+        look(20, 20)
 
 
 def test_other_features_and_models_are_refused(make_tree):

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedshard.config import build_config
-from embedshard.errors import ConfigError
+from embedshard.errors import ConfigError, DataError
 from embedshard.testing import assert_plan_invariant
 
 ITEMS = 40
@@ -69,6 +69,22 @@ def test_a_stopped_run_goes_on_bit_for_bit(run_tree, tree, tmp_path, saved_tenso
     resumed = run_tree(tree, path, resume_step=7)
     assert_same_tensors(saved_tensors(path), saved_tensors(tmp_path / "whole"))
     assert resumed["metrics"] == whole["metrics"]
+
+
+def test_lists_that_are_all_empty_train_nothing_and_say_so(run_tree, tree, tmp_path):
+    empty = pa.array([[]] * 50, pa.list_(pa.int64()))
+    pq.write_table(pa.table({"history": empty, "item_id": [1] * 50}), tmp_path / "empty.parquet")
+    tree["data"]["train"] = str(tmp_path / "empty.parquet")
+    with pytest.raises(DataError, match=r"no list with a place from which.*column 'history'.*A list needs one id"):
+        run_tree(tree, tmp_path / "run")
+
+
+def test_rows_without_weight_train_nothing_and_say_so(run_tree, tree, tmp_path):
+    nothing = {"history": [[1, 2]] * 50, "item_id": [1] * 50, "weight": [0.0] * 50}
+    pq.write_table(pa.table(nothing), tmp_path / "weightless.parquet")
+    tree["data"] |= {"train": str(tmp_path / "weightless.parquet"), "weight": "weight"}
+    with pytest.raises(DataError, match="nothing was learnt"):
+        run_tree(tree, tmp_path / "run")
 
 
 def test_what_looks_at_users_needs_to_know_them(tree):
