@@ -17,6 +17,8 @@ __all__ = [
     "StorageError",
     "TrainingError",
     "nearest",
+    "sentence",
+    "with_article",
 ]
 
 import difflib
@@ -71,6 +73,16 @@ class TrainingError(EmbedshardError):
 
 class PeerError(TrainingError):
     """Another process of the run failed or is gone; what it met stands in its own message."""
+
+
+def sentence(text: str) -> str:
+    """Returns a text with a stop at its end, unless it has one."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
+
+
+def with_article(word: str) -> str:
+    """Returns a kind's name behind its article: `an id`, `a bag`, `an mmoe`."""
+    return f"{'an' if word[0] in 'aeio' or word == 'mmoe' else 'a'} {word}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

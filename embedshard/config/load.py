@@ -30,7 +30,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from embedshard.config.root import Config
-from embedshard.errors import ConfigError, nearest
+from embedshard.errors import ConfigError, nearest, sentence
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -229,7 +229,7 @@ def _describe(detail: ErrorDetails) -> str:
     if kind == "value_error":
         message = str(detail.get("ctx", {}).get("error", detail["msg"]))
         shown = "" if isinstance(met, Mapping | list | BaseModel) else f"{met!r}: "
-        return f"{path}: {shown}{message}." if path else f"{message}."
+        return sentence(f"{path}: {shown}{message}" if path else message)
     if kind == "literal_error" and isinstance(met, str):
         allowed = re.findall(r"'([^']+)'", str(detail.get("ctx", {}).get("expected", "")))
         return f"{path}: {met!r} is not allowed. {nearest(met, allowed)} Allowed: {', '.join(allowed)}."

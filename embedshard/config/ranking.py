@@ -20,7 +20,7 @@ from embedshard.config.parts import (
     TargetAttention,
     WideAndDeepConfig,
 )
-from embedshard.errors import nearest
+from embedshard.errors import nearest, with_article
 
 if TYPE_CHECKING:
     from embedshard.config.root import Config
@@ -70,9 +70,10 @@ def _check_sequences(config: Config, model: RankingModel, read: list[str]) -> No
         if name not in read:
             raise ValueError(f"model.sequences: the model does not read a feature '{name}'. {nearest(name, read)}")
         if not config.is_sequence(name):
+            kind = with_article(config.features[name].kind)
             raise ValueError(
-                f"model.sequences: feature '{name}' is a {config.features[name].kind}, one vector already. Make it a "
-                f"'sequence', or leave it out of model.sequences"
+                f"model.sequences: feature '{name}' is {kind}, one vector already. Make it a 'sequence', or leave it out of "
+                f"model.sequences"
             )
         if not isinstance(pooling, TargetAttention):
             continue
@@ -82,9 +83,8 @@ def _check_sequences(config: Config, model: RankingModel, read: list[str]) -> No
                 f"model.sequences.{name}.target: there is no feature '{target}'. {nearest(target, config.features)}"
             )
         if not isinstance(config.features[target], IdFeature):
-            raise ValueError(
-                f"model.sequences.{name}.target: feature '{target}' is a {config.features[target].kind}; it must be an id"
-            )
+            kind = with_article(config.features[target].kind)
+            raise ValueError(f"model.sequences.{name}.target: feature '{target}' is {kind}; it must be an id")
         if config.width(target) != config.width(name):
             raise ValueError(
                 f"model.sequences.{name}.target: '{target}' has vectors of {config.width(target)} numbers, '{name}' of "
@@ -95,12 +95,14 @@ def _check_sequences(config: Config, model: RankingModel, read: list[str]) -> No
 def _check_one_dim(config: Config, model: RankingModel, embedded: list[str]) -> None:
     dims = {name: config.width(name) for name in embedded}
     if not dims:
-        raise ValueError(f"model: a {model.kind} multiplies features' vectors, and none of its features has a table")
+        raise ValueError(
+            f"model: {with_article(model.kind)} multiplies features' vectors, and none of its features has a table"
+        )
     if len(set(dims.values())) > 1:
         shown = ", ".join(f"{name}: {dim}" for name, dim in dims.items())
         raise ValueError(
-            f"model: a {model.kind} multiplies features' vectors with each other, and they differ in size ({shown}). Give "
-            f"their tables one dim, or choose 'dcn_v2'"
+            f"model: {with_article(model.kind)} multiplies features' vectors with each other, and they differ in size "
+            f"({shown}). Give their tables one dim, or choose 'dcn_v2'"
         )
 
 
@@ -115,7 +117,9 @@ def check_sasrec(config: Config, model: SASRecConfig) -> None:
             raise ValueError(f"model.{role}: there is no feature '{name}'. {nearest(name, config.features)}")
     sequence, item = config.features[model.sequence], config.features[model.item_id]
     if not isinstance(sequence, SequenceFeature):
-        raise ValueError(f"model.sequence: feature '{model.sequence}' is a {sequence.kind}. Make it a 'sequence'")
+        raise ValueError(
+            f"model.sequence: feature '{model.sequence}' is {with_article(sequence.kind)}. Make it a 'sequence'"
+        )
     if sequence.max_length is None or sequence.keep != "last":
         raise ValueError(
             f"model.sequence: each place has a vector of its own, so there must be a most: give features.{model.sequence}."

@@ -64,7 +64,7 @@ from embedshard.config.parts import (
 )
 from embedshard.config.placement import check_table_sharding
 from embedshard.config.ranking import check_ranking_model, check_sasrec
-from embedshard.errors import nearest
+from embedshard.errors import nearest, with_article
 
 POINTWISE_METRICS: Final = (
     "rmse",
@@ -325,9 +325,10 @@ class Config(Strict):
         if name not in self.features:
             raise ValueError(f"model.sequence: there is no feature '{name}'. {nearest(name, self.features)}")
         if not self.is_sequence(name):
+            kind = with_article(self.features[name].kind)
             raise ValueError(
-                f"model.sequence: feature '{name}' is a {self.features[name].kind}, and pairs are made of the places of a "
-                f"list. Make it a 'sequence'"
+                f"model.sequence: feature '{name}' is {kind}, and pairs are made of the places of a list. Make it a "
+                f"'sequence'"
             )
         for other in self.features:
             if other != name:
@@ -361,7 +362,7 @@ class Config(Strict):
         if name not in self.features:
             raise ValueError(f"model.{role}: there is no feature '{name}'. {nearest(name, self.features)}")
         if not isinstance(self.features[name], IdFeature):
-            raise ValueError(f"model.{role}: feature '{name}' is a {self.features[name].kind}, it must be an id")
+            raise ValueError(f"model.{role}: feature '{name}' is {with_article(self.features[name].kind)}, it must be an id")
 
     def _check_objective(self) -> None:
         objective, labels = self.objective, self.data.label_columns

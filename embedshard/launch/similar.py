@@ -16,8 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from embedshard.config import Config
+from embedshard.config.parts import WordNgramsVocabulary
 from embedshard.data.vocabulary import HeldIds
-from embedshard.errors import DataError
+from embedshard.errors import ConfigError, DataError
 from embedshard.export.ids import Id, read_metadata, row_of
 from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
 from embedshard.storage import PathOrUri
@@ -97,6 +98,12 @@ def similar_here(
     run = RunDirectory.open(run_dir)
     config = run.load_config(environment).config
     table, owner, vocabulary = table_of(run, config, table)
+    own = config.tables[owner].vocabulary
+    if isinstance(own, WordNgramsVocabulary):
+        raise ConfigError(
+            f"table '{owner}' has the vocabulary 'word_ngrams': a run of words looks up the row of its hash, which other "
+            f"runs share, so no row is one run's and no neighbour has a name. Compare words: --table {own.of}."
+        )
     checkpoint = open_checkpoint_of(run, checkpoint_step)
     vocabulary = ids_in(checkpoint, owner, vocabulary)
     row = row_of(id_, owner, vocabulary)

@@ -14,7 +14,7 @@ from rich.console import Console
 from embedshard.config import Loaded, build_config
 from embedshard.data.check import check_data
 from embedshard.data.dataset import open_dataset
-from embedshard.errors import DataError
+from embedshard.errors import ConfigError, DataError
 from embedshard.launch.data_check import show
 from embedshard.launch.local import evaluate_here, summarise_config
 from embedshard.launch.planning import plan_here
@@ -158,6 +158,8 @@ def test_neighbours_of_words_are_found_by_the_tokenizer_that_was_kept(texts, tmp
     assert ids[found.query.row] == "good"
     with pytest.raises(DataError, match=r"'goood' is not among .* Did you mean 'good'"):
         similar_here(tmp_path / "run", "goood", 3, {}, table="words")
+    with pytest.raises(ConfigError, match=r"'word_ngrams': a run of words looks up the row of its hash.*: --table words\."):
+        similar_here(tmp_path / "run", "good bad", 3, {}, table="pairs")
     ids, vectors = vectors_here(tmp_path / "run", {}, table="pairs")
     assert ids == [None] * 64, "no one word has a hashed row"
     assert vectors.shape == (64, 4)

@@ -104,6 +104,7 @@ def test_a_mistake_is_refused_with_its_place_and_what_is_allowed(config_file, ov
     for word in words:
         assert word in message, message
     assert "pydantic" not in message
+    assert not any(line.endswith(("..", "?.")) for line in message.splitlines()), message
 
 
 @pytest.mark.parametrize(

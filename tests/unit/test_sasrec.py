@@ -157,7 +157,7 @@ def test_dropout_of_places_depends_on_nothing_behind_them(made):
     ("path", "value", "words"),
     [
         (("model", "sequence"), "histroy", "there is no feature 'histroy'. Did you mean 'history'"),
-        (("model", "sequence"), "item_id", "feature 'item_id' is a id. Make it a 'sequence'"),
+        (("model", "sequence"), "item_id", "feature 'item_id' is an id. Make it a 'sequence'"),
         (("model", "item_id"), "user_id", "'user_id' is looked up in 'user', 'history' in 'item'"),
         (("model", "item_id"), "history", "feature 'history' is a sequence, it must be an id"),
         (("model", "heads"), 3, "heads=3 does not divide the 8 numbers"),
