@@ -1216,9 +1216,15 @@ class TrainConfig(Strict):
     metrics: list[str] = Field(default_factory=list)
     """Metrics of the training rows as they were predicted before they were learnt, each `log_every_steps`, over the steps
     since the last time (`train/window/auc`) and over the run (`train/run/auc`): auc, pr_auc, log_loss, normalised_entropy,
-    calibration, accuracy; rmse, mae. In memory that does not grow: AUCs are from histograms."""
+    calibration, accuracy, gauc; rmse, mae. In memory that does not grow: AUCs are from histograms, and gauc keeps a window's
+    rows."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
+
+    @property
+    def window_rows(self) -> int:
+        """The rows between two measurements of the training rows, at most."""
+        return self.log_every_steps * self.global_batch_size
 
 
 class PopularityBaseline(Strict):

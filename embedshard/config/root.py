@@ -83,8 +83,21 @@ POINTWISE_METRICS: Final = (
 LOSS: Final = "loss"
 """The metric of an item_embedding: the objective's own loss."""
 
-STREAMING_METRICS: Final = ("auc", "pr_auc", "log_loss", "normalised_entropy", "calibration", "accuracy", "rmse", "mae")
+STREAMING_METRICS: Final = (
+    "auc",
+    "pr_auc",
+    "log_loss",
+    "normalised_entropy",
+    "calibration",
+    "accuracy",
+    "gauc",
+    "rmse",
+    "mae",
+)
 """The metrics of training rows; those of a label that is a number are the last two."""
+
+MOST_WINDOW_ROWS: Final = 2**22
+"""Rows that the AUC of training rows within users keeps at most: about 70 MB for one label."""
 
 STREAMING_OF_NUMBERS: Final = STREAMING_METRICS[-2:]
 
@@ -512,6 +525,19 @@ class Config(Strict):
                     f"train.metrics: there is no '{name}' with objective '{self.objective.kind}'. Choose among "
                     f"{', '.join(allowed)}"
                 )
+        if "gauc" in self.train.metrics:
+            self._check_streaming_groups()
+
+    def _check_streaming_groups(self) -> None:
+        """Checks that it is known whose rows training rows are, and that those of a window can be kept."""
+        if self.identity("user_id") is None:
+            raise ValueError("train.metrics: 'gauc' is a mean over users: give model.user_id the name of an 'id' feature")
+        if self.train.window_rows > MOST_WINDOW_ROWS:
+            raise ValueError(
+                f"train.metrics: 'gauc' keeps the rows of train.log_every_steps={self.train.log_every_steps} steps of "
+                f"{self.train.global_batch_size:,}, which are more than {MOST_WINDOW_ROWS:,}. Set train.log_every_steps to "
+                f"{max(MOST_WINDOW_ROWS // self.train.global_batch_size, 1)} or less, or leave 'gauc' to evaluate.metrics"
+            )
 
     def _check_baselines(self) -> None:
         metrics, chosen = self.evaluate.metrics, self.evaluate.baselines

@@ -34,6 +34,7 @@ from embedshard.evaluate.label_models import bias_bytes, fit_biases, mean_logit
 from embedshard.evaluate.pointwise import PointwiseSums
 from embedshard.evaluate.ranking import POINTWISE_METRICS, FloatArray
 from embedshard.evaluate.scores import Scores
+from embedshard.evaluate.users import Users
 from embedshard.quantities import size
 
 _NEEDS_INTERACTIONS: Final = (EaseBaseline, ItemKnnBaseline, BiasBaseline)
@@ -141,9 +142,9 @@ class Baselines:
         columns = self._sets.read(split)
         labels = next(column.values for name, column in columns.items() if name.startswith("label:"))
         sums = PointwiseSums(self._pointwise, link)
-        user_id = self._config.identity("user_id")
-        users = None if user_id is None else columns[user_id].values
-        sums.update(self._logits(baseline, survey, columns, len(labels)), labels, None, users)
+        users = Users.known_to(self._config, self._dataset)
+        groups = None if users is None else torch.from_numpy(users.of_rows(columns[users.feature].values))
+        sums.update(self._logits(baseline, survey, columns, len(labels)), labels, None, groups)
         found = sums.result()
         return {name: found[name] for name in self._pointwise}
 

@@ -9,7 +9,7 @@ Shapes: B rows.
 
 from __future__ import annotations
 
-__all__ = ["average_precision", "grouped_auc", "weighted_auc"]
+__all__ = ["average_precision", "grouped_auc", "grouped_aucs", "weighted_auc"]
 
 import numpy as np
 import numpy.typing as npt
@@ -71,6 +71,14 @@ def grouped_auc(
     Returns:
         A value in [0, 1], nan where no group has both classes; and how many have.
     """
+    aucs, sizes = grouped_aucs(scores_B, is_positive_B, weights_B, groups_B)
+    return (float(np.dot(aucs, sizes) / sizes.sum()) if len(aucs) else float("nan")), len(aucs)
+
+
+def grouped_aucs(
+    scores_B: ScoreArray, is_positive_B: BoolArray, weights_B: FloatArray, groups_B: IntArray
+) -> tuple[FloatArray, FloatArray]:
+    """Returns the AUC of each group that has rows of both classes, in the groups' order, and the weight of its rows."""
     counts = groups_B >= 0
     scores, is_positive, weights, groups = scores_B[counts], is_positive_B[counts], weights_B[counts], groups_B[counts]
     order = np.lexsort((scores, groups))
@@ -78,7 +86,7 @@ def grouped_auc(
     positive = np.where(is_positive[order], weights[order], 0.0)
     negative = weights[order] - positive
     if not len(groups):
-        return float("nan"), 0
+        return np.zeros(0), np.zeros(0)
     begins_group = np.append(True, groups[1:] != groups[:-1])
     begins_level = begins_group | np.append(True, scores[1:] != scores[:-1])
     levels = np.flatnonzero(begins_level)
@@ -90,10 +98,8 @@ def grouped_auc(
     won = np.bincount(group_of_level, weights=positive * (below + 0.5 * negative))
     pairs = of_group[0] * of_group[1]
     known = pairs > 0
-    if not known.any():
-        return float("nan"), 0
-    sizes = (of_group[0] + of_group[1])[known]
-    return float(np.dot(won[known] / pairs[known], sizes) / sizes.sum()), int(known.sum())
+    sizes = (of_group[0] + of_group[1])[known].astype(np.float64, copy=False)
+    return won[known] / pairs[known], sizes
 
 
 def _by_level(scores_B: ScoreArray, is_positive_B: BoolArray, weights_B: FloatArray) -> tuple[FloatArray, FloatArray]:

@@ -27,6 +27,7 @@ from embedshard.evaluate.pair_loss import PairLoss
 from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.scores import DotProducts
 from embedshard.evaluate.slices import ItemSlices
+from embedshard.evaluate.users import Users
 from embedshard.world import World
 
 
@@ -47,7 +48,9 @@ class Evaluator:
     def __init__(self, config: Config, dataset: Dataset, collator: Collator, world: World, objective: nn.Module) -> None:
         self._config, self._dataset, self._collator, self._world = config, dataset, collator, world
         metrics = [parse_metric(name) for name in config.evaluate.metrics]
-        self._labels = LabelMetrics(config, [str(metric) for metric in metrics if metric.is_pointwise])
+        pointwise = [str(metric) for metric in metrics if metric.is_pointwise]
+        self.labels = LabelMetrics(config, pointwise, Users.known_to(config, dataset))
+        """The metrics of labels, for whoever else measures them."""
         self._ranking = [str(metric) for metric in metrics if metric.ranks]
         self._pair_loss = None
         if LOSS in config.evaluate.metrics:
@@ -89,7 +92,7 @@ class Evaluator:
             values: dict[str, float] = {}
             if self._ranking:
                 values |= self._rank(plain, split, slices)
-            if self._labels.metrics:
+            if self.labels.metrics:
                 values |= self._score(plain, split, in_depth)
             if self._pair_loss is not None:
                 values |= self._pair_loss.measure(plain, self.sets.read(split))
@@ -127,10 +130,10 @@ class Evaluator:
     def _score(self, model: Any, split: Split, in_depth: bool) -> dict[str, float]:
         columns, evaluate = self.sets.read(split), self._config.evaluate
         keeps = in_depth and bool(evaluate.bootstrap or evaluate.slice_by)
-        sums, kept = self._labels.sums(), LabelRows(self._labels.metrics, self._labels.sums)
+        sums, kept = self.labels.sums(), LabelRows(self.labels.metrics, self.labels.sums)
         for first, last in self._spans(num_rows(columns)):
             batch = self._collator.batch(columns, first, last).to(self._world.device)
-            scored = self._labels.of(model(batch), batch)
+            scored = self.labels.of(model(batch), batch)
             sums.update(*scored)
             if keeps:
                 kept.update(*scored)

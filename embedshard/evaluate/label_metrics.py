@@ -20,6 +20,7 @@ from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
 from embedshard.data.batch import Batch
 from embedshard.evaluate.classes import ClassSums
 from embedshard.evaluate.pointwise import Link, PointwiseSums
+from embedshard.evaluate.users import Users
 
 Scored = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
 """Of rows: logits (B, K), labels (B, L), weights (B,), and groups (B,) where there are any."""
@@ -103,12 +104,13 @@ class LabelMetrics:
     Args:
         config: the config.
         metrics: those of `evaluate.metrics` that compare predictions with labels.
+        users: whose rows are whose; None where the model knows no users.
     """
 
-    def __init__(self, config: Config, metrics: Sequence[str]) -> None:
+    def __init__(self, config: Config, metrics: Sequence[str], users: Users | None) -> None:
         self.metrics = list(metrics)
         self._link, self._labels = prediction_link(config), list(config.data.label_columns)
-        self._user_id, self._has_several = config.identity("user_id"), config.learns_several_labels
+        self._users, self._has_several = users, config.learns_several_labels
         self._classes = config.objective.classes if isinstance(config.objective, CrossEntropyConfig) else None
 
     def sums(self) -> RowSums:
@@ -128,8 +130,7 @@ class LabelMetrics:
             logits_BK = output.logits_BC
         else:
             logits_BK = output.logits_BL if self._has_several else output.logits.unsqueeze(1)
-        users = None if self._user_id is None else batch.ids[self._user_id]
-        return logits_BK, batch.labels, batch.weights, users
+        return logits_BK, batch.labels, batch.weights, None if self._users is None else self._users.of(batch)
 
 
 def in_order(values: Mapping[str, float], metrics: Sequence[str]) -> dict[str, float]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedshard.config import POINTWISE_METRICS, Config
+from embedshard.config import Config
 from embedshard.data.collate import Collator
 from embedshard.data.columns import num_rows
 from embedshard.data.source import Source
@@ -26,14 +26,14 @@ class Progressive:
     """Measures a model on training rows.
 
     Args:
-        config: the config, some of whose metrics compare predictions with labels.
+        config: the config.
+        labels: those of its metrics that compare predictions with labels.
         collator: makes batches of columns.
         world: the processes that evaluate together.
     """
 
-    def __init__(self, config: Config, collator: Collator, world: World) -> None:
-        self._config, self._collator, self._world = config, collator, world
-        self._labels = LabelMetrics(config, [name for name in config.evaluate.metrics if name in POINTWISE_METRICS])
+    def __init__(self, config: Config, labels: LabelMetrics, collator: Collator, world: World) -> None:
+        self._config, self._labels, self._collator, self._world = config, labels, collator, world
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, source: Source) -> dict[str, float]:

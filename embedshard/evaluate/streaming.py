@@ -4,7 +4,8 @@ Sums over the steps since the last measurement (a window) and over the run. Each
 when they are asked for, so that no step waits for them. They are buffers, saved with a checkpoint, in whole multiples of
 2^-24, so that they do not depend on when they were added up: a run that is resumed tells what it would have told.
 
-AUC and PR-AUC are from histograms of logits: rows of one bin count as tied; there are 128 bins a doubling of the odds.
+AUC and PR-AUC are from histograms of logits: rows of one bin count as tied; there are 128 bins a doubling of the odds. AUC
+within users is exact over a window, whose rows are kept (`streaming_groups.py`).
 
 Shapes: B rows on this rank, L labels, S sums of a label, K bins.
 """
@@ -24,6 +25,8 @@ from torch import nn
 from embedshard.evaluate.discrimination import average_precision, weighted_auc
 from embedshard.evaluate.pointwise import entropy
 from embedshard.evaluate.ranking import FloatArray
+from embedshard.evaluate.streaming_groups import GroupedWindows
+from embedshard.evaluate.users import Users
 from embedshard.world import World
 
 _BINS_PER_DOUBLING: Final = 128
@@ -38,27 +41,55 @@ class StreamingMetrics(nn.Module):
     """What the training rows tell of the model.
 
     Args:
-        metrics: names among auc, pr_auc, log_loss, normalised_entropy, calibration, accuracy, rmse, mae.
+        metrics: names among auc, pr_auc, log_loss, normalised_entropy, calibration, accuracy, gauc, rmse, mae.
         labels: names of the labels; one alone is not named in the results.
         is_odds: whether logits are log odds, else they are predictions.
         world: whose ranks' rows are added up.
+        users: whose rows are whose, for gauc.
+        window_rows: of a window at most, all ranks' together, for gauc.
     """
 
     window: torch.Tensor
     run: torch.Tensor
 
-    def __init__(self, metrics: Sequence[str], labels: Sequence[str], is_odds: bool, world: World) -> None:
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        labels: Sequence[str],
+        is_odds: bool,
+        world: World,
+        users: Users | None = None,
+        window_rows: int = 0,
+    ) -> None:
         super().__init__()
         self._metrics, self._labels, self._is_odds, self._world = list(metrics), list(labels), is_odds, world
+        self.users = users
         self._has_bins = not {"auc", "pr_auc"}.isdisjoint(metrics)
         size = len(_SUMS) + (2 * _NUM_BINS if self._has_bins else 0)
         self.register_buffer("window", torch.zeros(len(labels), size, dtype=torch.int64))
         self.register_buffer("run", torch.zeros(len(labels), size, dtype=torch.int64))
         self._pending = torch.zeros(len(labels), size, dtype=torch.int64, device=world.device)
+        self.within = GroupedWindows(len(labels), window_rows, world) if "gauc" in metrics else None
 
     @torch.no_grad()
-    def update(self, logits_BL: torch.Tensor, labels_BL: torch.Tensor, weights_B: torch.Tensor) -> None:
-        """Adds this rank's rows of a step; rows of weight 0 may hold anything. Not collective."""
+    def update(
+        self,
+        logits_BL: torch.Tensor,
+        labels_BL: torch.Tensor,
+        weights_B: torch.Tensor,
+        users_B: torch.Tensor | None = None,
+    ) -> None:
+        """Adds this rank's rows of a step; rows of weight 0 may hold anything. Not collective.
+
+        Args:
+            logits_BL: before the link function.
+            labels_BL: in the labels' order.
+            weights_B: at least 0.
+            users_B: the user of each row, for gauc; -1 where it is no one user.
+        """
+        if self.within is not None:
+            assert users_B is not None, "the config checks that the model knows the user"
+            self.within.update(logits_BL, labels_BL, weights_B, users_B)
         counts = weights_B > 0
         logits_BL, labels_BL = logits_BL[counts].double(), labels_BL[counts].double()
         weights_B = weights_B[counts].double()
@@ -88,16 +119,21 @@ class StreamingMetrics(nn.Module):
         """Adds what all ranks have met since the last time to the window. Collective."""
         self.window += self._world.sum(self._pending)
         self._pending.zero_()
+        if self.within is not None:
+            self.within.gather()
 
     def measure(self) -> dict[str, float]:
         """Returns the metrics of the window, `window/auc`, and of the run, `run/auc`, and begins a new one. Collective."""
         self.gather()
         self.run += self.window
+        within = ([], []) if self.within is None else self.within.end_window()
         found: dict[str, float] = {}
-        for scope, sums in (("window", self.window), ("run", self.run)):
-            for label, of_label in zip(self._labels, (sums.double() * _UNIT).cpu().numpy(), strict=True):
-                suffix = f":{label}" if len(self._labels) > 1 else ""
-                found |= {f"{scope}/{name}{suffix}": self._value(name, of_label) for name in self._metrics}
+        for scope, sums, users in (("window", self.window, within[0]), ("run", self.run, within[1])):
+            for place, of_label in enumerate((sums.double() * _UNIT).cpu().numpy()):
+                suffix = f":{self._labels[place]}" if len(self._labels) > 1 else ""
+                for name in self._metrics:
+                    value = users[place] if name == "gauc" else self._value(name, of_label)
+                    found[f"{scope}/{name}{suffix}"] = value
         self.window.zero_()
         return found
 

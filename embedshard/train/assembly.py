@@ -23,6 +23,7 @@ from embedshard.data.tokenizer_training import PreparationProgress
 from embedshard.evaluate.evaluator import Evaluator
 from embedshard.evaluate.label_metrics import prediction_link
 from embedshard.evaluate.streaming import StreamingMetrics
+from embedshard.evaluate.users import Users
 from embedshard.evaluate.yardsticks import Yardsticks
 from embedshard.models.objectives.objective import Objective
 from embedshard.models.registry import build_model, build_objective
@@ -138,7 +139,7 @@ def assemble(
     specs = table_specs(config, dataset.table_rows)
     model = shard_model(build_model(config, specs, world), config, specs, world, plan, initialises=initialises)
     objective = build_objective(config, specs, world).to(world.device)
-    streaming = _streaming(config, world)
+    streaming = _streaming(config, dataset, world)
     if streaming is not None:
         objective.add_module("streaming", streaming)  # what it has summed up is saved with what the objective estimates
     optimizers = Optimizers(model, config, specs, world)
@@ -184,9 +185,10 @@ def _manage(
     return managed
 
 
-def _streaming(config: Config, world: World) -> StreamingMetrics | None:
+def _streaming(config: Config, dataset: Dataset, world: World) -> StreamingMetrics | None:
     """Returns what measures the training rows, if anything does."""
     if not config.train.metrics:
         return None
-    is_odds = prediction_link(config) == "sigmoid"
-    return StreamingMetrics(config.train.metrics, list(config.data.label_columns), is_odds, world).to(world.device)
+    is_odds, labels = prediction_link(config) == "sigmoid", list(config.data.label_columns)
+    users = Users.known_to(config, dataset)
+    return StreamingMetrics(config.train.metrics, labels, is_odds, world, users, config.train.window_rows).to(world.device)

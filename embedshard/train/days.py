@@ -74,7 +74,7 @@ class Days:
         dataset, position = parts.dataset, parts.dataset.order.position(state.step)
         if position.epoch or position.step_in_epoch or len(state.progressive) > position.partition:
             return
-        progressive = Progressive(self._config, parts.collator, self._world)
+        progressive = Progressive(self._config, parts.evaluator.labels, parts.collator, self._world)
         source = dataset.train[position.partition]
         # With files of its own: the reader reads the partition ahead, in its thread.
         with parts.caches.left_out():

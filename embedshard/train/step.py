@@ -144,7 +144,8 @@ class Stepper:
             raise TrainingError(self._not_finite(batch, _of_rows(weighted.detach(), output, batch)))
         if self._streaming is not None:
             logits_BL = output.logits_BL if hasattr(output, "logits_BL") else output.logits.unsqueeze(1)
-            self._streaming.update(logits_BL, batch.labels, batch.weights)
+            users_B = None if self._streaming.users is None else self._streaming.users.of(batch)
+            self._streaming.update(logits_BL, batch.labels, batch.weights, users_B)
             lap("metrics")
         factor = places / total_weight if total_weight else 0.0
         if total_weight:

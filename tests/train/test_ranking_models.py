@@ -225,29 +225,50 @@ def test_metrics_slices_and_intervals_are_in_the_result_and_the_report(run_tree,
     assert "95 %" in page
 
 
+def test_users_who_are_unknown_are_nobody(run_tree, make_tree, tmp_path):
+    """All that the vocabulary does not know share a row of the table, and were one user to AUC within users."""
+    tree = make_tree({**MODELS["dcn_v2"], "user_id": "user"})
+    tree["features"]["user"]["unknown"] = "oov"
+    tree["tables"]["user"]["rows"] = USERS - 3
+    tree["train"] |= {"max_steps": 4, "metrics": ["gauc"]}
+    tree["evaluate"] = {"metrics": ["gauc"]}
+    recorder = Recorder()
+    result = run_tree(tree, tmp_path / "run", reporter=recorder)
+    assert result["evaluated"]["test"]["gauc_groups"] == USERS - 3
+    assert 0 < recorder.found[-1]["train/window/gauc"] < 1
+
+
 def test_training_rows_are_measured_as_they_are_predicted(run_tree, make_tree, tmp_path):
-    tree = make_tree(MODELS["dcn_v2"])
-    tree["train"] |= {"metrics": ["auc", "normalised_entropy", "calibration"], "log_every_steps": 10, "epochs": 2}
+    tree = make_tree({**MODELS["dcn_v2"], "user_id": "user"})
+    tree["train"] |= {"metrics": ["auc", "normalised_entropy", "calibration", "gauc"], "log_every_steps": 10, "epochs": 2}
+    tree["checkpoint"] = {"every_steps": 24, "keep": 9}
     recorder = Recorder()
     run_tree(tree, tmp_path / "whole", reporter=recorder)
     whole = recorder.found
     assert len(whole) == 11
     assert whole[-1]["train/window/auc"] > whole[0]["train/window/auc"] + 0.1
-    assert whole[0]["train/run/auc"] < whole[-1]["train/run/auc"] < whole[-1]["train/window/auc"]
-    path = tmp_path / "stopped"
+    for name in ("auc", "gauc"):
+        assert whole[0][f"train/run/{name}"] < whole[-1][f"train/run/{name}"] < whole[-1][f"train/window/{name}"]
+    recorder = Recorder()
+    run_tree(tree, tmp_path / "whole", resume_step=24, reporter=recorder)
+    assert recorder.found == whole[2:], "the checkpoint has the sums, and the rows of the window that it lies in"
+    # A run that ends within a window measures it, and the next window begins there.
+    path = tmp_path / "shorter"
     run_tree({**tree, "train": {**tree["train"], "max_steps": 24}}, path)
     (path / "config.yaml").write_text((tmp_path / "whole" / "config.yaml").read_text())
     recorder = Recorder()
     run_tree(tree, path, resume_step=24, reporter=recorder)
-    names = [name for name in whole[0] if name.startswith("train/run")]
+    names = [name for name in whole[0] if name.startswith("train/run") and "gauc" not in name]
     for one, other in zip(recorder.found, whole[2:], strict=True):
-        assert {name: one[name] for name in names} == {name: other[name] for name in names}, "the checkpoint has its sums"
-    assert recorder.found[1:] == whole[3:], "the window was measured at step 24, the shorter run's last"
+        assert {name: one[name] for name in names} == {name: other[name] for name in names}
+    without_gauc = [[{name: value for name, value in one.items() if name != "train/run/gauc"} for one in run]
+                    for run in (recorder.found[1:], whole[3:])]  # fmt: skip
+    assert without_gauc[0] == without_gauc[1], "the window was measured at step 24, the shorter run's last"
 
 
 def test_two_workers_measure_training_rows_as_one(make_tree, tmp_path):
-    tree = make_tree(MODELS["mmoe"])
-    tree["train"] |= {"metrics": ["auc", "log_loss"], "log_every_steps": 20, "max_steps": 40}
+    tree = make_tree({**MODELS["mmoe"], "user_id": "user"})
+    tree["train"] |= {"metrics": ["auc", "gauc", "log_loss"], "log_every_steps": 20, "max_steps": 40}
     found = []
     for workers in (1, 2):
         path = tmp_path / f"workers-{workers}"
@@ -255,7 +276,7 @@ def test_two_workers_measure_training_rows_as_one(make_tree, tmp_path):
         lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
         found.append([watched(line) for line in lines if watched(line)])
     alone, together = found
-    names = {f"{name}:{label}" for name in ("auc", "log_loss") for label in ("click", "buy")}
+    names = {f"{name}:{label}" for name in ("auc", "gauc", "log_loss") for label in ("click", "buy")}
     assert set(alone[0]) == {f"train/{scope}/{name}" for scope in ("window", "run") for name in names}
     for one, two in zip(alone, together, strict=True):
         assert two == pytest.approx(one, abs=1e-5)
@@ -346,6 +367,7 @@ def test_what_is_no_part_of_a_metric_is_not_selected(make_tree):
         ({"evaluate": {"metrics": ["gauc"]}}, r"'gauc' is a mean over users: give model\.user_id"),
         ({"evaluate": {"metrics": [], "bootstrap": 5}}, r"evaluate\.bootstrap looks at labels"),
         ({"evaluate": {"metrics": [], "slice_by": "shop"}}, r"evaluate\.slice_by looks at labels"),
+        ({"train": {"metrics": ["gauc"]}}, r"train\.metrics: 'gauc' is a mean over users: give model\.user_id"),
         ({"train": {"metrics": ["f1"]}}, "there is no 'f1' with objective 'bce'. Choose among auc, pr_auc"),
         ({"train": {"metrics": ["auc"]}, "objective": {"kind": "mse"}}, "Choose among rmse, mae"),
         ({"evaluate": {"metrics": ["pr_auc"]}, "objective": {"kind": "mse"}}, "'pr_auc' does not go with objective 'mse'"),
@@ -354,6 +376,17 @@ def test_what_is_no_part_of_a_metric_is_not_selected(make_tree):
 def test_metrics_that_cannot_be_are_refused(make_tree, changes, words):
     with pytest.raises(ConfigError, match=words):
         build_config(make_tree(MODELS["dcn_v2"], **changes), {}, "test")
+
+
+def test_a_window_of_more_rows_than_can_be_kept_is_refused(make_tree):
+    tree = make_tree({**MODELS["dcn_v2"], "user_id": "user"})
+    tree["train"] = {"metrics": ["gauc"], "global_batch_size": 2**16, "log_every_steps": 65}
+    with pytest.raises(
+        ConfigError, match=r"65 steps of 65,536, .* more than 4,194,304\. Set train\.log_every_steps to 64 or"
+    ):
+        build_config(tree, {}, "test")
+    tree["train"]["log_every_steps"] = 64
+    build_config(tree, {}, "test")
 
 
 def test_nothing_is_selected_by_what_has_no_better(make_tree):

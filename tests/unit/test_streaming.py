@@ -87,6 +87,54 @@ def test_numbers_are_predicted_as_they_are_and_rows_without_weight_hold_anything
     assert streaming.measure()["window/mae"] == pytest.approx(6 / 4)
 
 
+def within_users(rows, users, place=0):
+    sums = PointwiseSums(["gauc"], "sigmoid")
+    sums.update(rows[0][:, place], rows[1][:, place], rows[2], users)
+    return sums.result()["gauc"]
+
+
+def test_auc_within_users_is_exact_in_a_window_and_the_mean_of_windows_over_the_run():
+    generator = np.random.default_rng(3)
+    windows = [(some_rows(count, seed), torch.from_numpy(generator.integers(-1, 20, count)))
+               for seed, count in ((1, 300), (2, 100))]  # fmt: skip
+    streaming = StreamingMetrics(["auc", "gauc"], ["click"], True, ALONE, None, 300)
+    found = []
+    for rows, users in windows:
+        for part in (slice(0, 40), slice(40, None)):
+            streaming.update(*(column[part] for column in rows), users[part])
+        found.append(streaming.measure())
+    assert list(found[0]) == ["window/auc", "window/gauc", "run/auc", "run/gauc"]
+    values, sizes = [within_users(*window) for window in windows], []
+    for rows, users in windows:  # the rows of users who have both labels
+        has = rows[2] > 0
+        both = [user for user in users[has].unique().tolist() if user >= 0
+                and len(rows[1][has & (users == user)].unique()) == 2]  # fmt: skip
+        sizes.append(float(rows[2][torch.isin(users, torch.tensor(both))].sum()))
+    assert [one["window/gauc"] for one in found] == pytest.approx(values, abs=1e-12)
+    assert found[0]["run/gauc"] == found[0]["window/gauc"]
+    assert found[1]["run/gauc"] == pytest.approx(np.average(values, weights=sizes), abs=1e-12)
+    after = streaming.measure()
+    assert math.isnan(after["window/gauc"])
+    assert after["run/gauc"] == found[1]["run/gauc"]
+
+
+def test_when_rows_are_gathered_changes_no_bit_of_auc_within_users():
+    rows, users = some_rows(400, labels=2), torch.arange(400) % 9
+    whole, parts = (StreamingMetrics(["gauc"], ["click", "buy"], True, ALONE, None, 400) for _ in range(2))
+    whole.update(*rows, users)
+    for begin in (200, 0, 300, 100):
+        part = slice(begin, begin + 100)
+        parts.update(*(column[part] for column in rows), users[part])
+        parts.gather()
+    resumed = StreamingMetrics(["gauc"], ["click", "buy"], True, ALONE, None, 400)
+    resumed.load_state_dict(parts.state_dict())
+    expected = whole.measure()
+    assert resumed.measure() == expected
+    assert expected["window/gauc:buy"] == pytest.approx(within_users(rows, users, 1), abs=1e-12)
+    assert resumed.state_dict().keys() == whole.state_dict().keys()
+    assert all(one.equal(other) for one, other in zip(resumed.within.buffers(), whole.within.buffers(), strict=True))
+
+
 # ------------------------------------------------------------------------------------------------- slices and intervals
 def kept(rows, metrics=METRICS, groups=None, labels=("click",)):
     whole = LabelRows(metrics, lambda: LabelSums(metrics, "sigmoid", labels))
