@@ -81,6 +81,7 @@ class Assembly:
             rank=self.world.rank,
             world_size=self.world.world_size,
             former_steps=self.dataset.former.steps,
+            pins=self.world.device.type == "cuda",
         )
 
     def grow(self, partition: Partition, inventory: Inventory) -> None:

@@ -112,9 +112,9 @@ class Stepper:
             self._ahead.send(upcoming)
             lap("input_dist")
         self._optimizers.zero_grad()
-        self._looked_up.clear()
         lap("dense_update")
-        output = self._model(batch)
+        with self._looked_up.apart():
+            output = self._model(batch)
         lap("dense_forward")
         losses = self._objective(output, batch)
         if self._penalties:
