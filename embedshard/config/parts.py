@@ -1217,6 +1217,9 @@ class TrainConfig(Strict):
     """Metrics of the training rows as they were predicted before they were learnt, each `log_every_steps`, over the steps
     since the last time (`train/window/auc`) and over the run (`train/run/auc`): auc, pr_auc, log_loss, normalised_entropy,
     calibration, accuracy; rmse, mae. In memory that does not grow: AUCs are from histograms."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What products of the dense part are computed in, in training; `bf16` is torch's autocast to bfloat16, for CUDA.
+    Tables, weights, sums and the objective stay in float32, and so does evaluation."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 

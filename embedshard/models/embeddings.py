@@ -89,6 +89,9 @@ class EmbeddingLookup(nn.Module):
 
         (B, D) of a key that is pooled; (V, D) of a sequence, whose lengths are those of `batch.sequences[key]`.
         """
+        if torch.is_autocast_enabled(batch.weights.device.type):
+            with torch.autocast(batch.weights.device.type, enabled=False):
+                return self.forward(batch)
         if self.to_rows is not None:
             batch = self.to_rows(batch, self.training)
         vectors: dict[str, torch.Tensor] = {}
