@@ -16,6 +16,7 @@ __all__ = [
     "open_local_group",
     "open_world",
     "process_environment",
+    "release_freed_memory",
     "set_process_environment",
     "shrink_world",
 ]
@@ -74,8 +75,6 @@ def set_process_environment() -> None:
     if threads.isdigit():
         os.environ.setdefault("RAYON_NUM_THREADS", threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == "1" else "true")
-    # DDP warns, from C++, that it looks for unused parameters where there are none; `sharding/shard.py` says why it must.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # The planner advises a factory that guesses what it is told here, and an estimate that is not asked for.
@@ -98,6 +97,12 @@ def _keep_freed_memory() -> None:
             os.environ[name] = str(value)
             with suppress(OSError, AttributeError):  # another libc has no such options
                 ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def release_freed_memory() -> None:
+    """Gives back to the kernel what malloc keeps, after work whose memory is not wanted again."""
+    with suppress(OSError, AttributeError):  # another libc has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from embedshard.sharding.shard import make_sharders
 _OF_AN_EVEN_SHARE: Final = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3.2, 4, 6, 10, 30, 100, 1e4)
 """Where nothing fits, the memory of a rank that a plan is looked for with, in even shares of all tables, step by step."""
 
-PROCESS_BYTES: Final = 700 * 1024**2
+PROCESS_BYTES: Final = 750 * 1024**2
 """What a worker takes before it has tables or data: Python, torch and FBGEMM. Measured on Linux, CPU builds."""
 DRAWN_BYTES_PER_ID: Final = 40
 """What a worker keeps of each id that is drawn from by its count, at the most, while it is made. Measured at 10 million."""
