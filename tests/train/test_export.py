@@ -231,6 +231,9 @@ def test_what_fails_verification_is_no_export(trained, tmp_path):
     assert cli("export", run, out, "--tolerance", 0.02).returncode == 0
     shown = cli("recommend", out, "--user", 3, "-k", 2, "--json")
     assert len(json.loads(shown.stdout)["items"]) == 2
+    all_of_them = cli("recommend", out, "--user", 3, "-k", 10**9)
+    assert all_of_them.returncode == 0, all_of_them.stderr
+    assert "1,000,000,000 items were asked for, of 30 that the export has, without" in all_of_them.stdout
 
 
 def test_vectors_that_are_not_the_models_are_found(trained, tmp_path, monkeypatch):
