@@ -24,6 +24,7 @@ __all__ = [
 import ctypes
 import logging
 import os
+import re
 import socket
 import sys
 import warnings
@@ -294,6 +295,8 @@ def _device(asked: str, local_rank: int) -> torch.device:
 
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", asked) is None:
+        raise ConfigError(f"--device {asked}: there is no such device. Choose cpu, cuda, or auto.")
     device = torch.device(asked)
     if device.type == "cuda":
         if not torch.cuda.is_available():
