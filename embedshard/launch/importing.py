@@ -13,7 +13,7 @@ from contextlib import contextmanager
 def long_imports() -> Iterator[None]:
     """Keeps the collector of cycles away from what is imported within, then and afterwards: modules stay.
 
-    torch and TorchRec make about a million objects as they are imported. To look through these again and again for some to
+    torch and TorchRec make half a million objects as they are imported. To look through these again and again for some to
     let go took a fifth of the time.
     """
     was_enabled = gc.isenabled()
