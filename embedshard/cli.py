@@ -24,6 +24,7 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.errors import ConfigError, EmbedshardError
+from embedshard.launch.importing import long_imports
 from embedshard.launch.processes import leave_error, run_workers, stop_with_launcher
 from embedshard.launch.request import TrainRequest, parse_workers
 from embedshard.quantities import size
@@ -183,7 +184,8 @@ def train(
     elif workers is not None:
         raise typer.Exit(run_workers(request.arguments(), most, os.environ, Console(stderr=True, soft_wrap=True)))
     else:
-        from embedshard.launch.local import train_here
+        with long_imports():
+            from embedshard.launch.local import train_here
 
         outcome = train_here(request, os.environ, console)
     if outcome.stopped_by is not None:
@@ -201,8 +203,9 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure a run's checkpoint on its validation and test sets, beside baselines."""
-    from embedshard.launch.local import evaluate_here
-    from embedshard.train.tracking import json_text, metrics_table
+    with long_imports():
+        from embedshard.launch.local import evaluate_here
+        from embedshard.train.tracking import json_text, metrics_table
 
     evaluation = evaluate_here(
         run_dir,
@@ -231,7 +234,8 @@ def summary(
     ] = None,
 ) -> None:
     """Show every table and layer of a config: shape, parameters, bytes."""
-    from embedshard.launch.local import summarise_config
+    with long_imports():
+        from embedshard.launch.local import summarise_config
 
     found = summarise_config(config, overrides or [], os.environ, ids or [])
     console = Console()
@@ -276,8 +280,9 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Tell, without the hardware, whether a config fits it, what lies where and why. Exit code 1 if it does not fit."""
-    from embedshard.launch.plan_view import show
-    from embedshard.launch.planning import plan_here
+    with long_imports():
+        from embedshard.launch.plan_view import show
+        from embedshard.launch.planning import plan_here
 
     found = plan_here(config, overrides or [], workers, hardware, os.environ, Console(stderr=True))
     if save is not None:
@@ -305,8 +310,9 @@ def bench(
     report_to: Annotated[Path | None, typer.Option(hidden=True, help="Of a worker that bench started.")] = None,
 ) -> None:
     """Measure what this machine allows and how near training comes, stage by stage, and where a step's time goes."""
-    from embedshard.launch.bench import bench_as_worker, bench_here, show
-    from embedshard.train.tracking import json_text
+    with long_imports():
+        from embedshard.launch.bench import bench_as_worker, bench_here, show
+        from embedshard.train.tracking import json_text
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # as an exception, so that all that it made is removed
     if report_to is not None and config is not None:
@@ -360,7 +366,8 @@ def similar(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
 ) -> None:
     """Show which ids' vectors are nearest to an id's, by cosine."""
-    from embedshard.launch.similar import show, similar_here
+    with long_imports():
+        from embedshard.launch.similar import show, similar_here
 
     found = similar_here(run_dir, id_, count, os.environ, table=table, metadata=metadata, checkpoint_step=checkpoint)
     _tell(found, as_json, show, default=str)
@@ -394,8 +401,9 @@ def export(
     device: Device = "cpu",
 ) -> None:
     """Write vectors, the dense part and an index of items out of a run, and verify them. Exit code 1 if they differ."""
-    from embedshard.launch.export import export_here, show
-    from embedshard.launch.export_since import export_since, show_delta
+    with long_imports():
+        from embedshard.launch.export import export_here, show
+        from embedshard.launch.export_since import export_since, show_delta
 
     err = Console(stderr=True, soft_wrap=True, highlight=False)
     options: dict[str, Any] = {

@@ -16,6 +16,7 @@ __all__ = [
     "open_local_group",
     "open_world",
     "process_environment",
+    "release_freed_memory",
     "set_process_environment",
     "shrink_world",
 ]
@@ -23,6 +24,7 @@ __all__ = [
 import ctypes
 import logging
 import os
+import re
 import socket
 import sys
 import warnings
@@ -74,8 +76,6 @@ def set_process_environment() -> None:
     if threads.isdigit():
         os.environ.setdefault("RAYON_NUM_THREADS", threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == "1" else "true")
-    # DDP warns, from C++, that it looks for unused parameters where there are none; `sharding/shard.py` says why it must.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # The planner advises a factory that guesses what it is told here, and an estimate that is not asked for.
@@ -98,6 +98,12 @@ def _keep_freed_memory() -> None:
             os.environ[name] = str(value)
             with suppress(OSError, AttributeError):  # another libc has no such options
                 ctypes.CDLL(None).mallopt(parameter, value)
+
+
+def release_freed_memory() -> None:
+    """Gives back to the kernel what malloc keeps, after work whose memory is not wanted again."""
+    with suppress(OSError, AttributeError):  # another libc has no such function
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)
@@ -289,6 +295,8 @@ def _device(asked: str, local_rank: int) -> torch.device:
 
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "cpu"
+    if re.fullmatch(r"cpu|cuda(:\d+)?", asked) is None:
+        raise ConfigError(f"--device {asked}: there is no such device. Choose cpu, cuda, or auto.")
     device = torch.device(asked)
     if device.type == "cuda":
         if not torch.cuda.is_available():

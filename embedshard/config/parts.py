@@ -1218,6 +1218,9 @@ class TrainConfig(Strict):
     since the last time (`train/window/auc`) and over the run (`train/run/auc`): auc, pr_auc, log_loss, normalised_entropy,
     calibration, accuracy, gauc; rmse, mae. In memory that does not grow: AUCs are from histograms, and gauc keeps a window's
     rows."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What products of the dense part are computed in, in training; `bf16` is torch's autocast to bfloat16, for CUDA.
+    Tables, weights, sums and the objective stay in float32, and so does evaluation."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 __all__ = ["Batch", "Draws", "Pairs", "Paths"]
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from embedshard.data.order import Position
+
+Move = Callable[[Any], Any]
+"""From a tensor or a KeyedJaggedTensor to the same elsewhere."""
 
 
 @dataclass
@@ -37,9 +42,9 @@ class Draws:
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.ids, self.log_q, self.own_log_q, self.dense
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Draws:
-        """Returns a copy on a device."""
-        return Draws(*(tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()))
+    def moved(self, move: Move) -> Draws:
+        """Returns what a function makes of each tensor."""
+        return Draws(*map(move, self._tensors()))
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""
@@ -97,12 +102,10 @@ class Pairs:
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.ids, self.centres, self.contexts, self.rows, self.weights
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> Pairs:
-        """Returns a copy on a device."""
-        paths = None
-        if self.paths is not None:
-            paths = Paths(*(tensor.to(device, non_blocking=non_blocking) for tensor in self.paths.tensors()))
-        ids, centres, contexts, rows, weights = (tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors())
+    def moved(self, move: Move) -> Pairs:
+        """Returns what a function makes of each tensor."""
+        paths = None if self.paths is None else Paths(*map(move, self.paths.tensors()))
+        ids, centres, contexts, rows, weights = map(move, self._tensors())
         return Pairs(ids, centres, contexts, rows, weights, self.lanes, self.window, paths)
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -171,17 +174,25 @@ class Batch(Pipelineable):
         """Returns a copy on a device; itself where it is there already."""
         if self.weights.device == device:
             return self
+        return self.moved(lambda part: part.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Batch:
+        """Returns a copy that a CUDA device can fetch while other work goes on."""
+        return self.moved(lambda part: part.pin_memory())
+
+    def moved(self, move: Move) -> Batch:
+        """Returns what a function makes of each tensor and KeyedJaggedTensor, but for those that stay on the CPU."""
         return replace(
             self,
-            sparse=None if self.sparse is None else self.sparse.to(device, non_blocking=non_blocking),
-            weighted=None if self.weighted is None else self.weighted.to(device, non_blocking=non_blocking),
-            sequences=None if self.sequences is None else self.sequences.to(device, non_blocking=non_blocking),
-            dense=self.dense.to(device, non_blocking=non_blocking),
-            labels=self.labels.to(device, non_blocking=non_blocking),
-            weights=self.weights.to(device, non_blocking=non_blocking),
-            ids={name: ids.to(device, non_blocking=non_blocking) for name, ids in self.ids.items()},
-            draws=None if self.draws is None else self.draws.to(device, non_blocking=non_blocking),
-            pairs=None if self.pairs is None else self.pairs.to(device, non_blocking=non_blocking),
+            sparse=None if self.sparse is None else move(self.sparse),
+            weighted=None if self.weighted is None else move(self.weighted),
+            sequences=None if self.sequences is None else move(self.sequences),
+            dense=move(self.dense),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            ids={name: move(ids) for name, ids in self.ids.items()},
+            draws=None if self.draws is None else self.draws.moved(move),
+            pairs=None if self.pairs is None else self.pairs.moved(move),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:

@@ -94,6 +94,7 @@ class BatchReader:
         rank: this process's.
         world_size: processes that train.
         former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
+        pins: whether batches are made in pinned memory, for a CUDA device to fetch.
 
     Attributes:
         laps: the seconds that its threads have taken, by stage.
@@ -110,8 +111,9 @@ class BatchReader:
         rank: int,
         world_size: int,
         former_steps: int = 0,
+        pins: bool = False,
     ) -> None:
-        self._former_steps = former_steps
+        self._former_steps, self._pins = former_steps, pins
         self._order, self._sources, self._cached, self._cache_bytes = order, sources, cached, cache_bytes
         self._collator, self._sampler = collator, sampler
         self._rank, self._world_size = rank, world_size
@@ -178,7 +180,8 @@ class BatchReader:
         if self._sampler is not None:
             step = self._former_steps + position.step
             draws = self._sampler.draw(step, self._rank, self._world_size)
-        return self._collator.batch(columns, place * size, (place + 1) * size, draws, position)
+        batch = self._collator.batch(columns, place * size, (place + 1) * size, draws, position)
+        return batch.pin_memory() if self._pins else batch
 
 
 class _ReadAhead:

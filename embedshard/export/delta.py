@@ -18,6 +18,7 @@ __all__ = [
     "Side",
     "State",
     "WholeFile",
+    "check_delta_folder",
     "open_delta",
     "prepare_delta_folder",
     "rebuild",
@@ -300,8 +301,8 @@ def rebuild(change: Change, base: Callable[[], Location], part: Callable[[str], 
         raise ExportError(f"a file of a delta cannot be made: {error}. Write the delta again.") from error
 
 
-def prepare_delta_folder(folder: Location) -> None:
-    """Makes the folder of a delta, or empties that of an earlier one; its manifest goes first.
+def check_delta_folder(folder: Location) -> None:
+    """Checks that a delta can be written to a folder: it is new, or that of an earlier delta. Nothing is touched.
 
     Raises:
         ExportError: if something else is there.
@@ -310,6 +311,16 @@ def prepare_delta_folder(folder: Location) -> None:
     if folder.is_file() or (names and MARKER not in names):
         shown = "is a file" if folder.is_file() else f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         raise ExportError(f"{folder.uri} {shown} and is no earlier delta, so it is not written over. Name a new folder.")
+
+
+def prepare_delta_folder(folder: Location) -> None:
+    """Makes the folder of a delta, or empties that of an earlier one; its manifest goes first.
+
+    Raises:
+        ExportError: if something else is there.
+    """
+    check_delta_folder(folder)
+    names = folder.list_names()
     folder.make_dirs()
     folder.join(MANIFEST).delete_file()
     folder.join(MARKER).write_text_atomically(

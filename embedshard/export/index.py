@@ -93,12 +93,13 @@ def look_up(index: Any, queries: FloatArray, k: int, seen: JaggedIds | None = No
     Args:
         index: of N items.
         queries: (Q, D).
-        k: length of the lists.
+        k: length of the lists, N at most: a longer one is cut to that.
         seen: places that a query's list may not hold; as many more are looked for.
 
     Returns:
         places (Q, K) and scores (Q, K), best first; -1 and -inf where there are no more.
     """
+    k = min(k, index.ntotal)
     places_QK = np.full((len(queries), k), -1, dtype=np.int64)
     scores_QK = np.full((len(queries), k), -np.inf, dtype=np.float32)
     extra = np.zeros(len(queries), dtype=np.int64) if seen is None else seen.lengths

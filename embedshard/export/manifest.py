@@ -19,11 +19,12 @@ __all__ = [
     "Manifest",
     "OpenExport",
     "alone_in",
+    "check_folder",
     "hash_file",
     "hash_files",
     "open_export",
     "plain",
-    "prepare_folder",
+    "prepared_folder",
     "write_manifest",
 ]
 
@@ -251,31 +252,51 @@ def alone_in(folder: Location) -> Iterator[None]:
         os.close(handle)
 
 
-def prepare_folder(out: PathOrUri | Location) -> Location:
-    """Makes the folder of an export, or empties that of an earlier one, finished or not; its manifest goes first.
+def check_folder(out: PathOrUri | Location) -> Location:
+    """Returns the place of an export that is to be written: a new folder, or that of an earlier export, finished or not.
+
+    Nothing is touched.
 
     Raises:
-        ExportError: if something else is there, or a delta is being applied there or rolled back.
-        StorageError: if it cannot be written.
+        ExportError: if something else is there.
+        StorageError: if it cannot be read.
     """
     folder = locate(out)
-    with reaching(folder), alone_in(folder):
+    with reaching(folder):
         names = [] if folder.is_file() else folder.list_names()
         if folder.is_file() or (names and _MARKER not in names):
             shown = "is a file" if folder.is_file() else f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
             raise ExportError(
                 f"{folder.uri} {shown} and is no earlier export, so it is not written over. Name a new folder, or an export."
             )
-        folder.make_dirs()
-        folder.join(MANIFEST).delete_file()
-        folder.join(APPLYING, JOURNAL).delete_file()
-        folder.join(_MARKER).write_text_atomically("An export of embedshard: it is whole if it has a manifest.json.\n")
-        for name in names:
-            if name in (*_FOLDERS, APPLYING, ROLLBACK):
-                folder.join(name).delete_tree()
-            elif name in _FILES or name.startswith(_PREFIXES):
-                folder.join(name).delete_file()
     return folder
+
+
+@contextmanager
+def prepared_folder(out: PathOrUri | Location) -> Iterator[Location]:
+    """Makes the folder of an export, or empties that of an earlier one, finished or not; its manifest goes first.
+
+    It keeps out others who would write there for as long as it is open.
+
+    Raises:
+        ExportError: if something else is there, or another export is being written there, or a delta applied or rolled back.
+        StorageError: if it cannot be written.
+    """
+    folder = check_folder(out)
+    with reaching(folder):
+        folder.make_dirs()
+    with alone_in(folder):
+        with reaching(folder):
+            names = check_folder(folder).list_names()
+            folder.join(MANIFEST).delete_file()
+            folder.join(APPLYING, JOURNAL).delete_file()
+            folder.join(_MARKER).write_text_atomically("An export of embedshard: it is whole if it has a manifest.json.\n")
+            for name in names:
+                if name in (*_FOLDERS, APPLYING, ROLLBACK):
+                    folder.join(name).delete_tree()
+                elif name in _FILES or name.startswith(_PREFIXES):
+                    folder.join(name).delete_file()
+        yield folder
 
 
 def write_manifest(folder: Location, manifest: Manifest) -> None:

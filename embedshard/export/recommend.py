@@ -52,13 +52,17 @@ class Recommendations:
         num_seen: items that the user has met, which are left out.
         items: the best first.
         history: as it was asked for, where the vector was made of it.
+        asked: how many items were asked for.
+        num_items: that the export has vectors of; a list is no longer.
     """
 
     user: str | None
     step: int
     num_seen: int
     items: tuple[Recommendation, ...]
-    history: str | None = None
+    history: str | None
+    asked: int
+    num_items: int
 
     def to_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
@@ -80,7 +84,7 @@ def recommend(
     Args:
         out: the export's folder.
         user: an id as it is typed; None where a history is given.
-        count: how many items at most.
+        count: how many items at most; no more than there are.
         metadata: a Parquet file with the items' ids in the column of the data, or its first, and more in others.
         history: ids of items that the user has met, as `unseen_user` takes them: they count instead of what the data have.
 
@@ -126,6 +130,8 @@ def recommend(
             for id_, item_row, score in zip(ids, rows, scores[0], strict=False)
         ),
         history,
+        count,
+        manifest.item.vectors,
     )
 
 

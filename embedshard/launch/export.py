@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["Exported", "export_here", "show"]
+__all__ = ["Exported", "export_here", "show", "write_export"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -18,42 +18,36 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.config import Config
-from embedshard.config.parts import ManagedVocabulary, SASRecConfig, TwoTowerConfig
 from embedshard.data.columns import Columns
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies
-from embedshard.data.vocabulary_building import kept_vocabularies
+from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import ConfigError
 from embedshard.evaluate.ranking import parse_metric
-from embedshard.export.index import choose_kind
 from embedshard.export.manifest import (
+    MANIFEST,
     VERIFICATION,
     ExportedTable,
     Manifest,
+    check_folder,
     hash_files,
     plain,
-    prepare_folder,
+    prepared_folder,
     write_manifest,
 )
 from embedshard.export.parts import copy_vocabularies, tables_in, write_dense, write_tables
 from embedshard.export.program_checks import ProgramChecks
-from embedshard.export.quantised import Format, dequantised, quantised_formats
+from embedshard.export.quantised import Format, dequantised
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
+from embedshard.launch.export_plan import ExportPlan, planned_export
 from embedshard.launch.export_programs import WrittenPrograms, encoder, show_programs, told, write_programs
 from embedshard.launch.export_towers import Towers, met_in, split_of, write_held, write_towers
-from embedshard.launch.run_tables import ids_in, open_checkpoint_of, vocabulary_table
+from embedshard.launch.run_tables import ids_in, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
-from embedshard.train.assembly import Assembly, assemble
+from embedshard.train.assembly import Assembly
 from embedshard.train.checkpoint_reader import Checkpoint
-from embedshard.train.run_directory import RunDirectory
-from embedshard.train.snapshot import restore_model
 from embedshard.train.tracking import json_text
-from embedshard.world import open_world
 
 FloatArray = npt.NDArray[np.float32]
-
-_RANKING = "recall@10"
-"""What users are replayed by where the run has no metric that ranks."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +68,29 @@ class Exported:
     verification: Verification | None
     programs: ProgramChecks | None = None
 
+    @property
+    def told(self) -> dict[str, Any] | None:
+        """What was found by both as plain data; None where nothing was looked at."""
+        return told(self.verification, self.programs)
+
+    @property
+    def problems(self) -> list[str]:
+        """What is out of tolerance."""
+        return (self.told or {}).get("problems", [])
+
+    @property
+    def checked(self) -> str:
+        """What was looked at, in words."""
+        if self.verification is not None:
+            return "verified"
+        return "nothing was replayed, programs were run" if self.programs is not None else "not verified"
+
     def to_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
-        found = told(self.verification, self.programs)
         files = {} if self.manifest is None else {name: file.size for name, file in self.manifest.files.items()}
         notes = [] if self.manifest is None else self.manifest.notes
         return {"out": self.out, "step": self.step, "exported": self.manifest is not None, "notes": notes,
-                "verification": plain(found), "files": files}  # fmt: skip
+                "verification": plain(self.told), "files": files}  # fmt: skip
 
 
 def export_here(
@@ -115,55 +125,68 @@ def export_here(
     Raises:
         EmbedshardError: what a user can act on.
     """
-    choose_kind(index, 0)
-    formats = quantised_formats(quantise)
-    run = RunDirectory.open(run_dir)
-    loaded = run.load_config(environment)
-    config, checkpoint = loaded.config, open_checkpoint_of(run, checkpoint_step)
-    resolved, result = run.read_json("inventory.json") or {}, run.read_json("result.json") or {}
-    tokenizers, counted = resolved.get("tokenizers", {}), kept_vocabularies(config, run.vocabularies)
-    vocabularies = load_vocabularies(config, tokenizers, counted)
-    folder = prepare_folder(out)
-    with reaching(folder):
-        say("tables, dense part, vocabularies")
-        tables = write_tables(checkpoint, _owners(config, checkpoint, vocabularies), folder)
-        dense = write_dense(checkpoint, folder)
-        files = copy_vocabularies(config, counted, tokenizers, folder)
-        scoring = write_programs(
-            config, checkpoint, vocabularies, files, resolved, tables, formats, folder, verifies=verifies, say=say
+    folder = check_folder(out)
+    with planned_export(
+        run_dir, environment, checkpoint_step=checkpoint_step, index=index, quantise=quantise, device=device,
+        reads_all=folder.join(MANIFEST).exists(), say=say,
+    ) as plan:  # fmt: skip
+        return write_export(
+            plan, folder, verifies=verifies, metric_tolerance=metric_tolerance, index_tolerance=index_tolerance, say=say
         )
-        why_not, changes_hands = _why_no_towers(config), _that_changes_hands(config)
-        own_metrics = plain(result.get("metrics", {})) if result.get("selected_step") == checkpoint.step else {}
-        if why_not:
-            towers = Towers(notes=[why_not])
-        elif changes_hands:
-            met_users = partial(met_in, config, device, resolved or None, run.vocabularies)
-            towers = write_held(config, folder, files, tables, scoring, changes_hands, index, say, met_users)
+
+
+def write_export(
+    plan: ExportPlan,
+    out: Location,
+    *,
+    verifies: bool = True,
+    metric_tolerance: float = METRIC_TOLERANCE,
+    index_tolerance: float = INDEX_TOLERANCE,
+    say: Callable[[str], None] = lambda sentence: None,
+) -> Exported:
+    """Writes what is planned into a folder that is new or an earlier export.
+
+    Args:
+        plan: as `planned_export` yields it.
+        out: the folder.
+        verifies: whether held-out users are replayed. What fails has no manifest, and is no export.
+        metric_tolerance: how far a metric may be from the run's.
+        index_tolerance: which share of the exact lists the index may miss.
+        say: is told what is being done.
+
+    Raises:
+        EmbedshardError: what a user can act on.
+    """
+    config, checkpoint, resolved = plan.config, plan.checkpoint, plan.resolved
+    with prepared_folder(out) as folder, reaching(folder):
+        say("tables, dense part, vocabularies")
+        tables = write_tables(checkpoint, _owners(config, checkpoint, plan.vocabularies), folder)
+        dense = write_dense(checkpoint, folder)
+        files = copy_vocabularies(config, plan.counted, resolved.get("tokenizers", {}), folder)
+        scoring = write_programs(
+            config, checkpoint, plan.vocabularies, files, resolved, tables, plan.formats, folder, verifies=verifies, say=say
+        )
+        if plan.why_no_towers:
+            towers = Towers(notes=[plan.why_no_towers])
+        elif plan.changes_hands:
+            met_users = partial(met_in, config, plan.device, resolved or None, plan.run.vocabularies)
+            towers = write_held(config, folder, files, tables, scoring, plan.changes_hands, plan.index, say, met_users)
         else:
-            with open_world(device) as world:
-                if world.world_size > 1:
-                    raise ConfigError(
-                        f"an export is written by one process, and {world.world_size} were started. Start one."
-                    )
-                say("data and model")
-                config = _that_ranks(config)
-                parts = assemble(config, world, resolved or None, vocabularies=run.vocabularies, initialises=False)
-                restore_model(checkpoint, parts.model, parts.managed)
-                towers = write_towers(parts, folder, files, index, say)
-                if verifies:
-                    say("verification")
-                    tolerances = metric_tolerance, index_tolerance
-                    towers.verification = _verify(parts, folder, towers, own_metrics, tolerances, scoring, tables)
-        found, checks = towers.verification, scoring.checks
-        tree = told(found, checks)
-        if tree is not None:
+            assert plan.parts is not None, "it is put together where towers are written"
+            towers = write_towers(plan.parts, folder, files, plan.index, say)
+            if verifies:
+                say("verification")
+                tolerances = metric_tolerance, index_tolerance
+                towers.verification = _verify(plan.parts, folder, towers, plan.metrics, tolerances, scoring, tables)
+        found = Exported(folder.uri, checkpoint.step, None, towers.verification, scoring.checks)
+        if (tree := found.told) is not None:
             folder.join(VERIFICATION).write_text_atomically(json_text(plain(tree), indent=2) + "\n")
-            if not tree["passed"]:
-                return Exported(folder.uri, checkpoint.step, None, found, checks)
+            if found.problems:
+                return found
         manifest = Manifest(
             embedshard=__version__,
             written=datetime.now(UTC).isoformat(timespec="seconds"),
-            run=run.folder.name,
+            run=plan.run.folder.name,
             step=checkpoint.step,
             attempt=checkpoint.attempt,
             data={
@@ -172,8 +195,8 @@ def export_here(
                 "fingerprint": checkpoint.state.get("data"),
                 "partitions": checkpoint.state.get("partitions"),
             },
-            config=plain(loaded.tree),
-            metrics=own_metrics,
+            config=plain(plan.tree),
+            metrics=plan.metrics,
             tables=tables,
             dense=dense,
             user=towers.user,
@@ -188,7 +211,7 @@ def export_here(
             files=hash_files(folder),
         )
         write_manifest(folder, manifest)
-    return Exported(folder.uri, checkpoint.step, manifest, found, checks)
+    return replace(found, manifest=manifest)
 
 
 def show(found: Exported, console: Console) -> None:
@@ -215,7 +238,7 @@ def show(found: Exported, console: Console) -> None:
     if found.programs is not None:
         show_programs(found.programs, console)
     if found.manifest is None:
-        for problem in (told(checked, found.programs) or {}).get("problems", []):
+        for problem in found.problems:
             console.print(f"Out of tolerance: {problem}.", markup=False, soft_wrap=True, highlight=False)
         console.print(f"{found.out} is no export: it has no manifest.", markup=False, soft_wrap=True, highlight=False)
         return
@@ -244,48 +267,13 @@ def _owners(config: Config, checkpoint: Checkpoint, vocabularies: Mapping[str, V
     return found
 
 
-def _why_no_towers(config: Config) -> str:
-    """Returns why there are no vectors of users and items; nothing where there are."""
-    model = config.model
-    if not isinstance(model, TwoTowerConfig | SASRecConfig):
-        return f"Vectors of users and items are exported of a two_tower and a sasrec; this is a {model.kind}."
-    for role in ("user_id", "item_id"):
-        feature = config.identity(role)
-        if feature is None and isinstance(model, SASRecConfig):
-            continue  # a user is a history
-        if feature is None:
-            return f"There are no vectors of users and items: no id feature names the {role.removesuffix('_id')}."
-    if config.data.catalogue is None and config.item_features() != [config.identity("item_id")]:
-        return (
-            "There are no vectors of users and items: the item tower reads more than the id, and there is no data.catalogue."
-        )
-    return ""
-
-
-def _that_changes_hands(config: Config) -> str:
-    """Returns the table of users or items whose rows change hands, so that nothing ranks by them; nothing where none do."""
-    features = [config.features[name] for role in ("user_id", "item_id") if (name := config.identity(role)) is not None]
-    tables = [getattr(feature, "table", "") for feature in features]
-    return next((name for name in tables if isinstance(config.tables[name].vocabulary, ManagedVocabulary)), "")
-
-
-def _that_ranks(config: Config) -> Config:
-    """Returns the config, with a metric that ranks where it has none: the catalogue is opened for it."""
-    if any(parse_metric(name).ranks for name in config.evaluate.metrics):
-        return config
-    if config.identity("user_id") is None:
-        return config  # a list of candidates is all that could be ranked
-    metrics = [*config.evaluate.metrics, _RANKING]
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"metrics": metrics})})
-
-
 # ----------------------------------------------------------------------------------------------------------- the towers
 @torch.no_grad()
 def _verify(
     parts: Assembly,
     folder: Location,
     towers: Towers,
-    own_metrics: Mapping[str, float],
+    own_metrics: Mapping[str, float | None],
     tolerances: tuple[float, float],
     scoring: WrittenPrograms,
     tables: Mapping[str, ExportedTable],
@@ -298,7 +286,8 @@ def _verify(
     model, sets = parts.model.module, parts.evaluator.sets
     ranked, is_whole = prepare(sets.ranked(split))
     metrics = [name for name in parts.config.evaluate.metrics if parse_metric(name).ranks]
-    has_own = is_whole and split == "test" and all(name in own_metrics for name in metrics)
+    own = {name: value for name in metrics if (value := own_metrics.get(name)) is not None}
+    has_own = is_whole and split == "test" and len(own) == len(metrics)
 
     def encode(what: str) -> torch.Tensor:
         if what == "queries":
@@ -314,7 +303,7 @@ def _verify(
 
     of_files = {table: exported.file for table, exported in tables.items()}
     return verify(
-        split, ranked, metrics, own_metrics if has_own else None, encode,
+        split, ranked, metrics, own if has_own else None, encode,
         users=encoders(scoring.programs["user"], of_files) if towers.user is None else folder.join("users.parquet"),
         items=folder.join("items.parquet"),
         seen=None if towers.seen is None else folder.join(towers.seen),

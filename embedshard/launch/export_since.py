@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["ExportedDelta", "export_since", "show_applied", "show_delta"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,17 +18,18 @@ from embedshard.export.delta import (
     ChangedRows,
     DeltaManifest,
     State,
+    check_delta_folder,
     prepare_delta_folder,
     side_of,
     write_delta,
 )
 from embedshard.export.delta_apply import Applied
-from embedshard.export.manifest import MANIFEST, VERIFICATION, open_export, plain
+from embedshard.export.manifest import MANIFEST, VERIFICATION, alone_in, open_export, plain
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
 if TYPE_CHECKING:
-    from embedshard.export.verification import Verification
+    from embedshard.launch.export import Exported
 
 
 @dataclass(frozen=True)
@@ -38,37 +39,44 @@ class ExportedDelta:
     Attributes:
         out: the folder.
         base: the export that it is of.
-        step: of the checkpoint.
+        exported: the whole export that it makes of it, which is deleted by now.
         manifest: None where verification failed, and the folder is no delta.
-        verification: what was found; None where nothing could be, or was not to be, replayed.
-        whole: bytes of the whole export.
-        sizes: bytes of each of its files, of those that changed.
-        notes: what is not in it, and why.
     """
 
     out: str
     base: State
-    step: int
-    manifest: DeltaManifest | None
-    verification: Verification | None
-    whole: int = 0
-    sizes: Mapping[str, int] | None = None
-    notes: tuple[str, ...] = ()
+    exported: Exported
+    manifest: DeltaManifest | None = None
 
     @property
     def bytes(self) -> int:
         """Of all parts of the delta."""
         return 0 if self.manifest is None else sum(part.size for part in self.manifest.parts.values())
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file of the whole export."""
+        whole = self.exported.manifest
+        return {} if whole is None else {name: file.size for name, file in whole.files.items()}
+
+    @property
+    def whole(self) -> int:
+        """Bytes of the whole export."""
+        return sum(self.sizes.values())
+
+    @property
+    def notes(self) -> list[str]:
+        """What is not in it, and why."""
+        return [] if self.exported.manifest is None else self.exported.manifest.notes
+
     def to_json(self) -> dict[str, Any]:
         """Returns it as plain data."""
-        found = None if self.verification is None else self.verification.to_json()
         changes = {} if self.manifest is None else {name: one.model_dump() for name, one in self.manifest.changes.items()}
         removed = [] if self.manifest is None else self.manifest.removed
         return {
-            "out": self.out, "base": self.base.model_dump(), "step": self.step, "exported": self.manifest is not None,
-            "notes": list(self.notes), "verification": plain(found), "bytes": self.bytes, "whole_bytes": self.whole,
-            "changes": changes, "removed": removed,
+            "out": self.out, "base": self.base.model_dump(), "step": self.exported.step,
+            "exported": self.manifest is not None, "notes": self.notes, "verification": plain(self.exported.told),
+            "bytes": self.bytes, "whole_bytes": self.whole, "changes": changes, "removed": removed,
         }  # fmt: skip
 
 
@@ -78,29 +86,36 @@ def export_since(
     since: PathOrUri,
     environment: Mapping[str, str],
     *,
+    checkpoint_step: int | None = None,
+    index: str = "auto",
+    quantise: str = "none",
+    device: str = "cpu",
     say: Callable[[str], None] = lambda sentence: None,
     **options: Any,
 ) -> ExportedDelta:
     """Exports a checkpoint of a run as what changed since an earlier export. In one process.
 
     The whole export is written below the delta's folder, verified there as any other, and deleted when the delta is there:
-    each file that the delta makes of the earlier export was compared with the one that was verified.
+    each file that the delta makes of the earlier export was compared with the one that was verified. An earlier delta goes
+    when all that the export is made of was read.
 
     Args:
         run_dir: the run's folder.
         out: the delta's, new or an earlier delta's.
         since: the manifest of the earlier export, which lies beside its files, or its folder.
         environment: gives configs their `${VAR}`.
+        checkpoint_step: None takes the one that the run selected, else the newest.
+        index: `auto` or a kind.
+        quantise: as `export_here` takes it.
+        device: where the towers are computed.
         say: is told what is being done.
-        options: those of `export_here`.
+        options: those of `write_export`.
 
     Raises:
         EmbedshardError: what a user can act on.
     """
-    from embedshard.export.quantised import quantised_formats
-    from embedshard.launch.export import export_here  # and with it the model's libraries
-
-    quantised_formats(options.get("quantise", "none"))  # before an earlier delta goes
+    from embedshard.launch.export import write_export  # and with it the model's libraries
+    from embedshard.launch.export_plan import planned_export
 
     place, folder = locate(since), locate(out)
     base = open_export(place.parent if place.name == MANIFEST else place)
@@ -108,41 +123,45 @@ def export_since(
         raise ExportError(
             f"{folder.uri} and the earlier export {base.folder.uri} are one, or one in the other. Name a new folder."
         )
+    with reaching(folder):
+        check_delta_folder(folder)
+        replaces = folder.join(MANIFEST).exists()
     with reaching(base.folder):
         say("files of the earlier export")
         earlier = side_of(base)
         for name in earlier.files:
             base.file(name)
-    with reaching(folder):
-        prepare_delta_folder(folder)
-        result = folder.join(RESULT)
-        try:
-            exported = export_here(run_dir, result, environment, say=say, **options)
-            if exported.manifest is None:
-                folder.join(VERIFICATION).write_bytes_atomically(result.join(VERIFICATION).read_bytes())
-                return ExportedDelta(folder.uri, earlier.state, exported.step, None, exported.verification)
-            say("what changed")
-            later = side_of(open_export(result))
-            manifest = write_delta(earlier, later, folder)
-        finally:
-            result.delete_tree()
-    sizes = {name: later.files[name].size for name in manifest.changes}
-    whole = sum(file.size for file in later.files.values())
-    notes = tuple(exported.manifest.notes)
-    return ExportedDelta(folder.uri, earlier.state, exported.step, manifest, exported.verification, whole, sizes, notes)
+    with planned_export(
+        run_dir, environment, checkpoint_step=checkpoint_step, index=index, quantise=quantise, device=device,
+        reads_all=replaces, say=say,
+    ) as plan, reaching(folder):  # fmt: skip
+        folder.make_dirs()
+        with alone_in(folder):
+            prepare_delta_folder(folder)
+            result = folder.join(RESULT)
+            try:
+                exported = write_export(plan, result, say=say, **options)
+                found = ExportedDelta(folder.uri, earlier.state, exported)
+                if exported.manifest is None:
+                    folder.join(VERIFICATION).write_bytes_atomically(result.join(VERIFICATION).read_bytes())
+                    return found
+                say("what changed")
+                return replace(found, manifest=write_delta(earlier, side_of(open_export(result)), folder))
+            finally:
+                result.delete_tree()
 
 
 def show_delta(found: ExportedDelta, console: Console) -> None:
     """Prints what was written."""
     if found.manifest is None:
-        for problem in found.verification.problems if found.verification is not None else ():
+        for problem in found.exported.problems:
             console.print(f"Out of tolerance: {problem}.", markup=False, soft_wrap=True)
         console.print(f"{found.out} is no delta: it has no manifest.", markup=False, soft_wrap=True)
         return
     table = Table()
     for heading in ("file", "changed", "added", "gone", "kept", "delta", "whole"):
         table.add_column(heading, justify="left" if heading == "file" else "right")
-    parts, sizes = found.manifest.parts, found.sizes or {}
+    parts, sizes = found.manifest.parts, found.sizes
     for name, change in found.manifest.changes.items():
         if isinstance(change, ChangedRows):
             counts = [f"{count:,}" for count in (change.changed, change.added, change.gone, change.kept)]
@@ -155,9 +174,9 @@ def show_delta(found: ExportedDelta, console: Console) -> None:
     console.print(table)
     for sentence in (*found.notes, *(f"{name} is there no longer." for name in found.manifest.removed)):
         console.print(sentence, markup=False, soft_wrap=True)
-    checked = "not replayed" if found.verification is None else "verified"
     console.print(
-        f"Step {found.base.step} -> {found.step}, {checked}: {size(found.bytes)} for {size(found.whole)}: {found.out}",
+        f"Step {found.base.step} -> {found.exported.step}, {found.exported.checked}: {size(found.bytes)} for "
+        f"{size(found.whole)}: {found.out}",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     console.print(f"Apply it: embedshard apply {found.out} EXPORT", markup=False, soft_wrap=True)

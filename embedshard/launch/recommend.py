@@ -32,6 +32,10 @@ def show(found: Recommendations, console: Console) -> None:
         id_ = f"row {item.row}" if item.id is None else str(item.id)
         table.add_row(str(place), escape(id_), f"{item.score:.4f}", *cells)
     console.print(table)
+    if found.asked > len(found.items):
+        there = f"{found.num_items:,} that the export has{left_out}"
+        told = f"{found.asked:,} items were asked for, of {there}: {len(found.items):,}."
+        console.print(told, markup=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:

@@ -108,4 +108,4 @@ class _DotInteraction(torch.autograd.Function):
         vectors_BVD, pair = ctx.saved_tensors
         size, num_vectors, _ = vectors_BVD.shape
         gradient_BVV = nn.functional.pad(gradient_BP, (0, 1)).index_select(1, pair).view(size, num_vectors, num_vectors)
-        return torch.bmm(gradient_BVV, vectors_BVD), None, None
+        return torch.bmm(gradient_BVV, vectors_BVD.to(gradient_BVV.dtype)), None, None

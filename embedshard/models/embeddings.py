@@ -52,6 +52,8 @@ class EmbeddingLookup(nn.Module):
         to_rows: turns ids into rows where they are not rows already, given whether this is training. Set from outside.
         is_uneven: whether ranks may look up different numbers of rows at a time. Set from outside.
         hand_on: what vectors by key are handed on through. Set from outside.
+        looked_up_as: gives the batch that the model looks up for a batch of training, so that its ids can be sent before.
+            Set by the model or its builder; None where nobody knows.
     """
 
     def __init__(self, specs: Sequence[TableSpec]) -> None:
@@ -59,6 +61,7 @@ class EmbeddingLookup(nn.Module):
         self.to_rows: Callable[[Batch, bool], Batch] | None = None
         self.is_uneven = False
         self.hand_on: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]] | None = None
+        self.looked_up_as: Callable[[Batch], Batch] | None = None
         for spec in specs:
             if hasattr(nn.ModuleDict, spec.name):
                 raise ConfigError(
@@ -86,6 +89,9 @@ class EmbeddingLookup(nn.Module):
 
         (B, D) of a key that is pooled; (V, D) of a sequence, whose lengths are those of `batch.sequences[key]`.
         """
+        if torch.is_autocast_enabled(batch.weights.device.type):
+            with torch.autocast(batch.weights.device.type, enabled=False):
+                return self.forward(batch)
         if self.to_rows is not None:
             batch = self.to_rows(batch, self.training)
         vectors: dict[str, torch.Tensor] = {}

@@ -7,10 +7,10 @@ ids, P pairs, U nodes of a tree.
 
 from __future__ import annotations
 
-__all__ = ["ClassOutput", "LabelOutput", "NextItemOutput", "Output", "PairOutput", "RetrievalOutput"]
+__all__ = ["ClassOutput", "LabelOutput", "NextItemOutput", "Output", "PairOutput", "RetrievalOutput", "in_full"]
 
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -153,3 +153,16 @@ class PairOutput:
     def rows(self) -> torch.Tensor:
         """The place of each pair's row in the batch, (P,)."""
         return self.pairs.rows
+
+
+def in_full(output: Any) -> Any:
+    """Returns an output whose tensors that are in bfloat16 are in float32; of a custom model's, those of its dataclass."""
+    if not is_dataclass(output) or isinstance(output, type):
+        return output
+    values = {part.name: getattr(output, part.name) for part in fields(output) if part.init}
+    halves = {
+        name: value.float()
+        for name, value in values.items()
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16
+    }
+    return replace(output, **halves) if halves else output

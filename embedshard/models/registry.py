@@ -36,6 +36,7 @@ from embedshard.config.parts import (
     TwoTowerConfig,
     WideAndDeepConfig,
 )
+from embedshard.data.batch import Batch
 from embedshard.errors import ConfigError
 from embedshard.models.dcn_v2 import DCNv2
 from embedshard.models.deepfm import DeepFM
@@ -94,27 +95,40 @@ def build_model(config: Config, specs: Sequence[TableSpec], world: World | None 
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        match config.model:
-            case TwoTowerConfig():
-                return TwoTower(config, specs)
-            case TextClassifierConfig():
-                return TextClassifier(config, specs)
-            case ItemEmbeddingConfig():
-                return ItemEmbedding(config, specs)
-            case DLRMConfig():
-                return DLRM(config, specs, world)
-            case DCNv2Config():
-                return DCNv2(config, specs, world)
-            case DeepFMConfig():
-                return DeepFM(config, specs, world)
-            case WideAndDeepConfig():
-                return WideAndDeep(config, specs, world)
-            case MMoEConfig():
-                return MMoE(config, specs, world)
-            case SASRecConfig():
-                return SASRec(config, specs)
-            case CustomModelConfig():
-                return _custom(config, config.model, specs)
+        if isinstance(config.model, CustomModelConfig):
+            return _custom(config, config.model, specs)
+        model = _own(config, specs, world)
+    for module in model.modules():
+        if isinstance(module, EmbeddingLookup) and module.looked_up_as is None:
+            module.looked_up_as = _as_it_is
+    return model
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _own(config: Config, specs: Sequence[TableSpec], world: World | None) -> nn.Module:
+    match config.model:
+        case TwoTowerConfig():
+            return TwoTower(config, specs)
+        case TextClassifierConfig():
+            return TextClassifier(config, specs)
+        case ItemEmbeddingConfig():
+            return ItemEmbedding(config, specs)
+        case DLRMConfig():
+            return DLRM(config, specs, world)
+        case DCNv2Config():
+            return DCNv2(config, specs, world)
+        case DeepFMConfig():
+            return DeepFM(config, specs, world)
+        case WideAndDeepConfig():
+            return WideAndDeep(config, specs, world)
+        case MMoEConfig():
+            return MMoE(config, specs, world)
+        case SASRecConfig():
+            return SASRec(config, specs)
+    raise AssertionError(f"{type(config.model).__name__} has no model")
 
 
 def build_objective(config: Config, specs: Sequence[TableSpec], world: World) -> Objective:

@@ -156,9 +156,10 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_BD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        repeats = ctx.repeats
-        return F.embedding_bag(
-            repeats.order, gradient_BD.contiguous(), repeats.begins, mode="sum", include_last_offset=True
+        repeats, dtype = ctx.repeats, gradient_BD.dtype
+        gradient_BD = gradient_BD.contiguous() if dtype != torch.bfloat16 else gradient_BD.float()
+        return F.embedding_bag(repeats.order, gradient_BD, repeats.begins, mode="sum", include_last_offset=True).to(
+            dtype
         ), None
 
 

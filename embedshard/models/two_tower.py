@@ -72,12 +72,12 @@ class TwoTower(nn.Module):
         )
         self.global_bias = nn.Parameter(torch.zeros(1)) if "global" in model.biases else None
         self.ids_alone = _ids_alone(config, model, specs)
+        self._shorter: list[tuple[Batch, tuple[Batch, list[Repeats | None]]]] = []
+        self.embeddings.looked_up_as = lambda batch: self._shortened(batch)[0]
 
     def forward(self, batch: Batch) -> RetrievalOutput:
         """Returns the vectors of the batch's rows and of what was drawn. Collective where tables are sharded."""
-        shorter, (of_user, of_item) = batch, (None, None)
-        if self.training and any(self.ids_alone) and batch.weights.device.type == "cpu":
-            shorter, (of_user, of_item) = without_repeats(batch, self.ids_alone, self.embeddings.is_uneven)
+        shorter, (of_user, of_item) = self._shortened(batch)
         lookups = self.embeddings(shorter)
         return RetrievalOutput(
             query_BD=_spread(of_user, lookups, lambda found: self._queries(found, batch)),
@@ -85,6 +85,16 @@ class TwoTower(nn.Module):
             negative_ND=None if batch.draws is None else self._drawn(lookups, batch.draws),
             lookups=lookups,
         )
+
+    def _shortened(self, batch: Batch) -> tuple[Batch, list[Repeats | None]]:
+        """Returns `without_repeats`, found once for each of the last two batches: one is sent ahead while one is trained."""
+        if not (self.training and any(self.ids_alone) and batch.weights.device.type == "cpu"):
+            return batch, [None, None]
+        found = next((found for known, found in self._shorter if known is batch), None)
+        if found is None:
+            found = without_repeats(batch, self.ids_alone, self.embeddings.is_uneven)
+            self._shorter = [*self._shorter[-1:], (batch, found)]
+        return found
 
     def encode_queries(self, batch: Batch) -> torch.Tensor:
         """Returns (B, D) vectors of queries; the batch's item features may be empty. Collective as `forward`."""

@@ -47,7 +47,7 @@ class Recommend:
 
     Attributes:
         user: None asks by the history alone.
-        k: how many.
+        k: how many; no list is longer than there are items.
         exclude: items that the list may not hold.
         history: items that the user has met, oldest first: of them comes the vector of a user who has none. The list does
             not hold them.
@@ -224,6 +224,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------------------ a question
     def _lookup(self, question: Recommend | Similar) -> _Lookup | Unknown | Lacking:
         excluded, unknown = self._items.of_all(question.exclude)
+        k = min(question.k, self.num_items)
         if isinstance(question, Similar):
             place = self._items.of(question.item)
             if place < 0:
@@ -231,7 +232,7 @@ class Engine:
             if not self._lengths[place]:
                 return Unknown("item", f"the vector of item {question.item!r} is all zeros, so it is near nothing.")
             left_out = np.union1d(excluded, np.array([place], dtype=np.int64))
-            return _Lookup(self._unit_vectors[place], question.k, left_out, "item", 0, unknown)
+            return _Lookup(self._unit_vectors[place], k, left_out, "item", 0, unknown)
         history = items_of(question.history)
         met, unknown_history = self._items.of_all(history)
         unknown += unknown_history
@@ -241,7 +242,7 @@ class Engine:
         met = met if self._leaves_out_met else _NOWHERE
         left_out = np.union1d(met, excluded)
         if place >= 0:
-            return _Lookup(self._user_vectors[place], question.k, left_out, "user", len(met), unknown)
+            return _Lookup(self._user_vectors[place], k, left_out, "user", len(met), unknown)
         if not history:
             more = "" if self._histories.why_none else ", or give items that the user has met as 'history'"
             return self._unknown_user(question.user, "", f"name one of these{more}.")
@@ -251,7 +252,7 @@ class Engine:
         if not any(map(len, told.lists.values())):
             none = f", and of the {len(history)} items in 'history' none is known"
             return self._unknown_user(question.user, none, "name one of these, or give items that the export knows.")
-        return _Lookup(_NO_VECTOR, question.k, left_out, "history", len(met), unknown, told)
+        return _Lookup(_NO_VECTOR, k, left_out, "history", len(met), unknown, told)
 
     def _user_place(self, user: GivenId | None) -> int:
         return -1 if user is None or self._users is None else self._users.of(user)

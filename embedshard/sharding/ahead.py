@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrec.distributed.types import ShardedModule
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.data.batch import Batch
 from embedshard.models.embeddings import EmbeddingLookup
@@ -25,8 +26,9 @@ from embedshard.world import World
 class Ahead:
     """Brings batches to a sharded model ahead of their steps, at most one at a time.
 
-    In a world of one on a CPU there is nothing to bring. Where ids of managed vocabularies become rows as they are looked up
-    nothing can be sent before its step. Then a batch is taken as it is.
+    In a world of one on a CPU there is nothing to bring. Nothing can be sent before its step where ids of managed
+    vocabularies become rows as they are looked up, and where nobody knows what a custom model looks up: then a batch is
+    taken as it is.
 
     Args:
         model: the sharded model, whose collections are looked up by it from now on. Make it once.
@@ -39,7 +41,7 @@ class Ahead:
         self._sends = world.world_size > 1 or world.device.type == "cuda"
         self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._coming: _Coming | None = None
-        self._arrived: dict[nn.Module, Any] = {}
+        self._arrived: dict[nn.Module, _Request] = {}
         if self._sends:
             for lookup in self._lookups:
                 for collection in lookup.modules():
@@ -48,22 +50,23 @@ class Ahead:
 
     def send(self, batch: Batch) -> None:
         """Begins to bring a batch: tells the workers how many ids each will get. Collective."""
-        if not self._sends or any(lookup.to_rows is not None for lookup in self._lookups):
+        if not self._sends or any(lookup.to_rows is not None or lookup.looked_up_as is None for lookup in self._lookups):
             return
         with self._beside():
             self._coming = coming = _Coming(batch, batch.to(self._device, non_blocking=True))
             for lookup in self._lookups:
-                for collection, ids in lookup.requests(coming.on_device):
+                assert lookup.looked_up_as is not None, "nothing is sent of what nobody knows"
+                for collection, ids in lookup.requests(lookup.looked_up_as(coming.on_device)):
                     assert isinstance(collection, ShardedModule), "the model is sharded"
                     context = collection.create_context()
-                    coming.under_way[collection] = context, collection.input_dist(context, ids)
+                    coming.under_way[collection] = _Request(ids, context, collection.input_dist(context, ids))
 
     def send_ids(self) -> None:
         """Sends the ids of a batch that was begun, if one was. Collective."""
         if self._coming is not None:
             with self._beside():
-                for collection, (context, sizes) in self._coming.under_way.items():
-                    self._coming.under_way[collection] = context, sizes.wait()
+                for request in self._coming.under_way.values():
+                    request.answer = request.answer.wait()
 
     def take(self, batch: Batch) -> Batch:
         """Returns a batch on the device. The model's next forward pass looks it up; if its ids were sent, by these."""
@@ -82,8 +85,8 @@ class Ahead:
         """Lets go of a batch that was begun and whose step will not be taken. Collective."""
         coming, self._coming = self._coming, None
         if coming is not None:
-            for _, ids in coming.under_way.values():
-                ids.wait()
+            for request in coming.under_way.values():
+                request.answer.wait()
 
     def _beside(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -91,20 +94,41 @@ class Ahead:
     def _looked_up_by(self, collection: Any, forward: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a collection's forward pass that goes on with what has arrived for it."""
 
-        def look_up(*given: Any, **named: Any) -> Any:
-            if collection not in self._arrived:
-                return forward(*given, **named)
-            context, request = self._arrived.pop(collection)
+        def look_up(ids: KeyedJaggedTensor) -> Any:
+            request = self._arrived.pop(collection, None)
+            if request is None:
+                return forward(ids)
+            assert request.is_of(ids), "a model looks up what its lookup's `looked_up_as` says"
             with self._beside():
-                ids = request.wait()
+                arrived = request.answer.wait()
             if self._stream is not None:
                 now = torch.cuda.current_stream(self._device)
                 now.wait_stream(self._stream)
-                ids.record_stream(now)
-                context.record_stream(now)
-            return collection.compute_and_output_dist(context, ids)
+                arrived.record_stream(now)
+                request.context.record_stream(now)
+            return collection.compute_and_output_dist(request.context, arrived)
 
         return look_up
+
+
+@dataclass
+class _Request:
+    """What a collection was asked for ahead of its step.
+
+    Attributes:
+        ids: that were sent.
+        context: TorchRec's of this lookup.
+        answer: what is to be waited for: how many ids come to each worker, then the ids themselves.
+    """
+
+    ids: KeyedJaggedTensor
+    context: Any
+    answer: Any
+
+    def is_of(self, ids: KeyedJaggedTensor) -> bool:
+        """Returns whether these ids were sent: whether as many of as many rows were."""
+        ours = self.ids.keys(), self.ids.values().numel(), self.ids.lengths().numel()
+        return ours == (ids.keys(), ids.values().numel(), ids.lengths().numel())
 
 
 @dataclass
@@ -114,9 +138,9 @@ class _Coming:
     Attributes:
         batch: as it was given.
         on_device: the same on the device.
-        under_way: of each collection, TorchRec's context of the lookup, and what is to be waited for.
+        under_way: what each collection was asked for.
     """
 
     batch: Batch
     on_device: Batch
-    under_way: dict[nn.Module, tuple[Any, Any]] = field(default_factory=dict)
+    under_way: dict[nn.Module, _Request] = field(default_factory=dict)

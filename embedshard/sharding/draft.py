@@ -17,6 +17,7 @@ from torch import nn
 from embedshard.config import Config, TableSpec
 from embedshard.config.parts import (
     DrawsNegatives,
+    HierarchicalSoftmaxConfig,
     InBatchSoftmaxConfig,
     ItemEmbeddingConfig,
     SASRecConfig,
@@ -40,8 +41,12 @@ from embedshard.sharding.shard import make_sharders
 _OF_AN_EVEN_SHARE: Final = (1.02, 1.05, 1.1, 1.2, 1.4, 1.7, 2, 2.5, 3.2, 4, 6, 10, 30, 100, 1e4)
 """Where nothing fits, the memory of a rank that a plan is looked for with, in even shares of all tables, step by step."""
 
-PROCESS_BYTES: Final = 700 * 1024**2
+PROCESS_BYTES: Final = 750 * 1024**2
 """What a worker takes before it has tables or data: Python, torch and FBGEMM. Measured on Linux, CPU builds."""
+DRAWN_BYTES_PER_ID: Final = 40
+"""What a worker keeps of each id that is drawn from by its count, at the most, while it is made. Measured at 10 million."""
+TREE_BYTES_PER_ID: Final = 61
+"""The same of each leaf of a Huffman tree, with what counts are kept for beside."""
 
 
 @dataclass(frozen=True)
@@ -261,6 +266,7 @@ def _dense_cost(
     if cluster.machine.device == "cpu":
         decoded = 0 if sample is None else sample.decoded_bytes
         process = PROCESS_BYTES + (decoded if decoded <= config.data.cache_bytes else 0)
+        process += _bytes_per_id(config) * _num_ids(config, specs)
     return DenseCost(
         weight_bytes=sum(layer.weight_bytes for layer in layers),
         state_bytes=sum(layer.state_bytes for layer in layers) + estimates,
@@ -268,6 +274,24 @@ def _dense_cost(
         numbers_gathered=gathered,
         process_bytes=process,
     )
+
+
+def _bytes_per_id(config: Config) -> int:
+    """Returns what each process keeps of each id at the most, as it is made: counts, shares, their sums, a tree."""
+    objective = config.objective
+    if isinstance(objective, HierarchicalSoftmaxConfig):
+        return TREE_BYTES_PER_ID
+    draws = isinstance(objective, DrawsNegatives) and objective.distribution == "popularity"
+    subsamples = isinstance(config.model, ItemEmbeddingConfig) and config.model.subsample is not None
+    return DRAWN_BYTES_PER_ID if draws or subsamples else 0
+
+
+def _num_ids(config: Config, specs: Sequence[TableSpec]) -> int:
+    """Returns how many ids are drawn from, or are leaves of the tree."""
+    if not isinstance(config.model, ItemEmbeddingConfig):
+        return _num_items(config, specs)
+    sequence = config.model.sequence
+    return next(spec.num_ids for spec in specs if sequence in {lookup.key for lookup in spec.lookups})
 
 
 def _vectors_per_row(config: Config, sample: LookupSample | None) -> float:

@@ -162,7 +162,7 @@ class _Ledger:
         world = cluster.world_size
         self._cluster, self._batch, self._local_batch, self._wire = cluster, batch, batch // world, wire
         self._weights, self._state, self._buffers, self._replicated = (np.zeros(world) for _ in range(4))
-        self._host, self._ssd = np.zeros(world), np.zeros(world)
+        self._host, self._ssd, self._received = np.zeros(world), np.zeros(world), np.zeros(world)
         self._ids_in, self._ids_out = np.zeros((world, 2)), np.zeros((world, 2))  # from and to: own machine, others
         self._vectors_out, self._vectors_in = np.zeros((world, 2)), np.zeros((world, 2))
         self._lookups = np.zeros(world)
@@ -209,7 +209,7 @@ class _Ledger:
         each, peers = size / self._cluster.world_size, self._peers(owner)
         self._ids_in[owner] += each * peers.sum(axis=0)
         self._ids_out += each * peers
-        self._buffers[owner] += size
+        self._received[owner] += size
 
     def _move_vectors(self, table: RecordedTable, owner: int, numbers: float) -> None:
         """Moves what a rank has looked up, whole or a part of a sum, to those whose rows they are."""
@@ -234,7 +234,9 @@ class _Ledger:
 
     def footprint(self, dense: DenseCost) -> Footprint:
         # The batch itself, and its ids as they are sent.
-        buffers = self._buffers + self._batch_ids + self._ids_out.sum(axis=1)
+        ids = self._received + self._batch_ids + self._ids_out.sum(axis=1)
+        # Those of the next batch are there, too, where they travel a step early (`ahead.py`).
+        buffers = self._buffers + (2 if self._cluster.world_size > 1 and not self._managed_rows else 1) * ids
         layers = (self._local_batch * dense.numbers_per_row + dense.numbers_gathered) * _FLOAT
         ranks = [
             RankMemory(

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 __all__ = ["LookedUp"]
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,19 +21,25 @@ class LookedUp:
     """The vectors of a step's lookups, where the first half of the backward pass ends.
 
     Args:
-        model: whose lookups hand their vectors on through this from now on, where gradients are asked for. Make it once.
+        model: whose lookups hand their vectors on through this from now on. Make it once.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._root = torch.zeros((), requires_grad=True)
         self._cuts: list[_Cut] = []
+        self._is_apart = False
         for module in model.modules():
             if isinstance(module, EmbeddingLookup):
                 module.hand_on = self._cut
 
-    def clear(self) -> None:
-        """Lets go of the vectors of a step that goes no further."""
-        self._cuts = []
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Lets the backward pass of what is looked up inside end there. What a former step has left is let go of."""
+        self._cuts, self._is_apart = [], True
+        try:
+            yield
+        finally:
+            self._is_apart = False
 
     def go_on(self, factor: float = 1.0) -> None:
         """Takes the second half of the backward pass, after the first: tables are updated. Collective.
@@ -53,7 +61,7 @@ class LookedUp:
             torch.autograd.backward(vectors, gradients)
 
     def _cut(self, vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        if not torch.is_grad_enabled():
+        if not self._is_apart:
             return vectors
         cut = _Cut(list(vectors.values()))
         self._cuts.append(cut)

@@ -20,7 +20,7 @@ from embedshard.config import TableSpec
 from embedshard.data.hashing import hash_integers
 from embedshard.sharding.shards import Shard
 
-_BLOCK_ELEMENTS = 128 * 1024
+_BLOCK_ELEMENTS = 32 * 1024
 """Made at once: what is in between stays in the cache, and the allocator gives the same pages again."""
 _WORDS_PER_COUNT = 4  # Philox4x64 gives four words a count; a dim is a multiple of four
 
@@ -52,13 +52,26 @@ def scattered_rows(seed: int, spec: TableSpec, rows: npt.NDArray[np.int64]) -> n
 
 
 def _values(words: npt.NDArray[np.uint64], spec: TableSpec) -> npt.NDArray[np.float32]:
+    """Returns what random words stand for; overwrites them. Logarithm and cosine are torch's, twice as fast as numpy's."""
     scale = spec.init.scale if spec.init.scale is not None else spec.dim**-0.5
     if spec.init.kind == "uniform":
-        values = ((words >> np.uint64(11)).astype(np.float64) * 2.0**-52 - 1.0) * scale
+        words >>= np.uint64(11)
+        values = words.astype(np.float64)
+        values *= 2.0**-52
+        values -= 1.0
     else:
-        first_uniform = ((words >> np.uint64(32)).astype(np.float64) + 1.0) * 2.0**-32  # (0, 1]
-        second_uniform = (words & np.uint64(0xFFFFFFFF)).astype(np.float64) * 2.0**-32
-        values = np.sqrt(-2.0 * np.log(first_uniform)) * np.cos(2.0 * np.pi * second_uniform) * scale
+        values = (words >> np.uint64(32)).astype(np.float64)
+        values += 1.0
+        values *= 2.0**-32  # (0, 1]
+        torch.from_numpy(values).log_()
+        values *= -2.0
+        np.sqrt(values, out=values)
+        words &= np.uint64(0xFFFFFFFF)
+        angles = words.astype(np.float64)
+        angles *= 2.0 * np.pi * 2.0**-32
+        torch.from_numpy(angles).cos_()
+        values *= angles
+    values *= scale
     return values.astype(np.float32)
 
 

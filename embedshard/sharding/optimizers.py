@@ -6,7 +6,7 @@ table loses it: here it gets its own back, as a dense optimizer. Then `ownership
 
 from __future__ import annotations
 
-__all__ = ["Optimizers", "attach_table_optimizers", "learning_rate_factor"]
+__all__ = ["Optimizers", "attach_table_optimizers", "fuse_optimizer", "learning_rate_factor"]
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim import RowWiseAdagrad
 from torchrec.optim.keyed import KeyedOptimizerWrapper
@@ -79,14 +78,24 @@ def _arguments(optimizer: TableOptimizerConfig) -> dict[str, Any]:
     return arguments
 
 
+def fuse_optimizer(weight: Any, optimizer_class: type[torch.optim.Optimizer], arguments: Mapping[str, Any]) -> None:
+    """Leaves at an unsharded table what TorchRec's kernels ask a weight for.
+
+    These are the marks of torch's `_apply_optimizer_in_backward`, whose package compiles eight optimizers by TorchScript as
+    it is imported, 0.3 s. Its hooks and the optimizer that it makes would be dropped with the unsharded weight.
+    """
+    weight._in_backward_optimizers = []
+    weight._optimizer_classes = [optimizer_class]
+    weight._optimizer_kwargs = [dict(arguments)]  # of its own: sharding writes into it
+
+
 def attach_table_optimizers(model: nn.Module, specs: Sequence[TableSpec]) -> None:
     """Tells each unsharded table which optimizer its kernel is to fuse."""
     by_name = {spec.name: spec for spec in specs}
     for _, module in table_modules(model):
         for name, weight in table_weights(module).items():
             optimizer = by_name[name].optimizer
-            # A dict of its own: sharding writes into it.
-            _apply_optimizer_in_backward(TABLE_CLASSES[optimizer.kind], [weight], _arguments(optimizer))
+            fuse_optimizer(weight, TABLE_CLASSES[optimizer.kind], _arguments(optimizer))
             if optimizer.kind == "adam":
                 tell_fbgemm(weight, optimizer)
 

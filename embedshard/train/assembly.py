@@ -83,6 +83,7 @@ class Assembly:
             rank=self.world.rank,
             world_size=self.world.world_size,
             former_steps=self.dataset.former.steps,
+            pins=self.world.device.type == "cuda",
         )
 
     def grow(self, partition: Partition, inventory: Inventory) -> None:
@@ -156,7 +157,18 @@ def assemble(
         model=model,
         objective=objective,
         optimizers=optimizers,
-        stepper=Stepper(model, objective, optimizers, specs, world, config.seed, dataset.describe_row, streaming, laps),
+        stepper=Stepper(
+            model,
+            objective,
+            optimizers,
+            specs,
+            world,
+            config.seed,
+            dataset.describe_row,
+            streaming,
+            laps,
+            config.train.precision,
+        ),
         evaluator=Evaluator(config, dataset, collator, world, objective),
         collator=collator,
         tally=tally,

@@ -23,7 +23,6 @@ from embedshard.data.quarantine import Quarantine, most_allowed, too_many, write
 from embedshard.evaluate.ranking import higher_is_better
 from embedshard.evaluate.yardsticks import Comparison
 from embedshard.models.summary import sharding_exceptions
-from embedshard.report import write_report
 from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.recorded import RecordedPlan
 from embedshard.storage import Location
@@ -456,6 +455,8 @@ def _conclude(
 
 def _leave_report(folder: Location, reporter: Reporter, is_over: bool = True) -> None:
     """Writes report.html. The run is done by now: a failure to tell of it is said and fails nothing."""
+    from embedshard.report import write_report  # and Jinja, which nothing before the first step needs
+
     try:
         write_report([folder], is_over=is_over)
     except Exception as error:

@@ -23,7 +23,7 @@ from embedshard.sharding.managed import ManagedTables
 from embedshard.sharding.optimizers import Optimizers
 from embedshard.sharding.shards import Shard, optimizer_shards, replicated_tables, weight_shards
 from embedshard.train.checkpoint import Checkpoint, Piece
-from embedshard.world import World
+from embedshard.world import World, release_freed_memory
 
 
 def pieces(
@@ -118,6 +118,7 @@ def _vocabularies(managed: ManagedTables | None) -> Iterator[Piece]:
 def _fill(checkpoint: Checkpoint, wanted: list[Piece]) -> None:
     with torch.no_grad():
         checkpoint.read_into(wanted)
+    release_freed_memory()
 
 
 def _check_state(checkpoint: Checkpoint, shard: Shard) -> None:

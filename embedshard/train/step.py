@@ -7,6 +7,7 @@ __all__ = ["StepResult", "Stepper"]
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from embedshard.data.batch import Batch
 from embedshard.errors import TrainingError
 from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.models.objectives.objective import Objective, l2_penalty
+from embedshard.models.output import in_full
 from embedshard.sharding.ahead import Ahead
 from embedshard.sharding.halves import LookedUp
 from embedshard.sharding.optimizers import Optimizers
@@ -59,6 +61,7 @@ class Stepper:
         describe_row: names a row of the data, given partition and row number.
         streaming: measures the rows as they are predicted; None measures nothing.
         laps: whose stages it ends; None: its own.
+        precision: what products of the dense part are computed in.
     """
 
     def __init__(
@@ -72,10 +75,13 @@ class Stepper:
         describe_row: Callable[[int, int], str],
         streaming: StreamingMetrics | None = None,
         laps: Laps | None = None,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self._laps = Laps(STEP_STAGES) if laps is None else laps
         self._model, self._objective, self._optimizers = model, objective, optimizers
         self._world, self._seed, self._describe_row, self._streaming = world, seed, describe_row, streaming
+        self._precision = precision
+        self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=precision == "bf16")
         self._ahead, self._looked_up = Ahead(model, world), LookedUp(model)
         self._penalties: Mapping[str, float] = {
             lookup.key: spec.l2_lookup for spec in specs if spec.l2_lookup for lookup in spec.lookups if lookup.slot is None
@@ -114,9 +120,11 @@ class Stepper:
             self._ahead.send(upcoming)
             lap("input_dist")
         self._optimizers.zero_grad()
-        self._looked_up.clear()
         lap("dense_update")
-        output = self._model(batch)
+        with self._looked_up.apart(), self._autocast:
+            output = self._model(batch)
+        if self._precision != "fp32":
+            output = in_full(output)
         lap("dense_forward")
         losses = self._objective(output, batch)
         if self._penalties:

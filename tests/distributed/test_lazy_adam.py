@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
@@ -19,6 +18,7 @@ from torchrec.modules.embedding_configs import DataType, PoolingType
 
 from embedshard.config.parts import TableOptimizerConfig
 from embedshard.sharding.lazy_adam import AdamSteps, LazyAdamTables, lazy_adam_shards, pose_as_sgd, take_over, tell_fbgemm
+from embedshard.sharding.optimizers import fuse_optimizer
 from embedshard.sharding.plan import AnyTypeSharder
 from embedshard.sharding.shards import fused_kernels
 from embedshard.world import open_world
@@ -78,9 +78,7 @@ def shard(collection, sharding):
     """Shards as `sharding/shard.py` does; works for either collection."""
     bags = collection.embedding_bags if isinstance(collection, EmbeddingBagCollection) else collection.embeddings
     for bag in bags.values():
-        _apply_optimizer_in_backward(
-            torch.optim.Adam, [bag.weight], {"lr": OPTIMIZER.lr, "eps": OPTIMIZER.eps, "betas": OPTIMIZER.betas}
-        )
+        fuse_optimizer(bag.weight, torch.optim.Adam, {"lr": OPTIMIZER.lr, "eps": OPTIMIZER.eps, "betas": OPTIMIZER.betas})
         tell_fbgemm(bag.weight, OPTIMIZER)
     pose_as_sgd(collection)
     sharder = AnyTypeSharder if isinstance(collection, EmbeddingBagCollection) else EmbeddingCollectionSharder

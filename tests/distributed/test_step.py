@@ -8,9 +8,10 @@ import torch
 import yaml
 from torch import nn
 
-from embedshard.config import build_config
+from embedshard.config import build_config, table_specs
 from embedshard.errors import TrainingError
 from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.models.registry import build_model
 from embedshard.sharding.dense_gradients import DenseGradients
 from embedshard.sharding.halves import LookedUp
 from embedshard.sharding.shards import weight_shards
@@ -88,6 +89,11 @@ DENSE = """
 """
 
 
+def specs_of(tree):
+    config = build_config(tree, {}, "test")
+    return table_specs(config, {name: table.rows for name, table in config.tables.items()})
+
+
 def run(program, folder, world_size=2):
     path = folder / "program.py"
     path.write_text(textwrap.dedent(BEGIN + program + END))
@@ -102,17 +108,31 @@ def run(program, folder, world_size=2):
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("sharding", ["table_wise", "row_wise"])
-def test_ids_that_travel_a_step_early_change_nothing(make_config, tmp_path, sharding):
-    changes = {
-        "tables": {name: {"sharding": {"types": [sharding]}} for name in ("user", "item")},
-        "features": {"history": {"pooling": "mean"}},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_config(changes).tree))
+WITH_WEIGHTS = {"features": {"history": {"pooling": "mean"}}}
+REPEATS_MAPPED_ONCE = {
+    "features": {"history": {"pooling": "mean"}},
+    "model": {"user": {"features": ["user_id"]}, "biases": []},
+    "objective": {"kind": "bce"},
+    "data": {"label": "clicked"},
+    "evaluate": {"metrics": ["auc"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("sharding", "changes", "number"),
+    [("table_wise", WITH_WEIGHTS, 2), ("row_wise", WITH_WEIGHTS, 2), ("table_wise", REPEATS_MAPPED_ONCE, 1)],
+    ids=["with weights and without", "cut by rows", "repeats mapped once"],
+)
+def test_ids_that_travel_a_step_early_change_nothing(make_config, tmp_path, sharding, changes, number):
+    tables = {name: {"sharding": {"types": [sharding]}} for name in ("user", "item")}
+    tree = make_config({**changes, "tables": tables}).tree
+    if number == 1:
+        del tree["features"]["history"], tree["features"]["age"]
+        assert build_model(build_config(tree, {}, "test"), specs_of(tree)).ids_alone == (("user_id",), ("item_id",))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     for found in run(AHEAD, tmp_path):
         expected, ahead, dropped = found["each in its step"], found["ahead"], found["dropped"]
-        number = expected["collections"]
-        assert number == 2, "with weights and without"
+        assert expected["collections"] == number
         assert expected["sent"] == [number] * 6
         assert ahead["sent"] == [2 * number, *[number] * 4, 0], "the first sends its own; each the next one's"
         assert dropped["sent"] == [2 * number, number, 2 * number, number, 2 * number, 0]
@@ -166,9 +186,9 @@ def test_gradients_stop_at_what_was_looked_up_until_they_are_sent_on():
     vectors = {key: torch.randn(3, 2, requires_grad=True) for key in ("user", "item", "unused")}
     lookup = Lookup(vectors)
     looked_up = LookedUp(nn.Sequential(lookup))
-    with torch.no_grad():
-        assert lookup(None) is vectors, "where no gradient is asked for, there are no halves"
-    handed_on = lookup(None)
+    assert lookup(None) is vectors, "outside a step there are no halves"
+    with looked_up.apart():
+        handed_on = lookup(None)
     (handed_on["user"] * handed_on["item"]).sum().backward()
     assert lookup.gradients == {}
     looked_up.go_on(0.5)
@@ -176,10 +196,12 @@ def test_gradients_stop_at_what_was_looked_up_until_they_are_sent_on():
     torch.testing.assert_close(lookup.gradients["user"], vectors["item"].detach() * 0.5)
     torch.testing.assert_close(vectors["item"].grad, vectors["user"].detach() * 0.5)
     lookup.gradients.clear()
-    (lookup(None)["user"]).sum().backward()
-    looked_up.clear()
+    with looked_up.apart():
+        lookup(None)["user"].sum().backward()
+    with looked_up.apart():
+        pass
     looked_up.go_on()
-    assert lookup.gradients == {}, "what a step has let go of"
+    assert lookup.gradients == {}, "what the next step has let go of"
 
 
 def test_a_loss_that_is_not_finite_moves_nothing(make_config):

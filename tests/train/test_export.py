@@ -1,6 +1,7 @@
 """`embedshard export` and `recommend`: what is written is what the model makes, and is checked before it is believed."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -8,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file
 
-from embedshard.errors import ConfigError, DataError, ExportError
+from embedshard.errors import CheckpointError, ConfigError, DataError, ExportError
+from embedshard.export.manifest import open_export
 from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
 from embedshard.train.assembly import assemble
@@ -229,6 +231,9 @@ def test_what_fails_verification_is_no_export(trained, tmp_path):
     assert cli("export", run, out, "--tolerance", 0.02).returncode == 0
     shown = cli("recommend", out, "--user", 3, "-k", 2, "--json")
     assert len(json.loads(shown.stdout)["items"]) == 2
+    all_of_them = cli("recommend", out, "--user", 3, "-k", 10**9)
+    assert all_of_them.returncode == 0, all_of_them.stderr
+    assert "1,000,000,000 items were asked for, of 30 that the export has, without" in all_of_them.stdout
 
 
 def test_vectors_that_are_not_the_models_are_found(trained, tmp_path, monkeypatch):
@@ -288,6 +293,56 @@ def test_only_a_new_folder_or_an_export_is_written_over(trained, tmp_path):
     export_here(run, out, {})
     export_here(run, out, {}, index="ivf")
     assert manifest_of(out)["index"]["kind"] == "ivf"
+
+
+@pytest.mark.parametrize("has_towers", [True, False])
+def test_an_earlier_export_goes_when_all_that_is_given_was_looked_at(trained, interactions, tmp_path, has_towers):
+    shutil.copytree(interactions / "train", tmp_path / "train")
+    moved = {"data": {"train": str(tmp_path / "train" / "*.parquet")}}
+    plain = {
+        "data": {"label": "clicked"}, "model": {"kind": "wide_and_deep", "mlp": [8]}, "objective": {"kind": "bce"},
+        "evaluate": {"metrics": ["auc"]},
+    }  # fmt: skip
+    run, out = trained(moved if has_towers else plain), tmp_path / "out"
+    export_here(run, out, {})
+
+    def content():
+        return {path.relative_to(out): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+    def refused(error, message, **options):
+        with pytest.raises(error, match=message):
+            export_here(run, out, {}, **options)
+        assert content() == was, message
+
+    was, step = content(), manifest_of(out)["step"]
+    refused(ConfigError, "--index flatt", index="flatt")
+    refused(ConfigError, "--quantise int9", quantise="int9")
+    refused(CheckpointError, "step-00000999", checkpoint_step=999)
+    if has_towers:
+        refused(ConfigError, "tpu", device="tpu")
+        (tmp_path / "train").rename(tmp_path / "away")
+        refused(DataError, "train")
+        (tmp_path / "away").rename(tmp_path / "train")
+    file = next((run / "checkpoints" / f"step-{step:08d}").glob("*.safetensors"))
+    text = bytearray(file.read_bytes())
+    text[len(text) // 2] ^= 1
+    file.write_bytes(text)
+    refused(CheckpointError, f"step-{step:08d}")
+
+
+def test_one_folder_is_written_by_one_export_at_a_time(trained, tmp_path):
+    run, out = trained(), tmp_path / "out"
+    met = []
+
+    def say(part):
+        if part in ("tables, dense part, vocabularies", "verification"):
+            with pytest.raises(ExportError, match="is being changed by another apply, rollback or export"):
+                export_here(run, out, {}, verifies=False)
+            met.append(part)
+
+    assert export_here(run, out, {}, say=say).manifest is not None
+    assert len(met) == 2
+    assert open_export(out).manifest.verification["passed"]
 
 
 def test_given_candidates_and_several_rows_a_user_are_replayed_by_one_row_each(trained, interactions, tmp_path):

@@ -1,18 +1,20 @@
 """`embedshard export --since`, `apply` and `rollback` of real runs: the result is the whole export, file by file."""
 
+import io
 import json
 import shutil
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
-from embedshard.errors import ExportError
+from embedshard.errors import CheckpointError, EmbedshardError, ExportError
 from embedshard.export.delta_apply import apply_delta, roll_back
 from embedshard.export.manifest import hash_file, open_export
 from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
-from embedshard.launch.export_since import export_since
+from embedshard.launch.export_since import export_since, show_delta
 from embedshard.storage import locate
 from embedshard.train.checkpoint import find_steps
 from embedshard.train.run_directory import RunDirectory
@@ -44,6 +46,16 @@ def hashes(folder):
     return {name: hash_file(locate(folder / name)) for name in open_export(folder).manifest.files}
 
 
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def damage(file):
+    text = bytearray(file.read_bytes())
+    text[len(text) // 2] ^= 1
+    file.write_bytes(text)
+
+
 def test_tables_in_fewer_bits_are_of_a_delta_as_of_a_whole_export(trained, tmp_path):
     run, before, after = trained({**PLAIN, **SPARSE})
     onto, delta = tmp_path / "onto", tmp_path / "delta"
@@ -72,7 +84,7 @@ def test_a_delta_makes_the_whole_export_and_leads_back(trained, tmp_path, change
     first = hashes(tmp_path / "onto")
     manifest = (tmp_path / "onto" / "manifest.json").read_bytes()
     found = export_since(run, tmp_path / "delta", tmp_path / "onto" / "manifest.json", {}, checkpoint_step=after)
-    assert found.verification.passed
+    assert found.exported.verification.passed
     assert not (tmp_path / "delta" / "result").exists()
     export_here(run, tmp_path / "whole", {}, checkpoint_step=after)
     apply_delta(tmp_path / "delta", tmp_path / "onto")
@@ -166,6 +178,49 @@ def test_what_is_no_earlier_export_is_refused(trained, tmp_path):
     with pytest.raises(ExportError, match=r"seen\.parquet"):
         export_since(run, tmp_path / "next", tmp_path / "damaged", {}, checkpoint_step=after)
     assert not (tmp_path / "next").exists()
+
+
+def test_an_earlier_delta_goes_when_all_that_is_given_was_looked_at(trained, interactions, tmp_path):
+    run, before, after = trained({**PLAIN, **SPARSE})
+    onto, delta = tmp_path / "onto", tmp_path / "delta"
+    export_here(run, onto, {}, checkpoint_step=before)
+    export_since(run, delta, onto, {}, checkpoint_step=after)
+    was = content(delta)
+    for options, message in (
+        ({"index": "foo"}, "--index foo"),
+        ({"quantise": "int9"}, "--quantise int9"),
+        ({"checkpoint_step": 999}, "step-00000999 is not there"),
+        ({"device": "tpu"}, "tpu"),
+    ):
+        with pytest.raises(EmbedshardError, match=message):
+            export_since(run, delta, onto, {}, **options)
+        assert content(delta) == was, message
+    damage(next((run / "checkpoints" / f"step-{after:08d}").glob("*.safetensors")))
+    with pytest.raises(CheckpointError, match=f"step-{after:08d}"):
+        export_since(run, delta, onto, {}, checkpoint_step=after)
+    assert content(delta) == was
+
+
+def test_a_model_without_towers_is_verified_by_its_programs_and_what_fails_says_why(trained, tmp_path, monkeypatch):
+    changes = {
+        "data": {"label": "clicked"}, "model": {"kind": "wide_and_deep", "mlp": [8]}, "objective": {"kind": "bce"},
+        "evaluate": {"metrics": ["auc"]},
+    }  # fmt: skip
+    run, before, after = trained(changes)
+    onto, delta = tmp_path / "onto", tmp_path / "delta"
+    export_here(run, onto, {}, checkpoint_step=before)
+    console = Console(width=300, file=io.StringIO())
+    show_delta(export_since(run, delta, onto, {}, checkpoint_step=after), console)
+    assert f"Step {before} -> {after}, nothing was replayed, programs were run" in console.file.getvalue()
+    show_delta(export_since(run, delta, onto, {}, checkpoint_step=after, verifies=False), console)
+    assert f"Step {before} -> {after}, not verified" in console.file.getvalue()
+    monkeypatch.setattr("embedshard.export.program_checks._TOLERANCE", -1.0)
+    failed = export_since(run, delta, onto, {}, checkpoint_step=after)
+    show_delta(failed, console)
+    assert failed.manifest is None
+    assert "Out of tolerance: program 'model.clicked' is off by" in console.file.getvalue()
+    assert failed.to_json()["verification"]["problems"][0].startswith("program 'model.clicked'")
+    assert failed.to_json()["verification"]["passed"] is False
 
 
 def test_from_the_command_line(trained, tmp_path):

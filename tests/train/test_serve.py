@@ -106,6 +106,16 @@ def test_excluded_items_are_left_out_and_those_that_are_none_are_named(client):
     assert answer.json()["results"][0]["unknown"] == [999, "x"]
 
 
+@pytest.mark.parametrize("kind", ["flat", "hnsw"])
+def test_no_list_is_longer_than_there_are_items(two_exports, tmp_path, kind):
+    export_here(two_exports[1].parent / "run", tmp_path / "out", {}, index=kind, verifies=False)
+    engine = Engine(open_export(tmp_path / "out"))
+    longest, all_others, excluding = engine.answer([Recommend(1, 10**9), Similar(3, 10**30), Recommend(1, 10**30, (5,))])
+    assert len(longest.ids) + longest.num_seen == 30
+    assert sorted(all_others.ids) == sorted(set(range(30)) - {3})
+    assert set(excluding.ids) == set(longest.ids) - {5}
+
+
 def test_similar_items_are_those_of_the_greatest_cosine(client, two_exports):
     items = vectors(two_exports[1], "items.parquet")
     answer = client().post("/similar", json={"items": [4, 5], "k": 3, "exclude": [9]})

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from embedshard.export.manifest import Manifest, hash_files, prepare_folder, write_manifest
+from embedshard.export.manifest import Manifest, hash_files, prepared_folder, write_manifest
 from embedshard.storage import Location
 
 
@@ -89,13 +89,13 @@ class Made:
 
     def write(self, folder: Path) -> Path:
         """Writes it as an export, over what is there."""
-        place = prepare_folder(folder)
-        for name, table in self.tables.items():
-            write_rows(folder / f"{name}.parquet", table, self.groups[name])
-        for name, content in self.bytes.items():
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_bytes(content)
-        seal(place, self.step)
+        with prepared_folder(folder) as place:
+            for name, table in self.tables.items():
+                write_rows(folder / f"{name}.parquet", table, self.groups[name])
+            for name, content in self.bytes.items():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes(content)
+            seal(place, self.step)
         return folder
 
 

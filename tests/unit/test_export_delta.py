@@ -18,7 +18,7 @@ from embedshard.errors import ExportError
 from embedshard.export import delta_places, delta_rows
 from embedshard.export.delta import open_delta, prepare_delta_folder, side_of, write_delta
 from embedshard.export.delta_apply import apply_delta, roll_back
-from embedshard.export.manifest import open_export, prepare_folder
+from embedshard.export.manifest import open_export, prepared_folder
 from embedshard.storage import locate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,12 +59,17 @@ def test_deltas_one_after_the_other_make_what_was_exported_and_lead_back(tmp_pat
 
 
 def exported(folder, content, group=10, step=10, name="items.parquet", **files):
-    place = prepare_folder(folder)
-    write_rows(folder / name, content, group)
-    for other, text in files.items():
-        (folder / other.replace("_", ".")).write_bytes(text)
-    seal(place, step)
+    with prepared_folder(folder) as place:
+        write_rows(folder / name, content, group)
+        for other, text in files.items():
+            (folder / other.replace("_", ".")).write_bytes(text)
+        seal(place, step)
     return folder
+
+
+def written_over(folder):
+    with prepared_folder(folder):
+        pass
 
 
 def numbered(rows, ids=None, dim=4, seed=0):
@@ -273,7 +278,7 @@ def test_only_one_may_change_an_export(pair):
     handle = os.open(pair / "old", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     was = content_of(pair / "old")
-    for change in (partial(apply_delta, pair / "delta"), roll_back, prepare_folder):
+    for change in (partial(apply_delta, pair / "delta"), roll_back, written_over):
         with pytest.raises(ExportError, match="is being changed by another"):
             change(pair / "old")
     assert content_of(pair / "old") == was
@@ -287,7 +292,7 @@ def test_an_export_is_not_written_over_while_a_delta_is_applied_to_it(pair):
     def say(part):
         if part == "exchange":
             with pytest.raises(ExportError, match="is being changed by another"):
-                prepare_folder(pair / "old")
+                written_over(pair / "old")
             met.append(part)
 
     apply_delta(pair / "delta", pair / "old", say=say)
@@ -308,7 +313,7 @@ def test_a_delta_is_written_over_no_export(pair):
     with pytest.raises(ExportError, match="is no earlier delta"):
         prepare_delta_folder(locate(pair / "old"))
     with pytest.raises(ExportError, match="is no earlier export"):
-        prepare_folder(pair / "delta")
+        written_over(pair / "delta")
 
 
 @pytest.mark.parametrize("way", ["forth", "back"])

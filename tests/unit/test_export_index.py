@@ -84,3 +84,18 @@ def test_what_is_no_index_is_refused(tmp_path):
     (tmp_path / "index").write_bytes(b"nothing of the kind" * 10)
     with pytest.raises(ExportError, match="is not an index"):
         load_index(locate(tmp_path / "index"))
+
+
+@pytest.mark.parametrize("kind", ["flat", "hnsw", "ivf"])
+@pytest.mark.parametrize("k", [70, 10**9, 10**30])
+def test_a_list_is_no_longer_than_there_are_items(kind, k):
+    vectors = np.random.default_rng(0).standard_normal((70, 4)).astype(np.float32)
+    index, _ = build_index(kind, lambda: iter([vectors]), 70, 4, vectors[:5], 5)
+    seen = JaggedIds.from_pairs(np.array([1, 1]), np.array([3, 8]), 2)
+    places, scores = look_up(index, vectors[:2], k, seen)
+    assert places.shape == scores.shape == (2, 70)
+    assert (places[1, 68:] == -1).all()
+    assert not {3, 8} & set(places[1].tolist())
+    if kind == "flat":
+        assert set(places[0].tolist()) == set(range(70))
+        assert set(places[1].tolist()) == set(range(70)) - {3, 8} | {-1}

@@ -1,5 +1,7 @@
 """First values: a function of (seed, table, row)."""
 
+import zlib
+
 import numpy as np
 import pytest
 
@@ -51,3 +53,16 @@ def test_values_have_the_moments_that_the_config_names(kind, deviation):
 
 def test_the_default_scale_is_one_over_the_root_of_dim():
     assert abs(initial_rows(1, spec(dim=64, rows=5000), 0, 5000).std() - 1 / 8) < 0.005
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform"])
+def test_values_are_those_of_the_formula(kind):
+    """A run that goes on, or a table that grows, counts on it: none but these, however they are computed."""
+    words = np.random.Philox(key=np.array([5, zlib.crc32(b"item")], dtype=np.uint64)).random_raw(4000 * 12)
+    if kind == "uniform":
+        expected = (words >> np.uint64(11)) * 2.0**-52 - 1.0
+    else:
+        high, low = ((words >> np.uint64(32)) + 1.0) * 2.0**-32, (words & np.uint64(0xFFFFFFFF)) * 2.0**-32
+        expected = np.sqrt(-2.0 * np.log(high)) * np.cos(2.0 * np.pi * low)
+    values = initial_rows(5, spec(kind=kind, scale=0.3, rows=4000), 0, 4000)
+    np.testing.assert_allclose(values.ravel(), expected * 0.3, rtol=1e-7, atol=1e-9)

@@ -20,7 +20,7 @@ from embedshard.data.vocabulary import load_vocabularies, table_rows
 from embedshard.errors import ConfigError, PlanError
 from embedshard.launch.planning import plan_here
 from embedshard.sharding.demand import Demand, key_lengths, places_per_row, table_demands
-from embedshard.sharding.draft import draft_plan
+from embedshard.sharding.draft import PROCESS_BYTES, draft_plan
 from embedshard.sharding.footprint import DenseCost, footprint_of
 from embedshard.sharding.hardware import Cluster, Machine, cluster_of, find_machine, named_machines
 from embedshard.sharding.recorded import RecordedPlan, RecordedShard, RecordedTable, describe_table, read_plan
@@ -430,3 +430,27 @@ def test_without_data_an_embeddings_ids_are_drawn_evenly(tmp_path):
     drawn = [np.unique(generator.integers(0, 5001, 80)) for _ in range(50)]
     nodes = [len(HuffmanTree(np.ones(5001, dtype=np.int64)).paths(each).visited) for each in drawn]
     assert few["words:node"] * 8 == pytest.approx(np.mean(nodes), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "bytes_per_id"),
+    [
+        ({"kind": "negative_sampling", "num_negatives": 16, "distribution": "popularity"}, {}, 40),
+        ({"kind": "negative_sampling", "num_negatives": 16, "distribution": "uniform"}, {"subsample": None}, 0),
+        ({"kind": "negative_sampling", "num_negatives": 16, "distribution": "uniform"}, {}, 40),
+        ({"kind": "hierarchical_softmax"}, {"subsample": None}, 61),
+    ],
+    ids=["popularity", "uniform", "sub-sampled", "tree"],
+)
+def test_what_each_worker_keeps_of_all_ids_is_counted(objective, model, bytes_per_id):
+    rows = 100_000_000
+    tree = {
+        "data": {"train": "nowhere.parquet", "lanes": 8},
+        "features": {"words": {"kind": "sequence", "table": "word"}},
+        "tables": {"word": {"rows": rows, "dim": 4}},
+        "model": {"kind": "item_embedding", "sequence": "words", **model},
+        "objective": objective,
+        "train": {"global_batch_size": 64},
+    }
+    found = draft(build_config(tree, {}, "test"), 2)
+    assert [rank.process for rank in found.footprint.ranks] == [PROCESS_BYTES + bytes_per_id * (rows + 1)] * 2

@@ -4,8 +4,9 @@ Run: python tests/benchmarks/keras_side_by_side/run.py [--quick] [--out FILE]
 in embedshard's environment. Keras gets one of its own, which is made at the first run (`requirements.txt`; about 2 GB).
 
 Each training is a fresh process on one thread, all of them bound to the same CPU core; those of a case take turns, so that
-noise meets all. A speed is the median over repeats of the rows trained a second after WARM_UP_STEPS steps. A training that
-takes longer than a minute is not repeated, nor is one that does not come near the loss of Keras with its default optimizer.
+noise meets all. A speed is the median over repeats of the rows trained a second after WARM_UP_STEPS steps, a loss is the
+median too: each repeat has a seed of its own. A training that takes longer than a minute is not repeated, nor is one that
+does not come near the loss of Keras with its default optimizer.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def finished(command, cpu, log, **environment):
     return text, seconds, usage.ru_maxrss * 1024
 
 
-def train_keras(case, optimizer, data, scratch, cpu, python, rows):
+def train_keras(case, optimizer, data, scratch, cpu, python, rows, seed):
     weights = scratch / "keras.npz"
     command = [
         python,
@@ -105,7 +106,7 @@ def train_keras(case, optimizer, data, scratch, cpu, python, rows):
         optimizer.kind,
         optimizer.lr,
     ]
-    command += [data, weights, *([] if optimizer.xla else ["--no-xla"])]
+    command += [data, weights, "--seed", seed, *([] if optimizer.xla else ["--no-xla"])]
     text, seconds, memory = finished(command, cpu, scratch / "keras.log")
     measured = json.loads(text.strip().splitlines()[-1])
     with np.load(weights) as arrays:
@@ -113,10 +114,10 @@ def train_keras(case, optimizer, data, scratch, cpu, python, rows):
     return measured["steps_per_second"] * case.batch, memory, seconds, loss
 
 
-def train_embedshard(case, optimizer, data, scratch, cpu):
+def train_embedshard(case, optimizer, data, scratch, cpu, seed):
     run = scratch / "run"
     shutil.rmtree(run, ignore_errors=True)
-    settings = {f"tables.{table}.rows": case.vocabulary for table in case.tables}
+    settings = {f"tables.{table}.rows": case.vocabulary for table in case.tables} | {"seed": seed}
     settings |= {"optimizer.tables.kind": optimizer.kind, "optimizer.tables.lr": optimizer.lr}
     settings |= {"optimizer.dense.lr": optimizer.dense_lr} if optimizer.dense_lr else {}
     settings |= {"train.global_batch_size": case.batch, "train.log_every_steps": STEPS_AT_ONCE}
@@ -156,10 +157,10 @@ def measure(case: Case, data, scratch, arguments, python):
                 continue
             if side.program == "Keras":
                 measured = train_keras(
-                    case, side.optimizer, data, scratch, arguments.cpu, python, case.rows(arguments.quick)
+                    case, side.optimizer, data, scratch, arguments.cpu, python, case.rows(arguments.quick), turn + 1
                 )
             else:
-                measured = train_embedshard(case, side.optimizer, data, scratch, arguments.cpu)
+                measured = train_embedshard(case, side.optimizer, data, scratch, arguments.cpu, turn + 1)
             for kept, value in zip((side.speeds, side.memory, side.seconds, side.losses), measured, strict=True):
                 kept.append(value)
             print(f"{case.name} {side.program} {side.label}: {side.speeds[-1]:,.0f} rows/s", file=sys.stderr, flush=True)

@@ -53,11 +53,12 @@ def main():
     parser.add_argument("lr", type=float)
     parser.add_argument("folder", type=Path)
     parser.add_argument("weights", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-xla", action="store_true")
     arguments = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(arguments.seed)
     model, loss, read = MODELS[arguments.model](arguments.vocabulary, arguments.folder)
     model.compile(
         optimizer=OPTIMIZERS[arguments.optimizer](arguments.lr),

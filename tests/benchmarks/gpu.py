@@ -1,0 +1,258 @@
+"""What one GPU trains and reads: MLPerf's DLRM-DCNv2, two towers over 100 million items, tables in and beyond its memory.
+
+    python tests/benchmarks/gpu.py [--only dcn two_tower memory stages] [--scale 1.0] [--steps 60] [--write FILE]
+    python tests/benchmarks/gpu.py --quick --device cpu          # small tables and batches: whether it works
+
+The data are drawn and kept in a folder (`--data`). Each training is `embedshard train` in a fresh process, from Parquet, and
+ended before it writes 100 GB as its checkpoint; samples a second are those after the first 20 steps. Reading is the same
+reader with nothing behind it. `memory` trains one model with its tables in the GPU's memory, behind a cache of a fifth of
+their rows (`uvm_caching`), and in the host's. `stages` is `embedshard bench` on the DCNv2: each stage's share of its limit,
+lookup and update as shares of what rows anywhere in the GPU's memory give. No case has been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+# Criteo's tables of 2022 and ids a row in MLPerf's training benchmark (mlcommons/training, recommendation_v2/torchrec_dlrm).
+ROWS = [
+    40_000_000, 39_060, 17_295, 7_424, 20_265, 3, 7_122, 1_543, 63, 40_000_000, 3_067_956, 405_282, 10, 2_209, 11_938, 155,
+    4, 976, 14, 40_000_000, 40_000_000, 40_000_000, 590_152, 12_973, 108, 36,
+]  # fmt: skip
+IDS_A_ROW = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1]
+NUMBERS, DIM, BATCH = 13, 128, 65_536
+ITEMS, USERS = 100_000_000, 10_000_000
+WARM_UP = 20
+MARKS = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+
+
+def skewed(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
+    """Draws ids log-uniformly: a few are met often, most seldom."""
+    return np.minimum(np.exp(generator.random(count) * np.log(size + 1)).astype(np.int64), size) - 1
+
+
+def write(folder: Path, rows: int, columns) -> Path:
+    """Writes files of at most a million rows, in row groups of 65,536; files that are there are kept."""
+    if not (folder / "DONE").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        generator = np.random.default_rng(0)
+        for number, begin in enumerate(range(0, rows, 2**20)):
+            table = pa.table(columns(generator, min(2**20, rows - begin)))
+            pq.write_table(table, folder / f"part-{number:03}.parquet", compression="zstd", row_group_size=65_536)
+        (folder / "DONE").touch()
+    return folder
+
+
+def dcn(data: Path, rows: int, scale: float, batch: int, precision: str, memory: str = "device", dim: int = DIM) -> dict:
+    """Writes the rows, and returns the config of a DCNv2 over them."""
+    sizes = [max(int(size * scale), 3) for size in ROWS]
+
+    def columns(generator: np.random.Generator, count: int) -> dict:
+        found: dict = {"label": (generator.random(count) < 0.25).astype(np.float32)}
+        for number, (size, ids) in enumerate(zip(sizes, IDS_A_ROW, strict=True)):
+            values = skewed(generator, size, count * ids).astype(np.int32)
+            found[f"c{number}"] = pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * ids, values)
+        return found | {f"i{number}": generator.exponential(10.0, count).astype(np.float32) for number in range(NUMBERS)}
+
+    folder = write(data / f"dcn-{rows}-{scale:g}", rows, columns)
+    names = [f"c{number}" for number in range(len(sizes))]
+    return {
+        "name": "dcn",
+        "data": {"train": f"{folder}/*.parquet", "label": "label"},
+        "features": {name: {"kind": "bag", "table": name} for name in names}
+        | {f"i{number}": {"kind": "dense", "normalise": "log1p"} for number in range(NUMBERS)},
+        "tables": {
+            name: {"rows": size, "dim": dim, "memory": {"kind": memory}} for name, size in zip(names, sizes, strict=True)
+        },
+        "model": {"kind": "dcn_v2", "cross_layers": 3, "low_rank": 512, "mlp": [1024, 1024, 512, 256]}
+        if dim == DIM
+        else {"kind": "dcn_v2", "mlp": [16]},
+        "objective": {"kind": "bce"},
+        "optimizer": {"tables": {"kind": "rowwise_adagrad", "lr": 0.005}, "dense": {"kind": "adam", "lr": 0.001}},
+        "train": {"global_batch_size": batch, "log_every_steps": 10, "precision": precision},
+        "tracking": {"tensorboard": False},
+    }
+
+
+def two_tower(data: Path, rows: int, items: int, users: int, batch: int, precision: str) -> dict:
+    """Writes the rows, and returns the config of two towers over them."""
+
+    def columns(generator: np.random.Generator, count: int) -> dict:
+        return {
+            "user_id": skewed(generator, users, count),
+            "item_id": skewed(generator, items, count),
+            "label": (generator.random(count) < 0.5).astype(np.float32),
+        }
+
+    folder = write(data / f"towers-{rows}-{items}", rows, columns)
+    return {
+        "name": "towers",
+        "data": {"train": f"{folder}/*.parquet", "label": "label"},
+        "features": {"user_id": {"kind": "id", "table": "user"}, "item_id": {"kind": "id", "table": "item"}},
+        "tables": {"user": {"rows": users, "dim": 64}, "item": {"rows": items, "dim": 64}},
+        "model": {
+            "kind": "two_tower",
+            "user": {"features": ["user_id"], "mlp": [128, 64]},
+            "item": {"features": ["item_id"], "mlp": [128, 64]},
+        },
+        "objective": {"kind": "bce"},
+        "optimizer": {"tables": {"kind": "rowwise_adagrad", "lr": 0.05}, "dense": {"kind": "adam", "lr": 0.001}},
+        "train": {"global_batch_size": batch, "log_every_steps": 10, "precision": precision},
+        "tracking": {"tensorboard": False},
+    }
+
+
+def trained(tree: dict, device: str, steps: int, scratch: Path) -> tuple[float, dict[str, float]]:
+    """Trains a config; returns samples a second after warm-up, and milliseconds of the stages of a step."""
+    run, config = scratch / "run", scratch / "config.json"
+    shutil.rmtree(run, ignore_errors=True)
+    config.write_text(json.dumps(tree))
+    command = [sys.executable, "-m", "embedshard.cli", "train", str(config), "--run-dir", str(run), "--device", device]
+    lines = until_told(command, run / "metrics.jsonl", steps, scratch)
+    batch = tree["train"]["global_batch_size"]
+    # A line tells the mean speed since the beginning: rows divided by it are the seconds so far.
+    spent = {line["step"]: line["step"] * batch / line["train/samples_per_second"] for line in lines}
+    last = max(spent)
+    stages = {
+        name.removeprefix("train/waterfall/"): 1e3 * value
+        for name, value in lines[-1].items()
+        if name.startswith("train/waterfall/")
+    }
+    shutil.rmtree(run)
+    return (last - WARM_UP) * batch / (spent[last] - spent[WARM_UP]), stages
+
+
+def until_told(command: list[str], metrics: Path, steps: int, scratch: Path) -> list[dict]:
+    """Starts a training, and ends it as soon as it has told of so many steps; returns what it told."""
+    with (scratch / "out").open("w") as output, (scratch / "err").open("w") as errors:
+        process = subprocess.Popen(command, stdout=output, stderr=errors)
+        try:
+            while process.poll() is None:
+                time.sleep(0.05)
+                lines = measured(metrics)
+                if lines and lines[-1]["step"] >= steps:
+                    return lines
+        finally:
+            process.kill()
+            process.wait()
+    raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{(scratch / 'err').read_text()[-3000:]}")
+
+
+def measured(metrics: Path) -> list[dict]:
+    """Returns the lines of a run's metrics that tell its speed."""
+    text = metrics.read_text() if metrics.exists() else ""
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [line for line in lines if "train/samples_per_second" in line]
+
+
+def read(tree: dict, scratch: Path) -> float:
+    """Returns the rows a second of the reader alone."""
+    config = scratch / "reading.json"
+    config.write_text(json.dumps(tree))
+    return float(finished([sys.executable, __file__, "--read", str(config)], scratch).strip().splitlines()[-1])
+
+
+def read_here(path: str) -> None:
+    """Reads a config's training data once, and prints rows a second."""
+    from embedshard.config import table_specs
+    from embedshard.config.load import load_config
+    from embedshard.data.collate import Collator
+    from embedshard.data.dataset import open_dataset
+    from embedshard.data.quarantine import Tally
+    from embedshard.data.reader import BatchReader
+    from embedshard.world import open_world
+
+    with open_world("cpu") as world:
+        config = load_config(path, os.environ, []).config
+        dataset = open_dataset(config, world, None)
+        specs = table_specs(config, dataset.table_rows)
+        collator = Collator(config, specs, Tally(dataset.train[0].decoder), dataset.pair_maker, dataset.tree)
+        reader = BatchReader(
+            dataset.order, dataset.train, dataset.cached, config.data.cache_bytes, collator, dataset.sampler, 0, 1
+        )
+        steps, begin = dataset.order.epoch_steps, time.perf_counter()
+        with reader.batches(0, steps) as batches:
+            rows = sum(batch.size for batch in batches)
+        print(rows / (time.perf_counter() - begin))
+
+
+def finished(command: list[str], scratch: Path) -> str:
+    """Runs a command to its end, and returns what it printed."""
+    with (scratch / "out").open("w+") as output, (scratch / "err").open("w") as errors:
+        code = subprocess.run(command, stdout=output, stderr=errors, check=False).returncode
+        output.seek(0)
+        if code:
+            raise SystemExit(f"{' '.join(command)} ended with {code}:\n{(scratch / 'err').read_text()[-3000:]}")
+        return output.read()
+
+
+def main() -> None:
+    """Parses arguments, measures, prints and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cases = ("dcn", "two_tower", "memory", "stages")
+    parser.add_argument("--only", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the DCNv2's tables: 1.0 takes 104 GB")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-gpu", help="kept")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--write", type=Path, help="file whose tables, between its marks, are replaced")
+    parser.add_argument("--read", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.read:
+        read_here(arguments.read)
+        return
+    scale, batch, items, users, dim = arguments.scale, BATCH, ITEMS, USERS, DIM
+    if arguments.quick:
+        scale, batch, items, users, dim = 1e-4, 512, 10_000, 1_000, 8
+    rows = (arguments.steps + 2) * batch
+    lines = ["| | samples/s | the reader alone, rows/s | longest stages of a step, ms |", "|---|---|---|---|"]
+
+    def told(name: str, tree: dict, scratch: Path) -> None:
+        speed, stages = trained(tree, arguments.device, arguments.steps, scratch)
+        longest = sorted(stages.items(), key=lambda stage: -stage[1])[:4]
+        shown = ", ".join(f"{stage} {value:.1f}" for stage, value in longest)
+        lines.append(f"| {name} | {speed:,.0f} | {read(tree, scratch):,.0f} | {shown} |")
+        print(lines[-1], file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory(prefix="embedshard-gpu-") as folder:
+        scratch = Path(folder)
+        for precision in ("fp32", "bf16"):
+            if "dcn" in arguments.only:
+                tree = dcn(arguments.data, rows, scale, batch, precision, dim=dim)
+                told(f"DCNv2, tables of MLPerf times {scale:g}, batches of {batch:,}, {precision}", tree, scratch)
+            if "two_tower" in arguments.only:
+                tree = two_tower(arguments.data, rows, items, users, batch, precision)
+                told(f"two towers, {items:,} items of 64 numbers, batches of {batch:,}, {precision}", tree, scratch)
+        if "memory" in arguments.only:
+            for memory in ("device", "uvm_caching", "uvm") if arguments.device == "cuda" else ("device",):
+                tree = dcn(arguments.data, rows, scale / 4, batch, "bf16", memory, dim)
+                told(f"DCNv2, tables times {scale / 4:g}, `memory: {memory}`", tree, scratch)
+        if "stages" in arguments.only:
+            config = scratch / "bench.json"
+            config.write_text(json.dumps(dcn(arguments.data, rows, scale / 4, batch, "bf16", dim=dim)))
+            command = [sys.executable, "-m", "embedshard.cli", "bench", str(config), "--device", arguments.device]
+            lines += ["", "```", finished([*command, "--workers", "1"], scratch).strip(), "```"]
+    text = "\n".join(lines)
+    print(text)
+    if arguments.write:
+        whole = arguments.write.read_text()
+        before, after = whole.split(MARKS[0])[0], whole.split(MARKS[1])[1]
+        arguments.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+
+
+if __name__ == "__main__":
+    main()
