@@ -39,8 +39,9 @@ def start_command(*arguments, **options):
     return start_python("-m", "embedshard.cli", *arguments, **options)
 
 
-def run_ranks(number, *arguments, **options):
-    """Runs `embedshard` as so many ranks, in the environment that a launcher makes; returns what rank 0 printed."""
+@contextlib.contextmanager
+def ranks_started(number, *arguments, **options):
+    """Starts `embedshard` as so many ranks, in the environment that a launcher makes; what is left of them is ended."""
     from embedshard.world import RENDEZVOUS
 
     size = str(number)
@@ -48,10 +49,16 @@ def run_ranks(number, *arguments, **options):
         shared = {RENDEZVOUS: f"file://{folder}/rendezvous", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **options}
         ranks = [start_command(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)]
         try:
-            outputs = [rank.communicate(TIMEOUT_S) for rank in ranks]
+            yield ranks
         finally:
             for rank in ranks:
                 rank.kill()
+
+
+def run_ranks(number, *arguments, **options):
+    """Runs `embedshard` as so many ranks to their end; returns what rank 0 printed."""
+    with ranks_started(number, *arguments, **options) as ranks:
+        outputs = [rank.communicate(TIMEOUT_S) for rank in ranks]
     for rank, (_, errors) in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, errors
     return outputs[0][0]

@@ -27,6 +27,29 @@ from tests.copied_groups import CopiedGroup
 
 USERS, ITEMS = 40, 30
 
+FIRST = (
+    "on_ray/test_cluster.py",
+    "distributed/test_parity.py",
+    "distributed/test_workers.py",
+    "on_ray/test_elastic.py",
+    "distributed/test_managed.py",
+    "fuzz/test_reader.py",
+    "on_ray/test_ray.py",
+    "object_store/test_runs.py",
+    "distributed/test_bench.py",
+    "train/test_programs.py",
+    "on_ray/test_serve.py",
+    "distributed/test_two_ranks.py",
+    "train/test_faults.py",
+    "manifests/test_drain.py",
+)
+"""The longest files: begun first, so that what ends the suite is short, and those that start Ray apart from each other."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
 
 def write_interactions(folder: Path, rows: int, seed: int, files: int = 2, row_group_rows: int = 50) -> None:
     """Interactions with every kind of column: ids, a bag, a weighted bag, numbers, labels, a weight."""
