@@ -1,5 +1,5 @@
 # make train   a generated data set, a trained two-tower model, its recall beside the best reachable one
-# make test    the test suite (22 minutes on two busy cores)
+# make test    the test suite (three processes, for two cores: some of what it starts waits)
 # make bench-scale   200 million rows on this machine: memory against the plan, speed (20 GB of memory, 20 GB of disk)
 # make setup   the environment alone; make check, what CI checks; make test-all, also the slow tests and the pipelines
 # make setup VENV=.venv-2.11 PINS=requirements/torch-2.11   another release of torch, torchrec and fbgemm-gpu (requirements/README.md)
@@ -40,7 +40,7 @@ check: setup
 	$(BIN)/lint-imports --no-cache
 
 test: setup
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 test-all: setup
 	$(BIN)/python -m pytest

@@ -4,8 +4,7 @@ One process, started when it is first needed, imports what takes long (some 5 s 
 command: `os.fork`, as `LocalGroup` does for its ranks. A copy is a process like any other, with its own id, environment,
 folder, signals and exit code, and it runs `python -m embedshard.cli` from the first line on. The workers that it starts are
 copies, too. What a copy does not prove is how a fresh interpreter starts, and that nothing hangs on the order of a set of
-strings, which is the same in all copies: tests of that start `sys.executable`, as do those that need code of theirs to be
-there when a module is first imported.
+strings, which is the same in all copies: tests of that start `sys.executable`.
 """
 
 import atexit
@@ -26,6 +25,8 @@ import traceback
 from pathlib import Path
 
 TIMEOUT_S = 900
+OWN_CODE = "TESTS_OWN_CODE"
+"""Environment variable: a file of Python that a copy runs first; its workers, which are copies of it, have what it did."""
 
 
 def run_command(*arguments, **options):
@@ -38,8 +39,9 @@ def start_command(*arguments, **options):
     return start_python("-m", "embedshard.cli", *arguments, **options)
 
 
-def run_ranks(number, *arguments, **options):
-    """Runs `embedshard` as so many ranks, in the environment that a launcher makes; returns what rank 0 printed."""
+@contextlib.contextmanager
+def ranks_started(number, *arguments, **options):
+    """Starts `embedshard` as so many ranks, in the environment that a launcher makes; what is left of them is ended."""
     from embedshard.world import RENDEZVOUS
 
     size = str(number)
@@ -47,10 +49,16 @@ def run_ranks(number, *arguments, **options):
         shared = {RENDEZVOUS: f"file://{folder}/rendezvous", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, **options}
         ranks = [start_command(*arguments, **shared, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(number)]
         try:
-            outputs = [rank.communicate(TIMEOUT_S) for rank in ranks]
+            yield ranks
         finally:
             for rank in ranks:
                 rank.kill()
+
+
+def run_ranks(number, *arguments, **options):
+    """Runs `embedshard` as so many ranks to their end; returns what rank 0 printed."""
+    with ranks_started(number, *arguments, **options) as ranks:
+        outputs = [rank.communicate(TIMEOUT_S) for rank in ranks]
     for rank, (_, errors) in zip(ranks, outputs, strict=True):
         assert rank.returncode == 0, errors
     return outputs[0][0]
@@ -78,10 +86,11 @@ class Copy:
         arguments: those of Python: `-m` and a module, or a file, and its own arguments.
         cwd: its folder; this process's where None.
         env: its whole environment; this process's where None.
+        passes: descriptors of files that it is to have, too; its last argument is the list of their numbers there, as JSON.
         more: environment variables on top of these.
     """
 
-    def __init__(self, arguments, cwd=None, env=None, **more):
+    def __init__(self, arguments, cwd=None, env=None, passes=(), **more):
         self.arguments, self.returncode, self._told = [str(argument) for argument in arguments], None, b""
         self._output, self._errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         self._status, theirs = os.pipe()
@@ -91,7 +100,7 @@ class Copy:
             "environment": {**(os.environ if env is None else env), **more},
         }
         try:
-            _source().send(request, [self._output.fileno(), self._errors.fileno(), theirs])
+            _source().send(request, [self._output.fileno(), self._errors.fileno(), theirs, *passes])
         finally:
             os.close(theirs)
         while self._told.count(b"\n") < 1:
@@ -216,7 +225,7 @@ def _serve(requests):
     """Copies this process for each request; returns, in a copy, what it is to run, and None at the end of the requests."""
     keepers = []
     while True:
-        line, files, _, _ = socket.recv_fds(requests, 1 << 20, 3)
+        line, files, _, _ = socket.recv_fds(requests, 1 << 20, 32)
         keepers = [keeper for keeper in keepers if os.waitpid(keeper, os.WNOHANG) == (0, 0)]
         if not line:
             return None
@@ -229,7 +238,7 @@ def _serve(requests):
             os.close(file)
 
 
-def _keep(request, output, errors, status):
+def _keep(request, output, errors, status, *passed):
     """Starts the copy that runs, and tells its id and how it ended; returns in the copy alone."""
     child = os.fork()
     if child == 0:
@@ -242,9 +251,9 @@ def _keep(request, output, errors, status):
         os.environ.update(request["environment"])
         tempfile.tempdir = None  # it is TMPDIR's
         subprocess.Popen = _Worker
-        return request["arguments"]
-    os.close(output)
-    os.close(errors)
+        return [*request["arguments"], *([json.dumps(passed)] if passed else [])]
+    for file in (output, errors, *passed):
+        os.close(file)
     os.write(status, f"{child}\n".encode())
     _, state = os.waitpid(child, 0)
     os.write(status, f"{os.waitstatus_to_exitcode(state)}\n".encode())
@@ -313,6 +322,8 @@ if __name__ == "__main__":
     _import_what_takes_long()
     if (_arguments := _serve(_requests)) is not None:
         try:
+            if OWN_CODE in os.environ:
+                runpy.run_path(os.environ[OWN_CODE])
             _run(_arguments)
         except Exception:
             traceback.print_exc()

@@ -17,14 +17,38 @@ import torch
 
 from embedshard.config import Loaded, build_config
 from embedshard.launch.export import export_here
-from embedshard.launch.rehearsing import LocalGroup
 from embedshard.train.checkpoint import newest_intact, open_step
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
+from tests.commands import OWN_CODE
+from tests.copied_groups import CopiedGroup
 
 USERS, ITEMS = 40, 30
+
+FIRST = (
+    "on_ray/test_cluster.py",
+    "distributed/test_parity.py",
+    "distributed/test_workers.py",
+    "on_ray/test_elastic.py",
+    "distributed/test_managed.py",
+    "fuzz/test_reader.py",
+    "on_ray/test_ray.py",
+    "object_store/test_runs.py",
+    "distributed/test_bench.py",
+    "train/test_programs.py",
+    "on_ray/test_serve.py",
+    "distributed/test_two_ranks.py",
+    "train/test_faults.py",
+    "manifests/test_drain.py",
+)
+"""The longest files: begun first, so that what ends the suite is short, and those that start Ray apart from each other."""
+
+
+def pytest_collection_modifyitems(items):
+    places = {Path(__file__).parent / name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 def write_interactions(folder: Path, rows: int, seed: int, files: int = 2, row_group_rows: int = 50) -> None:
@@ -161,10 +185,10 @@ def two_exports(interactions, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def groups():
-    """Processes by world size, for all tests that bring no code of their own: each group is started when it is first used,
-    which takes some 5 s of a core. Four stand for two machines of two.
+    """Processes by world size, for all tests that bring no code of their own: each group is started when it is first used.
+    Four stand for two machines of two.
     """
-    made = {world_size: LocalGroup(world_size, {4: 2}.get(world_size)) for world_size in (1, 2, 3, 4)}
+    made = {world_size: CopiedGroup(world_size, {4: 2}.get(world_size)) for world_size in (1, 2, 3, 4)}
     yield made
     for group in made.values():
         group.close()
@@ -211,10 +235,16 @@ class Finder(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Finder())
 """
 
+WHERE_IMPORTED = """
+if {module!r} in sys.modules:  # in a copy
+    change(sys.modules[{module!r}])
+"""
+
 
 @pytest.fixture
 def own_code(tmp_path):
-    """A function from a module's source to environment variables under which every process imports it at its start.
+    """A function from a module's source to environment variables under which every process runs it at its start: a fresh
+    interpreter as its `sitecustomize`, a copy when it is made.
 
     Given a module's name, the source's `change(module)` is called when that module has been imported.
     """
@@ -222,9 +252,12 @@ def own_code(tmp_path):
     def own_code(source, when_imported=None):
         folder = tmp_path / "own_code"
         folder.mkdir()
-        before = "" if when_imported is None else WHEN_IMPORTED.format(module=when_imported)
-        (folder / "sitecustomize.py").write_text(before + textwrap.dedent(source))
-        return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+        before = after = ""
+        if when_imported is not None:
+            before, after = WHEN_IMPORTED.format(module=when_imported), WHERE_IMPORTED.format(module=when_imported)
+        file = folder / "sitecustomize.py"
+        file.write_text(before + textwrap.dedent(source) + after)
+        return {OWN_CODE: str(file), "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
 
     return own_code
 

@@ -11,7 +11,7 @@ peer, end the run at once; deaths of workers and nodes are followed by a new sta
 
 from __future__ import annotations
 
-__all__ = ["RayRequest", "train_on_ray"]
+__all__ = ["RayRequest", "train_on_ray", "work_on_ray"]
 
 import errno
 import importlib
@@ -41,6 +41,7 @@ from embedshard.errors import (
 )
 from embedshard.launch.local import load_run_config, open_run, train_in
 from embedshard.launch.ray_metrics import RayMetricsReporter
+from embedshard.launch.ray_shared import Board, begin_work
 from embedshard.launch.request import TrainRequest
 from embedshard.sharding.recorded import RecordedPlan, read_plan
 from embedshard.train.loop import TrainResult
@@ -199,7 +200,7 @@ def _trainer(spread: RayRequest, device: str, run: str, work: dict[str, Any], re
     work["device"] = "cuda" if use_gpu else "cpu"
     threads = str(max(1, int(spread.cpus_per_worker)))
     return torch.TorchTrainer(
-        _work,
+        begin_work,
         train_loop_config=work,
         torch_config=torch.TorchConfig(
             backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo", timeout_s=int(TIMEOUT.total_seconds())
@@ -283,51 +284,20 @@ def _asking_to_stop(board: Any) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class _Board:
-    """What the driver and the workers tell each other. An actor."""
-
-    def __init__(self) -> None:
-        self._events: list[tuple[str, tuple[Any, ...]]] = []
-        self._failure: dict[str, Any] | None = None
-        self._result: dict[str, Any] | None = None
-        self._stop: str | None = None
-
-    def tell(self, events: list[tuple[str, tuple[Any, ...]]]) -> None:
-        self._events += events
-
-    def take(self) -> list[tuple[str, tuple[Any, ...]]]:
-        events, self._events = self._events, []
-        return events
-
-    def fail(self, failure: dict[str, Any]) -> None:
-        self._failure = self._failure or failure
-
-    def failure(self) -> dict[str, Any] | None:
-        return self._failure
-
-    def finish(self, result: dict[str, Any]) -> None:
-        self._result = result
-
-    def result(self) -> dict[str, Any] | None:
-        return self._result
-
-    def ask_to_stop(self, by: str) -> None:
-        self._stop = by
-
-    def stop_asked(self) -> str | None:
-        return self._stop
-
-
 def _start_board(ray: Any) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
 # ---------------------------------------------------------------------------------------------------------- a worker
-def _work(work: dict[str, Any]) -> None:
-    """What each worker of Ray Train does, at each start."""
+def work_on_ray(work: dict[str, Any]) -> None:
+    """What each worker of Ray Train does, at each start.
+
+    Args:
+        work: what the driver handed to it: the run, the device, the board, and what they need.
+    """
     import ray
     import torch.distributed as dist
 

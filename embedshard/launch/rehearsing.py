@@ -149,11 +149,20 @@ class LocalGroup:
         self._answers = queue.Queue()
         pipes = [(os.pipe(), os.pipe()) for _ in range(self.world_size)]
         theirs = [(cases[0], answers[1]) for cases, answers in pipes]
-        with (Path(self._folder.name) / "start.log").open("w") as log:
-            self._process = subprocess.Popen(
+        self._process = self._launch(theirs, Path(self._folder.name))
+        for rank, (cases, answers) in enumerate(pipes):
+            os.close(cases[0])
+            os.close(answers[1])
+            self._cases.append(os.fdopen(cases[1], "w"))
+            threading.Thread(target=_pass_on, args=(rank, answers[0], self._answers), daemon=True).start()
+
+    def _launch(self, theirs: list[tuple[int, int]], folder: Path) -> subprocess.Popen[bytes]:
+        """Starts the process that becomes the ranks, given their ends of the pipes; the leader of a session of its own."""
+        with (folder / "start.log").open("w") as log:
+            return subprocess.Popen(
                 [
                     *(sys.executable, "-c", _PROGRAM, json.dumps(sys.path), json.dumps(theirs)),
-                    *(str(self._local_world_size), self._folder.name),
+                    *(str(self._local_world_size), str(folder)),
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -161,11 +170,6 @@ class LocalGroup:
                 pass_fds=[end for ends in theirs for end in ends],
                 start_new_session=True,  # so that it can be ended with the ranks
             )
-        for rank, (cases, answers) in enumerate(pipes):
-            os.close(cases[0])
-            os.close(answers[1])
-            self._cases.append(os.fdopen(cases[1], "w"))
-            threading.Thread(target=_pass_on, args=(rank, answers[0], self._answers), daemon=True).start()
 
     def _wait_for_answers(self) -> None:
         deadline, waiting = time.monotonic() + self._timeout_s, set(range(self.world_size))

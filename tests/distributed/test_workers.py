@@ -13,25 +13,17 @@ import yaml
 
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
+from embedshard.world import TIMEOUT
 from tests.commands import run_command, run_ranks, start_command
 
+pytestmark = pytest.mark.timeout(900)
 TIMEOUT_S = 240
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-
-
-def command(*arguments):
-    return [sys.executable, "-m", "embedshard.cli", *map(str, arguments)]
 
 
 def torchrun(*arguments):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedshard.cli"]
     return [sys.executable, *launcher, *map(str, arguments)]
-
-
-def run(arguments, **environment):
-    return subprocess.run(
-        arguments, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env={**ENVIRONMENT, **environment}
-    )
 
 
 def start(arguments):
@@ -81,13 +73,13 @@ def is_worker(pid):
     )
 
 
-def wait_until_gone(pids, seconds=60):
-    deadline = time.monotonic() + seconds
+def wait_until_gone(pids):
+    deadline = time.monotonic() + TIMEOUT_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
         if time.monotonic() > deadline:
             for pid in pids:
                 os.kill(pid, signal.SIGKILL)
-            raise AssertionError(f"some of {pids} were still there after {seconds} s")
+            raise AssertionError(f"some of {pids} were still there after {TIMEOUT_S} s")
         time.sleep(0.05)
 
 
@@ -102,7 +94,11 @@ def test_two_workers_leave_one_run(undisturbed_run):
     assert len((undisturbed_run / "attempts.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("launched", [lambda *given: command(*given, "--workers", 2), torchrun], ids=["workers", "torchrun"])
+def workers(*arguments):
+    return [sys.executable, "-m", "embedshard.cli", *map(str, arguments), "--workers", "2"]
+
+
+@pytest.mark.parametrize("launched", [workers, torchrun])
 def test_sigterm_stops_all_workers_at_one_step_and_the_run_goes_on(
     launched, config_file, undisturbed, tmp_path, saved_tensors, assert_same_tensors, descendants
 ):
@@ -110,13 +106,13 @@ def test_sigterm_stops_all_workers_at_one_step_and_the_run_goes_on(
     process = start(launched("train", config_file, "--run-dir", path))
     try:
         wait_for_step(path / "metrics.jsonl", 23)
-        workers = [pid for pid in descendants(process.pid) if is_worker(pid)]
-        assert len(workers) == 2
+        ranks = [pid for pid in descendants(process.pid) if is_worker(pid)]
+        assert len(ranks) == 2
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
-    wait_until_gone(workers)
+    wait_until_gone(ranks)
     assert f"embedshard train --resume {path}" in out, err
     if launched is not torchrun:
         assert process.returncode == 143, err
@@ -124,8 +120,16 @@ def test_sigterm_stops_all_workers_at_one_step_and_the_run_goes_on(
     assert 23 <= stopped_at < 140
     last = [json.loads(part.read_text().splitlines()[-1])["last_step"] for part in (path / "ledger").iterdir()]
     assert last == [stopped_at - 1] * 2, "both ranks trained up to the same step"
-    resumed = run(launched("train", "--resume", path))
-    assert resumed.returncode == 0, resumed.stderr
+    if launched is torchrun:
+        resumed = start(launched("train", "--resume", path))
+        try:
+            _, err = resumed.communicate(timeout=TIMEOUT_S)
+        finally:
+            resumed.kill()
+    else:  # that fresh processes start well was seen above
+        resumed = run_command("train", "--resume", path, "--workers", 2)
+        err = resumed.stderr
+    assert resumed.returncode == 0, err
     assert_same_tensors(saved_tensors(path), undisturbed)
 
 
@@ -139,15 +143,14 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
         workers = descendants(process.pid)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
-        begin = time.monotonic()
+        assert TIMEOUT.total_seconds() > TIMEOUT_S, "so an end within it is not that of a collective that ran out"
         _, err = process.communicate(timeout=TIMEOUT_S)
     finally:
         process.kill()
-    assert time.monotonic() - begin < 30
     assert process.returncode == 1
     assert "was ended by SIGKILL" in err
     assert "Traceback" not in err
-    wait_until_gone(workers, 1)
+    assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "the launcher waits for what it ends"
     assert "Resumes after step" in run_ranks(2, "train", "--run-dir", path, "--auto-resume")
     assert_same_tensors(saved_tensors(path), undisturbed)
 
@@ -169,7 +172,7 @@ def test_workers_whose_launcher_is_killed_save_and_stop(config_file, tmp_path, d
 def test_an_exception_in_one_worker_ends_all_with_that_error(make_config, tmp_path, fault_on_one_rank):
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(make_config({"train": {"epochs": 20}}).tree))
-    done = run(command("train", path, "--run-dir", tmp_path / "run", "--workers", 2), **fault_on_one_rank)
+    done = run_command("train", path, "--run-dir", tmp_path / "run", "--workers", 2, **fault_on_one_rank)
     assert done.returncode == 1
     assert "Error: worker 1: Traceback" in done.stderr
     assert "this worker alone met a fault" in done.stderr

@@ -16,7 +16,7 @@ from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import JsonLinesReporter
 from embedshard.world import open_world
-from tests.commands import run_command, run_ranks, start_command
+from tests.commands import ranks_started, run_command, run_ranks, start_command
 
 pytestmark = pytest.mark.timeout(3000)
 
@@ -132,14 +132,11 @@ def test_kill_9_leaves_a_run_in_a_bucket_that_resumes_to_the_same_weights(
 def test_two_workers_share_a_run_in_a_bucket(config_file, bucket, tmp_path, saved_tensors, assert_same_tensors):
     uri = f"{bucket}/runs/a"
     arguments = ("train", config_file, "--run-dir", uri, "--auto-resume")
-    process = start_command(*arguments, "--workers", 2)
-    try:
-        wait_for_checkpoint(uri, 8, process)
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=TIMEOUT_S)
-    finally:
-        process.kill()
-    assert process.returncode == 143, err
+    with ranks_started(2, *arguments) as ranks:
+        wait_for_checkpoint(uri, 8, ranks[0])
+        ranks[1].send_signal(signal.SIGTERM)  # one alone, and all stop
+        (out, _), (_, err) = (rank.communicate(timeout=TIMEOUT_S) for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [143, 143], err
     assert f"embedshard train --resume {uri}" in out
     run_ranks(2, *arguments)
     run_ranks(2, "train", config_file, "--run-dir", tmp_path / "undisturbed")

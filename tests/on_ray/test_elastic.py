@@ -23,7 +23,7 @@ def cluster(monkeypatch, environment):
     for name in ("HOME", "RAY_worker_niceness"):
         monkeypatch.setenv(name, environment[name])
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
     yield made
     made.shutdown()
 

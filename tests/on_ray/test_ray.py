@@ -8,7 +8,7 @@ import pytest
 
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
-from tests.commands import run_ranks
+from tests.commands import run_command, run_ranks
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install -r requirements/ray.txt")
 pytestmark = pytest.mark.timeout(900)
@@ -41,7 +41,7 @@ def test_a_killed_worker_is_replaced_and_the_run_is_as_one_without_ray(
 
 
 def test_sigterm_of_the_driver_saves_and_the_run_goes_on_without_ray(
-    config_file, undisturbed, tmp_path, train, saved_tensors, assert_same_tensors, slow_model
+    config_file, undisturbed, tmp_path, train, saved_tensors, assert_same_tensors, slow_model, environment
 ):
     path = tmp_path / "run"
     training = train("run", config_file, "--run-dir", path, "--workers", 2, "--ray", **slow_model)
@@ -51,9 +51,8 @@ def test_sigterm_of_the_driver_saves_and_the_run_goes_on_without_ray(
     assert training.process.returncode == 143, output
     assert f"embedshard train --resume {path}" in output
     assert newest_intact(RunDirectory(path).checkpoints).step < 140
-    resumed = train("run", "--resume", path, "--workers", 2)
-    output = resumed.wait()
-    assert resumed.process.returncode == 0, output
+    resumed = run_command("train", "--resume", path, "--workers", 2, env=environment)
+    assert resumed.returncode == 0, resumed.stderr
     assert_same_tensors(saved_tensors(path), undisturbed[1])
 
 

@@ -72,8 +72,7 @@ def test_sigterm_saves_says_how_to_resume_and_exits_143(
     stopped_at = newest_intact(RunDirectory(path).checkpoints).step
     assert f"after step {stopped_at}" in out
     assert f"stopped at step {stopped_at} of 140" in (path / "report.html").read_text(encoding="utf-8")
-    again = command("train", "--resume", path)
-    resumed = subprocess.run(again, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    resumed = run_command("train", "--resume", path)
     assert resumed.returncode == 0, resumed.stderr
     assert f"Resumes after step {stopped_at}." in resumed.stdout
     assert_same_tensors(saved_tensors(path), undisturbed)
