@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from hypothesis import settings
 
 from embedshard.config import Loaded, build_config
 from embedshard.launch.export import export_here
@@ -24,6 +25,9 @@ from embedshard.train.tracking import Reporter
 from embedshard.world import open_world
 from tests.commands import OWN_CODE
 from tests.copied_groups import CopiedGroup
+
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 
 USERS, ITEMS = 40, 30
 
