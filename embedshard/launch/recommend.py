@@ -33,8 +33,8 @@ def show(found: Recommendations, console: Console) -> None:
         table.add_row(str(place), escape(id_), f"{item.score:.4f}", *cells)
     console.print(table)
     if found.asked > len(found.items):
-        told = f"{found.asked:,} items were asked for, of {found.num_items:,} that the export has{left_out}: {len(found.items):,}."
-        console.print(told, markup=False, soft_wrap=True)
+        there_are = f"of {found.num_items:,} that the export has{left_out}: {len(found.items):,}."
+        console.print(f"{found.asked:,} items were asked for, {there_are}", markup=False, soft_wrap=True)
 
 
 def _shown(value: Any) -> str:
