@@ -153,7 +153,7 @@ def _parts(config: Config, made: nn.Module, dims: Mapping[str, int]) -> Iterator
 
 def _with_absent(run: Callable[[Any, Any], dict[str, torch.Tensor]], dims: Mapping[str, int], model: Any, given: Any) -> Any:
     """Runs a tower of a model that may look all features up: those that the tower does not read are empty, as in a batch."""
-    given.lookups = {name: given.lookups.get(name, torch.zeros(len(given.dense), dim)) for name, dim in dims.items()}
+    given.lookups = {name: given.lookups.get(name, torch.zeros(given.dense.shape[0], dim)) for name, dim in dims.items()}
     return run(model, given)
 
 

@@ -129,9 +129,11 @@ def export_here(
         EmbedshardError: what a user can act on.
     """
     folder = check_folder(out)
+    with reaching(folder):
+        replaces = folder.join(MANIFEST).exists()
     with planned_export(
         run_dir, environment, checkpoint_step=checkpoint_step, index=index, quantise=quantise, device=device,
-        reads_all=folder.join(MANIFEST).exists(), say=say,
+        reads_all=replaces, say=say,
     ) as plan:  # fmt: skip
         return write_export(
             plan, folder, verifies=verifies, metric_tolerance=metric_tolerance, index_tolerance=index_tolerance, say=say

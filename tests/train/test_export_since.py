@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from embedshard.errors import CheckpointError, EmbedshardError, ExportError
+from embedshard.errors import CheckpointError, ConfigError, EmbedshardError, ExportError
 from embedshard.export.delta_apply import apply_delta, roll_back
 from embedshard.export.manifest import hash_file, open_export
 from embedshard.export.recommend import recommend
@@ -60,17 +60,19 @@ def test_tables_in_fewer_bits_are_of_a_delta_as_of_a_whole_export(trained, tmp_p
     run, before, after = trained({**PLAIN, **SPARSE})
     onto, delta = tmp_path / "onto", tmp_path / "delta"
     export_here(run, onto, {}, checkpoint_step=before, quantise="int8")
-    export_here(run, tmp_path / "whole", {}, checkpoint_step=after, quantise="int8")
+    export_here(run, tmp_path / "whole", {}, checkpoint_step=after, quantise="fp16,int8")
     of_delta = ("export", run, delta, "--since", onto, "--checkpoint", after, "--quantise")
-    written = cli(*of_delta, "int8")
+    written = cli(*of_delta, "int8", "--quantise", "fp16")
     assert written.returncode == 0, written.stderr
     refused = cli(*of_delta, "int9")
     assert refused.returncode == 2
     assert "--quantise int9: there is no such format" in refused.stderr
+    with pytest.raises(ConfigError, match="'none' was given with others"):
+        export_since(run, delta, onto, {}, checkpoint_step=after, quantise="int8,none")
     assert (delta / "manifest.json").exists(), "the earlier delta is gone for an option that is none"
     apply_delta(delta, onto)
     assert hashes(onto) == hashes(tmp_path / "whole")
-    assert "tables/user.int8.parquet" in hashes(onto)
+    assert {"tables/user.int8.parquet", "tables/user.fp16.parquet"} <= hashes(onto).keys()
 
 
 def cli(*arguments):
