@@ -347,7 +347,9 @@ def verify(
 
 @app.command()
 def similar(
-    run_dir: RunPath,
+    place: Annotated[
+        str, typer.Argument(metavar="RUN_DIR", help="A run's folder, or an export: a path or a URI.", show_default=False)
+    ],
     id_: Annotated[
         str, typer.Argument(metavar="ID", help="An id or a string of the table's vocabulary.", show_default=False)
     ],
@@ -367,9 +369,9 @@ def similar(
 ) -> None:
     """Show which ids' vectors are nearest to an id's, by cosine."""
     with long_imports():
-        from embedshard.launch.similar import show, similar_here
+        from embedshard.launch.similar import show, similar_to
 
-    found = similar_here(run_dir, id_, count, os.environ, table=table, metadata=metadata, checkpoint_step=checkpoint)
+    found = similar_to(place, id_, count, os.environ, table=table, metadata=metadata, checkpoint_step=checkpoint)
     _tell(found, as_json, show, default=str)
 
 
@@ -386,8 +388,13 @@ def export(
         float, typer.Option(min=0, max=1, help="Which share of the exact lists the index may miss.")
     ] = 0.05,
     quantise: Annotated[
-        str, typer.Option(metavar="FORMAT", help="int8, fp16 or none: tables in fewer bits beside those in float32.")
-    ] = "none",
+        list[str] | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="int8 or fp16: tables in fewer bits beside those in float32. Can be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoint: Annotated[
         int | None, typer.Option(metavar="STEP", help="Default: the one that the run selected.", show_default=False)
     ] = None,
@@ -408,7 +415,7 @@ def export(
     err = Console(stderr=True, soft_wrap=True, highlight=False)
     options: dict[str, Any] = {
         "checkpoint_step": checkpoint, "index": index, "verifies": verify, "metric_tolerance": tolerance,
-        "index_tolerance": index_tolerance, "quantise": quantise, "device": device,
+        "index_tolerance": index_tolerance, "quantise": ",".join(quantise or ["none"]), "device": device,
         "say": lambda part: err.print(f"... {part}"),
     }  # fmt: skip
     if since is not None:
@@ -442,6 +449,22 @@ def apply(
     err = Console(stderr=True, soft_wrap=True, highlight=False)
     applied = apply_delta(delta, onto, keep, lambda part: err.print(f"... {part}"))
     _tell(applied, as_json, show_applied)
+
+
+@app.command()
+def check(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="An export, or a delta: a path or a URI.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+) -> None:
+    """Compare all files of an export, or a delta, with their hashes. Exit code 1 if any is not as it was written."""
+    from embedshard.export.check import check_files
+    from embedshard.launch.check_export import show_checked
+
+    err = Console(stderr=True, soft_wrap=True, highlight=False)
+    found = check_files(out, lambda file: err.print(f"... {file}"))
+    _tell(found, as_json, show_checked)
+    if found.problems:
+        raise typer.Exit(1)
 
 
 @app.command()

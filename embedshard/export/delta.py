@@ -7,7 +7,6 @@ of it. Which it is was decided by making the file again, and comparing its SHA-2
 from __future__ import annotations
 
 __all__ = [
-    "MARKER",
     "RESULT",
     "Change",
     "ChangedBytes",
@@ -41,10 +40,19 @@ from embedshard import __version__
 from embedshard.errors import ExportError
 from embedshard.export.delta_bytes import rebuild_bytes, write_byte_changes
 from embedshard.export.delta_rows import rebuild_rows, write_row_changes
-from embedshard.export.manifest import MANIFEST, VERIFICATION, FileHash, FileName, Manifest, OpenExport, hash_file
+from embedshard.export.manifest import (
+    DELTA_MARKER,
+    MANIFEST,
+    VERIFICATION,
+    FileHash,
+    FileName,
+    Manifest,
+    OpenExport,
+    hash_file,
+    is_run,
+)
 from embedshard.storage import Location, PathOrUri, locate, reaching
 
-MARKER: Final = "EMBEDSHARD_DELTA"
 _TARGET: Final = "target.json"
 _ROWS, _REMOVED, _BYTES, _WHOLE = "rows", "removed", "bytes", "files"
 _FOLDERS: Final = (_ROWS, _REMOVED, _BYTES, _WHOLE)
@@ -308,7 +316,7 @@ def check_delta_folder(folder: Location) -> None:
         ExportError: if something else is there.
     """
     names = [] if folder.is_file() else folder.list_names()
-    if folder.is_file() or (names and MARKER not in names):
+    if folder.is_file() or (names and DELTA_MARKER not in names):
         shown = "is a file" if folder.is_file() else f"holds {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         raise ExportError(f"{folder.uri} {shown} and is no earlier delta, so it is not written over. Name a new folder.")
 
@@ -323,7 +331,7 @@ def prepare_delta_folder(folder: Location) -> None:
     names = folder.list_names()
     folder.make_dirs()
     folder.join(MANIFEST).delete_file()
-    folder.join(MARKER).write_text_atomically(
+    folder.join(DELTA_MARKER).write_text_atomically(
         "What makes a later export of embedshard of an earlier one: it is whole if it has a manifest.json.\n"
     )
     for name in names:
@@ -344,9 +352,13 @@ def open_delta(place: PathOrUri | Location) -> OpenDelta:
     with reaching(folder):
         if not folder.join(MANIFEST).is_file():
             why = "has no manifest, so its writing did not finish or what it makes did not pass verification"
-            if not folder.join(MARKER).exists():
-                why = "holds no delta" if folder.exists() else "is not there"
-            raise ExportError(f"{folder.uri} {why}. {_again(folder)}")
+            if folder.join(DELTA_MARKER).exists():
+                raise ExportError(f"{folder.uri} {why}. {_again(folder)}")
+            if folder.exists() and is_run(folder):
+                more = f"Write one of it: embedshard export {folder.uri} DELTA --since EXPORT"
+                raise ExportError(f"{folder.uri} is the folder of a run, not a delta. {more}")
+            why = "holds no delta" if folder.exists() else "is not there"
+            raise ExportError(f"{folder.uri} {why}. Write one: embedshard export RUN_DIR DELTA --since EXPORT")
         content = folder.join(MANIFEST).read_bytes()
     try:
         return OpenDelta(folder, DeltaManifest.model_validate_json(content))

@@ -23,7 +23,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from embedshard.errors import ExportError
 from embedshard.export.delta import (
-    MARKER,
     ChangedRows,
     DeltaManifest,
     OpenDelta,
@@ -37,6 +36,7 @@ from embedshard.export.delta import (
 )
 from embedshard.export.manifest import (
     APPLYING,
+    DELTA_MARKER,
     JOURNAL,
     MANIFEST,
     ROLLBACK,
@@ -283,7 +283,7 @@ def _keep_way_back(source: Location, target: Location) -> None:
     """Moves a delta, its manifest last."""
     if not source.join(MANIFEST).is_file():
         return
-    names = [*open_delta(source).manifest.parts, MARKER, MANIFEST]
+    names = [*open_delta(source).manifest.parts, DELTA_MARKER, MANIFEST]
     for name in names:
         part, place = source.join(*name.split("/")), target.join(*name.split("/"))
         if part.is_file():

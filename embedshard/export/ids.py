@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedshard.data.vocabulary import Vocabulary
-from embedshard.errors import DataError, nearest
+from embedshard.errors import DataError, nearest, sentence
 from embedshard.storage import locate
 
 Id = int | str | None
@@ -43,7 +43,7 @@ def row_of(id_: str, table: str, vocabulary: Vocabulary) -> int:
         first = vocabulary.ids_of(np.arange(min(vocabulary.rows, _OFFERED_IDS), dtype=np.int64))
         hint = nearest(id_, (str(known) for known in first if isinstance(known, str)))
         hint = hint if any(isinstance(known, str) for known in first) else "Give one of these"
-        raise DataError(f"'{id_}' is not among {vocabulary.describe()}, the ids of table '{table}'. {hint.rstrip('.')}.")
+        raise DataError(f"'{id_}' is not among {vocabulary.describe()}, the ids of table '{table}'. {sentence(hint)}")
     return row
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = [
     "APPLYING",
+    "DELTA_MARKER",
     "JOURNAL",
     "MANIFEST",
     "ROLLBACK",
@@ -22,6 +23,8 @@ __all__ = [
     "check_folder",
     "hash_file",
     "hash_files",
+    "is_export",
+    "is_run",
     "open_export",
     "plain",
     "prepared_folder",
@@ -43,6 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from embedshard.errors import ExportError
 from embedshard.export.signature import ExportedProgram
 from embedshard.storage import Location, PathOrUri, locate, reaching
+from embedshard.train.run_directory import RunDirectory
 
 MANIFEST: Final = "manifest.json"
 VERIFICATION: Final = "verification.json"
@@ -52,6 +56,8 @@ JOURNAL: Final = "journal.json"
 """There, while the files of an export are exchanged."""
 ROLLBACK: Final = "rollback"
 """The folder of the deltas that lead back."""
+DELTA_MARKER: Final = "EMBEDSHARD_DELTA"
+"""A file that tells the folder of a delta, finished or not."""
 _MARKER: Final = "EMBEDSHARD_EXPORT"
 _FOLDERS: Final = ("tables", "vocabularies", "tokenizers", "programs")
 _FILES: Final = ("users.parquet", "items.parquet", "seen.parquet", "dense.safetensors", "items.faiss", VERIFICATION)
@@ -111,6 +117,7 @@ class ExportedTower(_Part):
         table: whose rows `row` are.
         vocabulary: how an id becomes a row: the table's config, with the export's file for a path.
         features: that the tower reads.
+        is_unit: whether vectors are of length 1, so that a score is a cosine: items that are near each other, without users.
     """
 
     file: FileName
@@ -121,6 +128,7 @@ class ExportedTower(_Part):
     table: str
     vocabulary: dict[str, Any]
     features: list[str]
+    is_unit: bool = False
 
 
 class ExportedIndex(_Part):
@@ -320,19 +328,7 @@ def open_export(out: PathOrUri | Location) -> OpenExport:
     place = folder.join(MANIFEST)
     with reaching(place):
         if not place.is_file():
-            if not folder.exists():
-                raise ExportError(f"{folder.uri} is not there. Make it: embedshard export RUN_DIR {folder.uri}")
-            if folder.join(APPLYING, JOURNAL).is_file():
-                raise ExportError(
-                    f"{folder.uri} is between two exports: a delta is being applied or rolled back, or that did not finish. "
-                    f"If nothing is at work on it, finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard "
-                    f"rollback {folder.uri}"
-                )
-            why = "holds no export"
-            if folder.join(_MARKER).exists():
-                why = "has no manifest, so its export did not finish or did not pass verification"
-                why += f" (see {VERIFICATION})" if folder.join(VERIFICATION).exists() else ""
-            raise ExportError(f"{folder.uri} {why}. {_again(folder)}")
+            raise ExportError(_why_none(folder))
         if place.size() > _LARGEST_MANIFEST:
             raise ExportError(f"{place.uri} has {place.size():,} bytes, more than a manifest ever has. {_again(folder)}")
         content = place.read_bytes()
@@ -342,6 +338,9 @@ def open_export(out: PathOrUri | Location) -> OpenExport:
         if _is_delta(content):
             advice = f"Apply it to the export that it was made of: embedshard apply {folder.uri} EXPORT"
             raise ExportError(f"{folder.uri} is a delta: it has only what changed. {advice}") from error
+        if _is_checkpoint(content):
+            advice = f"Export it: embedshard export RUN_DIR OUT --checkpoint {folder.name.rpartition('-')[2].lstrip('0')}"
+            raise ExportError(f"{folder.uri} is a checkpoint of a run, not an export. {advice}") from error
         detail = error.errors()[0]
         where = ".".join(map(str, detail["loc"]))
         raise ExportError(f"{place.uri} is damaged: {where or 'it'}: {detail['msg']}. {_again(folder)}") from error
@@ -379,12 +378,58 @@ def _chunks(place: Location) -> Iterator[bytes]:
             yield chunk
 
 
+def _why_none(folder: Location) -> str:
+    """Returns what a folder without a manifest is, for who takes it for an export, and what to do."""
+    if not folder.exists():
+        return f"{folder.uri} is not there. Make it: embedshard export RUN_DIR {folder.uri}"
+    if folder.is_file():
+        return f"{folder.uri} is a file; an export is a folder. Name the folder in which its {MANIFEST} lies."
+    if folder.join(APPLYING, JOURNAL).is_file():
+        return (
+            f"{folder.uri} is between two exports: a delta is being applied or rolled back, or that did not finish. "
+            f"If nothing is at work on it, finish it: embedshard apply DELTA {folder.uri}; or go back: embedshard "
+            f"rollback {folder.uri}"
+        )
+    see = f" (see {VERIFICATION})" if folder.join(VERIFICATION).exists() else ""
+    if folder.join(_MARKER).exists():
+        why = "has no manifest, so its export did not finish or did not pass verification"
+        return f"{folder.uri} {why}{see}. {_again(folder)}"
+    if folder.join(DELTA_MARKER).exists():
+        return (
+            f"{folder.uri} is a delta without a manifest: its writing did not finish or what it makes did not pass "
+            f"verification{see}. Write it again: embedshard export RUN_DIR {folder.uri} --since EXPORT"
+        )
+    if is_run(folder):
+        return f"{folder.uri} is the folder of a run, not an export. Export it first: embedshard export {folder.uri} OUT"
+    if folder.list_names():
+        return f"{folder.uri} holds no export. Name the folder of one, or make one: embedshard export RUN_DIR OUT"
+    return f"{folder.uri} is empty. Export a run to it: embedshard export RUN_DIR {folder.uri}"
+
+
+def is_export(folder: Location) -> bool:
+    """Whether a folder is that of an export or a delta, finished or not: `open_export` opens it or says why it cannot."""
+    return any(folder.join(name).exists() for name in (MANIFEST, _MARKER, DELTA_MARKER))
+
+
+def is_run(folder: Location) -> bool:
+    """Whether a folder is that of a run."""
+    return RunDirectory(folder).config_file.is_file()
+
+
 def _is_delta(content: bytes) -> bool:
+    return _parsed(content).get("kind") == "delta"
+
+
+def _is_checkpoint(content: bytes) -> bool:
+    return {"pieces", "tensors"} <= _parsed(content).keys()
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
     try:
         found = json.loads(content)
     except ValueError:
-        return False
-    return isinstance(found, dict) and found.get("kind") == "delta"
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _again(folder: Location) -> str:

@@ -23,10 +23,10 @@ from embedshard.config.composition import Composition
 from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.export.join import Vectors, join, table_vectors
 from embedshard.export.program_file import load_program
-from embedshard.export.programs import Traced
 from embedshard.export.quantised import Format
 from embedshard.export.read import spread_rows
 from embedshard.export.signature import ExportedProgram, ProgramInput
+from embedshard.export.tracing import Traced
 from embedshard.storage import Location
 from embedshard.train.checkpoint_reader import Checkpoint
 

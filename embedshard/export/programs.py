@@ -12,14 +12,13 @@ Shapes: B rows, L places of the longest row, D dim.
 
 from __future__ import annotations
 
-__all__ = ["Traced", "make_programs", "save_program"]
+__all__ = ["make_programs"]
 
 import copy
-import inspect
-import io
 import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Final, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,107 +41,15 @@ from embedshard.config.parts import (
 )
 from embedshard.data.statistics import Statistics
 from embedshard.data.vocabulary import Vocabulary, table_rows
-from embedshard.errors import CheckpointError, ExportError
+from embedshard.errors import CheckpointError
 from embedshard.export.parts import kept_vocabulary
-from embedshard.export.program_file import check_archive
 from embedshard.export.signature import ExportedProgram, Pooling, ProgramInput, ProgramOutput
+from embedshard.export.towers import has_towers, tower_features
+from embedshard.export.tracing import UNTRACEABLE, LookedUp, Traced, vector_of
 from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.models.padded import pad_layers
 from embedshard.models.registry import build_model
-from embedshard.storage import Location
 from embedshard.train.checkpoint_reader import Checkpoint
-
-Inputs = Mapping[str, torch.Tensor]
-
-_TRACED_ROWS: Final = 4
-_TRACED_PLACES: Final = 3
-_LOOKUP: Final = "embeddings."
-
-
-# ------------------------------------------------------------------------------------------ what stands in for a batch
-class _Given:
-    """What a model reads of a batch, and what was looked up for it."""
-
-    def __init__(self, dense: torch.Tensor, lookups: dict[str, torch.Tensor], lengths: Inputs) -> None:
-        self.dense, self.lookups = dense, lookups
-        self._lengths = lengths
-        self.draws = None
-
-    def sequence_lengths(self, name: str) -> torch.Tensor:
-        return self._lengths[name]
-
-
-class _LookedUp(nn.Module):
-    """In the place of the tables."""
-
-    def forward(self, batch: _Given) -> dict[str, torch.Tensor]:
-        return batch.lookups
-
-
-class Traced(nn.Module):
-    """What becomes a program: a model, or one of its towers, without tables.
-
-    Args:
-        inputs: what it takes.
-        dense: the config's dense features, in order.
-        model: what it is made of, over padded sequences.
-        run: from the model and what stands in for a batch to tensors by name.
-    """
-
-    def __init__(
-        self,
-        inputs: Sequence[ProgramInput],
-        dense: Sequence[str],
-        model: nn.Module,
-        run: Callable[[Any, Any], dict[str, torch.Tensor]],
-    ) -> None:
-        super().__init__()
-        self.model, self._inputs, self._dense, self._run = model, tuple(inputs), list(dense), run
-
-        def forward(**inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-            return self.outputs(inputs)
-
-        names = (inspect.Parameter(spec.name, inspect.Parameter.KEYWORD_ONLY) for spec in inputs)
-        forward.__signature__ = inspect.Signature(list(names))  # type: ignore[attr-defined]  # torch wants them by name
-        self.forward = forward
-
-    def outputs(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Returns tensors by name of tensors by name."""
-        size = inputs[self._inputs[0].name].shape[0]
-        numbers, lookups, lengths = {}, {}, {}
-        for spec in self._inputs:
-            value = inputs[spec.name]
-            if spec.kind == "dense":
-                numbers[spec.feature] = _normalised(spec, value)
-            elif spec.kind == "lengths":
-                lengths[spec.feature] = value
-            else:
-                lookups[_key(spec)] = value
-        for name, lengths_B in lengths.items():
-            places_L = torch.arange(lookups[name].shape[1], device=lengths_B.device)
-            lookups[name] = torch.where((places_L < lengths_B.unsqueeze(1)).unsqueeze(2), lookups[name], 0.0)
-        columns = [numbers[name] if name in numbers else torch.zeros(size) for name in self._dense]
-        dense = torch.stack(columns, dim=1) if columns else torch.zeros(size, 0)
-        return self._run(self.model, _Given(dense, lookups, lengths))
-
-
-def _key(spec: ProgramInput) -> str:
-    """Returns under which key a model finds vectors: the feature's, but of biases the table's, which has its name."""
-    return spec.table if spec.table == bias_key(spec.feature) else spec.feature
-
-
-def _normalised(spec: ProgramInput, value_B: torch.Tensor) -> torch.Tensor:
-    """Returns numbers as the model reads them, (B,), of float64 as they are in the data, as the reader makes them."""
-    normalise, found_B = spec.config["normalise"], value_B
-    if normalise == "log1p":
-        found_B = torch.sign(value_B) * torch.log1p(torch.abs(value_B))
-    elif normalise == "standardise":
-        assert spec.mean is not None, "the run keeps what it standardises by"
-        assert spec.deviation is not None, "the run keeps what it standardises by"
-        found_B = (value_B - spec.mean) / spec.deviation
-    if spec.config["missing"] == "zero":
-        found_B = torch.where(torch.isnan(value_B), 0.0, found_B)
-    return found_B.to(torch.float32)
 
 
 # --------------------------------------------------------------------------------------------------------- all of a run
@@ -174,51 +81,20 @@ def make_programs(
     model = _restored(checkpoint, build_model(config, specs))
     maker = _Maker(config, {spec.name: spec for spec in specs}, files, statistics)
     dense = [name for name, feature in config.features.items() if isinstance(feature, DenseFeature)]
-    made = {}
-    for name, keys, outputs, left_out, run in _parts(config):
+    dims = {spec.feature: spec.dim for spec in maker.inputs(list(config.features)) if spec.dim is not None}
+    made, notes = {}, []
+    for name, keys, outputs, left_out, run in _parts(config, model, dims):
         inputs = maker.inputs(keys)
         traced = Traced(inputs, dense, _without(model, left_out), run)
+        if not outputs:
+            try:
+                outputs = [vector_of(traced.eval(), inputs)]
+            except UNTRACEABLE as error:
+                notes.append(f"There is no program '{name}': it does not run by itself: {type(error).__name__}: {error}")
+                continue
         program = ExportedProgram(file=f"programs/{name}.pt2", torch=torch.__version__, inputs=inputs, outputs=outputs)
         made[name] = (traced.eval().requires_grad_(False), program)
-    return made, []
-
-
-def save_program(traced: Traced, program: ExportedProgram, folder: Location) -> None:
-    """Traces a program and writes it.
-
-    Raises:
-        ExportError: if it does what no program can.
-        StorageError: if it cannot be written.
-    """
-    given, dynamic = {}, {}
-    batch = torch.export.Dim("batch", min=1)
-    for number, spec in enumerate(program.inputs):
-        free: dict[int, Any] = {place: batch for place, size in enumerate(spec.shape) if size == "batch"}
-        shape = [{"batch": _TRACED_ROWS, "length": _TRACED_PLACES}.get(str(size), size) for size in spec.shape]
-        if "length" in spec.shape:
-            most = spec.config.get("max_length")
-            shape[1] = min(_TRACED_PLACES, most or _TRACED_PLACES)
-            free[1] = torch.export.Dim(f"length_{number}", min=1, **({} if most is None else {"max": most}))
-        dtype = getattr(torch, spec.dtype)
-        given[spec.name] = torch.ones([cast(int, size) for size in shape], dtype=dtype)
-        dynamic[spec.name] = free
-    try:
-        with torch.no_grad():
-            exported = torch.export.export(traced, (), given, dynamic_shapes=dynamic, strict=False)
-    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ExportError(f"torch.export cannot trace the model: {type(error).__name__}: {reason}") from error
-    exported.example_inputs = None  # they would be pickled
-    for module in exported.graph_module.modules():
-        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            for origin in ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn"):  # paths of this machine
-                node.meta.pop(origin, None)
-    stream = io.BytesIO()
-    torch.export.save(exported, stream)
-    place = folder.join(*program.file.split("/"))
-    check_archive(stream.getvalue(), place.uri)
-    place.parent.make_dirs()
-    place.write_bytes_atomically(stream.getvalue())
+    return made, notes
 
 
 def _why_not(config: Config) -> str:
@@ -235,9 +111,22 @@ def _why_not(config: Config) -> str:
 Part = tuple[str, list[str], list[ProgramOutput], list[str], Callable[[Any, Any], dict[str, torch.Tensor]]]
 
 
-def _parts(config: Config) -> Iterator[Part]:
-    """Yields each program's name, the keys that it reads, what it returns, the modules that it lacks, and how it runs."""
+def _parts(config: Config, made: nn.Module, dims: Mapping[str, int]) -> Iterator[Part]:
+    """Yields each program's name, the keys that it reads, what it returns, the modules that it lacks, and how it runs.
+
+    Args:
+        config: the run's.
+        made: its model.
+        dims: of what is looked up for each feature.
+    """
     model = config.model
+    learns_labels = isinstance(config.objective, PointwiseConfig | CrossEntropyConfig)
+    if isinstance(model, CustomModelConfig) and has_towers(made) and config.identity("item_id") is not None:
+        methods = _encode_queries, _encode_candidates
+        for side, features, run in zip(("user", "item"), tower_features(config), methods, strict=True):
+            yield side, features, [], [], partial(_with_absent, run, dims)
+        if not learns_labels:
+            return
     if isinstance(model, TwoTowerConfig):
         width = config.tower_width(model.user) + (2 if model.biases else 0)
         vector = [ProgramOutput(name="vector", shape=["batch", width], link="product")]
@@ -260,6 +149,12 @@ def _parts(config: Config) -> Iterator[Part]:
     else:
         labels = list(config.data.label_columns)
         yield "model", _read(config), _outputs(config, labels), [], lambda made, given: _by_label(labels, made(given))
+
+
+def _with_absent(run: Callable[[Any, Any], dict[str, torch.Tensor]], dims: Mapping[str, int], model: Any, given: Any) -> Any:
+    """Runs a tower of a model that may look all features up: those that the tower does not read are empty, as in a batch."""
+    given.lookups = {name: given.lookups.get(name, torch.zeros(given.dense.shape[0], dim)) for name, dim in dims.items()}
+    return run(model, given)
 
 
 def _encode_queries(model: Any, given: Any) -> dict[str, torch.Tensor]:
@@ -313,7 +208,7 @@ def _restored(checkpoint: Checkpoint, model: nn.Module) -> nn.Module:
     for path, module in list(model.named_modules()):
         if isinstance(module, EmbeddingLookup):
             parent, _, own = path.rpartition(".")
-            setattr(model.get_submodule(parent), own, _LookedUp())
+            setattr(model.get_submodule(parent), own, LookedUp())
     pad_layers(model)
     return model
 

@@ -27,17 +27,20 @@ QUANTISED: Final[tuple[Format, ...]] = ("fp16", "int8")
 
 
 def quantised_formats(asked: str) -> tuple[Format, ...]:
-    """Returns in which formats tables are written too: the one that is asked for, nothing of `none`.
+    """Returns in which formats tables are written too: those that are asked for, with commas between them; none of `none`.
 
     Raises:
-        ConfigError: if there is no such format.
+        ConfigError: if there is no such format, or `none` is not alone.
     """
-    if asked == "none":
+    names = [name.strip() for name in asked.split(",")]
+    if names == ["none"]:
         return ()
-    for kind in QUANTISED:
-        if asked == kind:
-            return (kind,)
-    raise ConfigError(f"--quantise {asked}: there is no such format. {nearest(asked, ['none', *QUANTISED])}")
+    for name in names:
+        if name == "none":
+            raise ConfigError(f"--quantise {asked}: 'none' was given with others. Leave it out, or the others.")
+        if name not in QUANTISED:
+            raise ConfigError(f"--quantise {name}: there is no such format. {nearest(name, ['none', *QUANTISED])}")
+    return tuple(kind for kind in QUANTISED if kind in names)
 
 
 def write_quantised(kind: Format, items: Location, place: Location) -> None:

@@ -136,13 +136,19 @@ def recommend(
 
 
 def ranking_parts(export: OpenExport) -> tuple[ExportedTower | None, ExportedTower, ExportedIndex]:
-    """Returns the users, the items and the index of an export; no users where they are histories, which have a program.
+    """Returns the users, the items and the index of an export.
+
+    There are no users where they are histories, which have a program, and where items alone are looked for, by items.
 
     Raises:
         ExportError: if it lacks them; says why.
     """
     manifest = export.manifest
-    if manifest.item is None or manifest.index is None or (manifest.user is None and not _encodes_histories(export)):
+    if (
+        manifest.item is None
+        or manifest.index is None
+        or (manifest.user is None and not manifest.item.is_unit and not _encodes_histories(export))
+    ):
         why = " ".join(manifest.notes) or "It has no vectors of users and items."
         raise ExportError(f"{export.folder.uri} can recommend nothing. {why}")
     return manifest.user, manifest.item, manifest.index

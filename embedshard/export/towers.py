@@ -9,7 +9,15 @@ Shapes: B rows of a batch, D dim.
 
 from __future__ import annotations
 
-__all__ = ["tower_features", "write_held_vectors", "write_items", "write_seen", "write_users"]
+__all__ = [
+    "has_towers",
+    "tower_features",
+    "write_held_vectors",
+    "write_items",
+    "write_near_items",
+    "write_seen",
+    "write_users",
+]
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -17,17 +25,20 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from torch import nn
 
 from embedshard.config import Config
-from embedshard.config.parts import SASRecConfig, TwoTowerConfig
+from embedshard.config.parts import CustomModelConfig, SASRecConfig, TwoTowerConfig
 from embedshard.data.columns import Columns, Flat, gather
 from embedshard.evaluate.held_out import SPLITS, HeldOutSets, Split
 from embedshard.export.join import join, table_vectors
 from embedshard.export.manifest import ExportedTable
 from embedshard.export.program_file import load_program
+from embedshard.export.read import matrix
 from embedshard.export.signature import ExportedProgram
-from embedshard.export.vectors import id_array, id_type, vector_file
+from embedshard.export.vectors import id_array, id_type, unit_vectors, vector_file
 from embedshard.storage import Location
 from embedshard.train.assembly import Assembly
 
@@ -36,11 +47,19 @@ IntArray = npt.NDArray[np.int64]
 _WAITING = 2**20
 
 
+def has_towers(model: nn.Module) -> bool:
+    """Whether a model makes a vector of a user and of an item, each by itself."""
+    return all(callable(getattr(model, method, None)) for method in ("encode_queries", "encode_candidates"))
+
+
 def tower_features(config: Config) -> tuple[list[str], list[str]]:
-    """Returns what the model reads of a user and of an item, in order."""
+    """Returns what the model reads of a user and of an item, in order; of a model of one's own, all that are no item's."""
     model = config.model
     if isinstance(model, SASRecConfig):
         return [model.sequence], [model.item_id]
+    if isinstance(model, CustomModelConfig):
+        of_item = config.item_features()
+        return [name for name in config.features if name not in of_item], of_item
     assert isinstance(model, TwoTowerConfig), "the caller looked"
     return list(model.user.features), list(model.item.features)
 
@@ -114,6 +133,38 @@ def write_held_vectors(
             written += write(content["id"].combine_chunks(), rows, vectors)
             dim = vectors.shape[1]
     return written, dim
+
+
+def write_near_items(table: Location, unknown_row: int, place: Location) -> tuple[int, int, int]:
+    """Writes the vectors of a table by their lengths, so that a product of two is a cosine; no data and no model are read.
+
+    The row for unknown ids is left out, and so are rows of zeros, which are near nothing.
+
+    Args:
+        table: its exported file.
+        unknown_row: that of unknown ids.
+        place: the file that is written.
+
+    Returns:
+        How many vectors there are, D, and how many rows of zeros were left out.
+    """
+    written = dim = zeros = 0
+    with vector_file(place) as write, table.open_input() as file:
+        parquet = pq.ParquetFile(file)
+        for group in range(parquet.num_row_groups):
+            content = parquet.read_row_group(group)
+            content = content.filter(pc.not_equal(content["row"], unknown_row))
+            if not len(content):
+                continue
+            vectors = matrix(content["vector"])
+            is_there = vectors.any(axis=1)
+            zeros += int((~is_there).sum())
+            if is_there.any():
+                content = content.filter(pa.array(is_there)).combine_chunks()
+                ids, rows = content["id"].combine_chunks(), content["row"].to_numpy()
+                written += write(ids, rows, unit_vectors(vectors[is_there]))
+                dim = vectors.shape[1]
+    return written, dim, zeros
 
 
 def write_seen(parts: Assembly, split: Split | None, place: Location) -> int:

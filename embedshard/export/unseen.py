@@ -23,6 +23,7 @@ from embedshard.export.join import Vectors, join, table_vectors
 from embedshard.export.manifest import OpenExport
 from embedshard.export.program_file import Program, load_program
 from embedshard.export.signature import ProgramInput
+from embedshard.storage import Location
 
 FloatArray = npt.NDArray[np.float32]
 IntArray = npt.NDArray[np.int64]
@@ -202,13 +203,19 @@ def kept_vocabulary_of(export: OpenExport, table: str, kept: Mapping[str, Any]) 
     """
     tree = dict(kept)
     file = tree.pop("file", None)
-    counted = {}
+    counted: dict[str, Location] = {}
+    tokenizers: dict[str, str] = {}
     if file is not None:
-        counted[table] = export.file(file)
+        place = export.file(file)
         if "path" in tree["vocabulary"]:
-            tree["vocabulary"] = tree["vocabulary"] | {"path": counted[table].uri}
+            tree["vocabulary"] = tree["vocabulary"] | {"path": place.uri}
+        if file.startswith("tokenizers/"):
+            tokenizers[table] = place.read_text()
+            tree["vocabulary"] = tree["vocabulary"] | {"path": None}
+        else:
+            counted[table] = place
     of_table: dict[str, Any] = {"tables": {table: TableConfig.model_validate(tree)}}
-    vocabulary = load_vocabularies(Config.model_construct(**of_table), {}, counted)[table]
+    vocabulary = load_vocabularies(Config.model_construct(**of_table), tokenizers, counted)[table]
     if not isinstance(vocabulary, ManagedIds):
         return vocabulary
     with export.file(export.manifest.tables[table].file).open_input() as stream:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["RowsAlone", "Write", "all_vectors", "id_array", "id_type", "vector_file"]
+__all__ = ["RowsAlone", "Write", "all_vectors", "id_array", "id_type", "unit_vectors", "vector_file"]
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +89,12 @@ def all_vectors(
                 rows = rows[is_unknown | vocabulary.is_held[np.minimum(rows, vocabulary.rows - 1)]]
             if len(rows):
                 yield id_array(vocabulary, rows, kind), rows, block[torch.from_numpy(rows - first)].float().numpy()
+
+
+def unit_vectors(vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Returns vectors, (n, D), by their lengths; zeros stay."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return (vectors / np.where(lengths > 0, lengths, 1)).astype(np.float32, copy=False)
 
 
 @contextmanager

@@ -8,14 +8,26 @@ Shapes: Q queries, N items, D dim, K length of the lists.
 
 from __future__ import annotations
 
-__all__ = ["INDEX_TOLERANCE", "METRIC_TOLERANCE", "Verification", "prepare", "verify"]
+__all__ = [
+    "INDEX_TOLERANCE",
+    "LEAST_K",
+    "METRIC_TOLERANCE",
+    "MOST_LISTS",
+    "MOST_SCORED",
+    "SCORE_TOLERANCE",
+    "Verification",
+    "compare_lists",
+    "prepare",
+    "spread",
+    "verify",
+]
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,14 +50,16 @@ METRIC_TOLERANCE: Final = 1e-3
 """How far a metric may be from the run's: near ties that batches of another size round otherwise."""
 INDEX_TOLERANCE: Final = 0.05
 """Which share of the exact lists the index may miss."""
-_SCORE_TOLERANCE: Final = 1e-4
+SCORE_TOLERANCE: Final = 1e-4
 """Of scores, relative where they are above 1."""
-_MOST_LISTS: Final = 2000
+MOST_LISTS: Final = 2000
 """Of so many users, at even distances, lists are compared."""
-_MOST_SCORED: Final = 256
+MOST_SCORED: Final = 256
+"""Of so many, scores are."""
 _TIE: Final = 1e-6
 """Scores that are as near as this, relative where they are above 1, are as good as each other."""
-_LEAST_K: Final = 10
+LEAST_K: Final = 10
+"""Length of the lists that are compared, at least."""
 
 
 @dataclass
@@ -53,9 +67,10 @@ class Verification:
     """What was found.
 
     Attributes:
-        split: whose users were replayed.
+        split: whose users were replayed; `items` where there are no users and items asked for those near them.
         queries: how many.
-        against: what the metrics are compared with: the run's result.json, or the model evaluated now.
+        against: what the metrics are compared with: the run's result.json, or the model evaluated now; of items their
+            vectors, the checkpoint's.
         tolerances: `metric`, `score` (relative where scores are above 1) and `recall` (lost by the index).
         score_error: the largest difference between a score of the model and one of the exported vectors.
         metrics: by name the `run` and the `export`.
@@ -66,13 +81,13 @@ class Verification:
         problems: what is out of tolerance.
     """
 
-    split: Split
+    split: Split | Literal["items"]
     queries: int
     against: str
     tolerances: dict[str, float]
     score_error: float = 0.0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    k: int = _LEAST_K
+    k: int = LEAST_K
     index: dict[str, Any] = field(default_factory=dict)
     quantised: dict[str, dict[str, float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
@@ -138,10 +153,10 @@ def verify(
         index_tolerance: which share of the exact lists the index may miss.
     """
     parsed = [parse_metric(name) for name in metrics]
-    k = max([_LEAST_K, *(metric.k for metric in parsed if metric.k is not None)])
+    k = max([LEAST_K, *(metric.k for metric in parsed if metric.k is not None)])
     found = Verification(
         split, len(ranked.users), "the model" if expected is None else "result.json",
-        {"metric": metric_tolerance, "score": _SCORE_TOLERANCE, "recall": index_tolerance}, k=k,
+        {"metric": metric_tolerance, "score": SCORE_TOLERANCE, "recall": index_tolerance}, k=k,
     )  # fmt: skip
     if isinstance(users, Location):
         query_QD, has_vector = vectors_of(users, ranked.users)
@@ -168,7 +183,10 @@ def verify(
         found.metrics[name] = {"run": theirs, "export": ours}
         if abs(ours - theirs) > metric_tolerance or math.isnan(ours) != math.isnan(theirs):
             found.problems.append(f"{name} is {ours:.6f}, the run's {theirs:.6f}; they may differ by {metric_tolerance:g}")
-    _compare_lists(found, ranked, query_QD, item_ND, item_rows, seen, index, quantised, tables, index_tolerance)
+    chosen = spread(len(query_QD), MOST_LISTS)
+    hidden = None if seen is None else seen_by(seen, ranked.users[chosen], item_rows)
+    encoded = {name: partial(encode_both, gather(ranked.queries, chosen, None)) for name, encode_both in tables.items()}
+    compare_lists(found, query_QD[chosen], item_ND, hidden, index, quantised, encoded, index_tolerance)
     return found
 
 
@@ -182,34 +200,40 @@ def _compare_scores(
     found: Verification, query_QD: torch.Tensor, item_ND: torch.Tensor, model_QD: torch.Tensor, model_ND: torch.Tensor
 ) -> None:
     """Notes the largest difference of a score, over some users and all items."""
-    chosen = torch.from_numpy(_spread(len(query_QD), _MOST_SCORED))
+    chosen = torch.from_numpy(spread(len(query_QD), MOST_SCORED))
     largest = 0.0
     for query in chosen.tolist():
         ours, theirs = item_ND @ query_QD[query], model_ND @ model_QD[query]
         if len(theirs):
             found.score_error = max(found.score_error, float((ours - theirs).abs().max()))
             largest = max(largest, float(theirs.abs().max()))
-    allowed = _SCORE_TOLERANCE * max(1.0, largest)
+    allowed = SCORE_TOLERANCE * max(1.0, largest)
     if not found.score_error <= allowed:
         found.problems.append(f"a score is off by {found.score_error:.2e}; allowed are {allowed:.2e}")
 
 
-def _compare_lists(
+def compare_lists(
     found: Verification,
-    ranked: RankedSet,
-    query_QD: FloatArray,
+    queries: FloatArray,
     item_ND: FloatArray,
-    item_rows: IntArray,
-    seen: Location | None,
+    hidden: JaggedIds | None,
     index: tuple[str, Location],
     quantised: Mapping[str, Callable[[], FloatArray]],
-    tables: Mapping[str, Callable[[Columns], tuple[FloatArray, FloatArray]]],
+    tables: Mapping[str, Callable[[], tuple[FloatArray, FloatArray]]],
     index_tolerance: float,
 ) -> None:
-    """Notes how much of the exact lists other ways of looking find. Lists are as `recommend` makes them."""
-    chosen = _spread(len(query_QD), _MOST_LISTS)
-    queries = query_QD[chosen]
-    hidden = None if seen is None else seen_by(seen, ranked.users[chosen], item_rows)
+    """Notes how much of the exact lists other ways of looking find. Lists are as `recommend` makes them.
+
+    Args:
+        found: where it is noted; its `k` is the lists' length.
+        queries: (Q, D).
+        item_ND: of all items.
+        hidden: places that each query's list may not hold.
+        index: its kind and file.
+        quantised: return the items' vectors as their files give them back, by name.
+        tables: of tables in fewer bits, by name, return the vectors of the queries and of all items.
+        index_tolerance: which share of the exact lists the index may miss.
+    """
     recall_of = partial(_recall, queries, item_ND, *_exact(queries, item_ND, found.k, hidden))
     kind, place = index
     places, _ = look_up(load_index(place), queries, found.k, hidden)
@@ -222,8 +246,8 @@ def _compare_lists(
     for name, load in quantised.items():
         found.quantised[name] = recall_of(_exact(queries, load(), found.k, hidden)[0])
     for name, encode in tables.items():
-        coarse_QD, coarse_ND = encode(gather(ranked.queries, chosen, None))
-        scored = _spread(len(queries), _MOST_SCORED).tolist()
+        coarse_QD, coarse_ND = encode()
+        scored = spread(len(queries), MOST_SCORED).tolist()
         errors = [float(np.abs(coarse_ND @ coarse_QD[i] - item_ND @ queries[i]).max(initial=0.0)) for i in scored]
         recall = recall_of(_exact(coarse_QD, coarse_ND, found.k, hidden)[0])
         found.quantised[name] = recall | {"score_error": max(errors, default=0.0)}
@@ -248,5 +272,6 @@ def _recall(
     return {"recall": recall, "recall_lost": 1.0 - recall}
 
 
-def _spread(count: int, most: int) -> IntArray:
+def spread(count: int, most: int) -> IntArray:
+    """Returns places at even distances among so many, all of them or the most that are wanted."""
     return np.unique(np.linspace(0, max(0, count - 1), min(count, most)).astype(np.int64))

@@ -18,10 +18,13 @@ from rich.table import Table
 
 from embedshard import __version__
 from embedshard.config import Config
+from embedshard.config.parts import ItemEmbeddingConfig
 from embedshard.data.columns import Columns
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import ConfigError
 from embedshard.evaluate.ranking import parse_metric
+from embedshard.export.item_verification import verify_items
+from embedshard.export.join import table_vectors
 from embedshard.export.manifest import (
     MANIFEST,
     VERIFICATION,
@@ -34,12 +37,12 @@ from embedshard.export.manifest import (
     write_manifest,
 )
 from embedshard.export.parts import copy_vocabularies, tables_in, write_dense, write_tables
-from embedshard.export.program_checks import ProgramChecks
+from embedshard.export.program_checks import ProgramChecks, checkpoint_vectors
 from embedshard.export.quantised import Format, dequantised
 from embedshard.export.verification import INDEX_TOLERANCE, METRIC_TOLERANCE, Verification, prepare, verify
 from embedshard.launch.export_plan import ExportPlan, planned_export
 from embedshard.launch.export_programs import WrittenPrograms, encoder, show_programs, told, write_programs
-from embedshard.launch.export_towers import Towers, met_in, split_of, write_held, write_towers
+from embedshard.launch.export_towers import Towers, met_in, split_of, write_held, write_near, write_towers
 from embedshard.launch.run_tables import ids_in, vocabulary_table
 from embedshard.quantities import size
 from embedshard.storage import Location, PathOrUri, reaching
@@ -118,7 +121,7 @@ def export_here(
         verifies: whether held-out users are replayed. What fails has no manifest, and is no export.
         metric_tolerance: how far a metric may be from the run's.
         index_tolerance: which share of the exact lists the index may miss.
-        quantise: `int8` or `fp16` writes the tables in fewer bits too; `none` does not.
+        quantise: `int8`, `fp16` or `int8,fp16` writes the tables in fewer bits too; `none` does not.
         device: where the towers are computed.
         say: is told what is being done.
 
@@ -126,9 +129,11 @@ def export_here(
         EmbedshardError: what a user can act on.
     """
     folder = check_folder(out)
+    with reaching(folder):
+        replaces = folder.join(MANIFEST).exists()
     with planned_export(
         run_dir, environment, checkpoint_step=checkpoint_step, index=index, quantise=quantise, device=device,
-        reads_all=folder.join(MANIFEST).exists(), say=say,
+        reads_all=replaces, say=say,
     ) as plan:  # fmt: skip
         return write_export(
             plan, folder, verifies=verifies, metric_tolerance=metric_tolerance, index_tolerance=index_tolerance, say=say
@@ -168,6 +173,12 @@ def write_export(
         )
         if plan.why_no_towers:
             towers = Towers(notes=[plan.why_no_towers])
+        elif isinstance(config.model, ItemEmbeddingConfig):
+            owner = config.features[config.model.sequence].table  # type: ignore[union-attr]  # checked: a list
+            towers = write_near(config, folder, files, tables, plan.vocabularies[owner].rows, plan.index, say)
+            if verifies:
+                say("verification")
+                towers.verification = _verify_items(checkpoint, folder, towers, scoring, index_tolerance)
         elif plan.changes_hands:
             met_users = partial(met_in, config, plan.device, resolved or None, plan.run.vocabularies)
             towers = write_held(config, folder, files, tables, scoring, plan.changes_hands, plan.index, say, met_users)
@@ -218,9 +229,11 @@ def show(found: Exported, console: Console) -> None:
     """Prints what was written and what verification found."""
     checked = found.verification
     if checked is not None:
+        who = "items" if checked.split == "items" else f"users of the {checked.split} set"
+        what = "cosines" if checked.split == "items" else "scores"
         console.print(
-            f"Replayed {checked.queries:,} users of the {checked.split} set through the exported files, against "
-            f"{checked.against}: scores differ by at most {checked.score_error:.1e}",
+            f"Replayed {checked.queries:,} {who} through the exported files, against {checked.against}: {what} differ by at "
+            f"most {checked.score_error:.1e}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
         table = Table()
@@ -268,6 +281,28 @@ def _owners(config: Config, checkpoint: Checkpoint, vocabularies: Mapping[str, V
 
 
 # ----------------------------------------------------------------------------------------------------------- the towers
+def _verify_items(
+    checkpoint: Checkpoint, folder: Location, towers: Towers, scoring: WrittenPrograms, index_tolerance: float
+) -> Verification | None:
+    """Returns what is found where items alone have vectors; None where they have none."""
+    if towers.item is None or towers.index is None:
+        return None
+    table = towers.item.table
+    files = {kind: folder.join(*names[table].split("/")) for kind, names in scoring.quantised_tables.items()}
+    return verify_items(
+        folder.join(towers.item.file),
+        partial(checkpoint_vectors(checkpoint), table),
+        (towers.index.kind, folder.join(towers.index.file)),
+        _coarse_items(folder, towers),
+        {f"{kind} tables": partial(table_vectors({table: place}, kind), table) for kind, place in files.items()},
+        index_tolerance,
+    )
+
+
+def _coarse_items(folder: Location, towers: Towers) -> dict[str, Callable[[], FloatArray]]:
+    return {f"{name} items": partial(dequantised, name, folder.join(file)) for name, file in towers.quantised.items()}
+
+
 @torch.no_grad()
 def _verify(
     parts: Assembly,
@@ -308,9 +343,7 @@ def _verify(
         items=folder.join("items.parquet"),
         seen=None if towers.seen is None else folder.join(towers.seen),
         index=(towers.index.kind, folder.join(towers.index.file)),
-        quantised={
-            f"{name} items": partial(dequantised, name, folder.join(file)) for name, file in towers.quantised.items()
-        },
+        quantised=_coarse_items(folder, towers),
         tables={
             f"{kind} tables": partial(both, kind, files)
             for kind, files in scoring.quantised_tables.items()

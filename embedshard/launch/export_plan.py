@@ -9,15 +9,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from embedshard.config import Config, table_specs
-from embedshard.config.parts import ManagedVocabulary, SASRecConfig, TwoTowerConfig
+from embedshard.config.parts import CustomModelConfig, ItemEmbeddingConfig, ManagedVocabulary, SASRecConfig, TwoTowerConfig
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.data.vocabulary_building import kept_vocabularies
-from embedshard.errors import ConfigError
+from embedshard.errors import ConfigError, with_article
 from embedshard.evaluate.ranking import parse_metric
 from embedshard.export.index import choose_kind
 from embedshard.export.manifest import plain
 from embedshard.export.quantised import Format, quantised_formats
+from embedshard.export.towers import has_towers
 from embedshard.launch.run_tables import open_checkpoint_of
 from embedshard.models.registry import build_model
 from embedshard.storage import Location, PathOrUri
@@ -47,7 +50,7 @@ class ExportPlan:
         index: `auto` or a kind.
         formats: in which tables are written too.
         device: where towers are computed.
-        why_no_towers: why there are no vectors of users and items; empty where there are.
+        why_no_towers: why there are no vectors of users and items; empty where there are, or of items alone.
         changes_hands: the table of users or items whose rows do; empty where none does.
         parts: with the checkpoint's model, where towers are written by it.
     """
@@ -87,7 +90,7 @@ def planned_export(
         environment: gives configs their `${VAR}`.
         checkpoint_step: None takes the one that the run selected, else the newest.
         index: `auto` or a kind.
-        quantise: `int8` or `fp16` is a format for the tables too; `none` is none.
+        quantise: formats for the tables too, as `quantised_formats` takes them.
         device: where the towers are computed.
         reads_all: whether a checkpoint is read through though no model is made of it: something would be lost if it were
             found damaged later.
@@ -104,11 +107,13 @@ def planned_export(
     resolved, result = run.read_json("inventory.json") or {}, run.read_json("result.json") or {}
     counted = kept_vocabularies(config, run.vocabularies)
     vocabularies = load_vocabularies(config, resolved.get("tokenizers", {}), counted)
-    why_not, changes_hands = _why_no_towers(config), _that_changes_hands(config)
+    own = None
+    if isinstance(config.model, CustomModelConfig):
+        own = build_model(config, table_specs(config, table_rows(vocabularies)))  # it may not be there
+    why_not, changes_hands = _why_no_towers(config, own), _that_changes_hands(config)
     parts = None
     with ExitStack() as stack:
-        if why_not or changes_hands:
-            build_model(config, table_specs(config, table_rows(vocabularies)))  # a module of one's own may not be there
+        if why_not or changes_hands or isinstance(config.model, ItemEmbeddingConfig):
             if reads_all:
                 say("files of the checkpoint")
                 checkpoint.verify()
@@ -138,11 +143,24 @@ def planned_export(
         )
 
 
-def _why_no_towers(config: Config) -> str:
-    """Returns why there are no vectors of users and items; nothing where there are."""
+def _why_no_towers(config: Config, own: nn.Module | None) -> str:
+    """Returns why there are no vectors of users and items; nothing where there are.
+
+    Args:
+        config: the run's.
+        own: the model where it is the user's own.
+    """
     model = config.model
-    if not isinstance(model, TwoTowerConfig | SASRecConfig):
-        return f"Vectors of users and items are exported of a two_tower and a sasrec; this is a {model.kind}."
+    if isinstance(model, CustomModelConfig):
+        if own is None or not has_towers(own):
+            return (
+                f"There are no vectors of users and items: what {model.factory} returns has not both methods "
+                f"encode_queries(batch) and encode_candidates(batch)."
+            )
+    elif isinstance(model, ItemEmbeddingConfig):
+        return ""  # its items are rows of a table
+    elif not isinstance(model, TwoTowerConfig | SASRecConfig):
+        return f"Vectors of users and items are exported of a two_tower and a sasrec; this is {with_article(model.kind)}."
     for role in ("user_id", "item_id"):
         feature = config.identity(role)
         if feature is None and isinstance(model, SASRecConfig):

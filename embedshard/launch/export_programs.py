@@ -22,9 +22,10 @@ from embedshard.export.manifest import ExportedTable
 from embedshard.export.parts import write_quantised_tables
 from embedshard.export.program_checks import ProgramChecks, check_programs
 from embedshard.export.program_file import load_program
-from embedshard.export.programs import make_programs, save_program
+from embedshard.export.programs import make_programs
 from embedshard.export.quantised import Format
 from embedshard.export.signature import ExportedProgram
+from embedshard.export.tracing import save_program
 from embedshard.export.verification import Verification
 from embedshard.storage import Location
 from embedshard.train.checkpoint_reader import Checkpoint

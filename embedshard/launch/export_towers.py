@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Towers", "met_in", "split_of", "write_held", "write_towers"]
+__all__ = ["Towers", "met_in", "split_of", "write_held", "write_near", "write_towers"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from embedshard.config import Config
-from embedshard.config.parts import ManagedVocabulary
+from embedshard.config.parts import ItemEmbeddingConfig, ManagedVocabulary
 from embedshard.data.columns import good_rows
 from embedshard.data.dataset import open_dataset
 from embedshard.errors import DataError
@@ -23,7 +23,14 @@ from embedshard.export.manifest import ExportedIndex, ExportedTable, ExportedTow
 from embedshard.export.parts import kept_vocabulary
 from embedshard.export.quantised import QUANTISED, Format, write_quantised
 from embedshard.export.read import spread_vectors, vector_blocks
-from embedshard.export.towers import tower_features, write_held_vectors, write_items, write_seen, write_users
+from embedshard.export.towers import (
+    tower_features,
+    write_held_vectors,
+    write_items,
+    write_near_items,
+    write_seen,
+    write_users,
+)
 from embedshard.export.verification import Verification
 from embedshard.launch.export_programs import WrittenPrograms
 from embedshard.storage import Location
@@ -132,7 +139,12 @@ def write_held(
             continue
         is_managed = isinstance(config.tables[table].vocabulary, ManagedVocabulary)
         if not tables[table].has_ids:
-            written.notes.append(f"There are no vectors of {side}s: the rows of table '{table}' have no ids.")
+            none = (
+                "the rows of table '{}' have no ids."
+                if not is_managed
+                else ("no id holds a row of table '{}' at this step: its vocabulary has admitted none, or has let all go.")
+            )
+            written.notes.append(f"There are no vectors of {side}s: {none.format(table)}")
             continue
         say(f"{side}s")
         try:
@@ -146,6 +158,49 @@ def write_held(
         written.user, written.item = (tower, written.item) if side == "user" else (written.user, tower)
     if written.item is not None:
         _index_items(written, folder, 0 if written.user is None else written.user.vectors, index, say)
+    return written
+
+
+def write_near(
+    config: Config,
+    folder: Location,
+    files: Mapping[str, str],
+    tables: Mapping[str, ExportedTable],
+    unknown_row: int,
+    index: str,
+    say: Callable[[str], None],
+) -> Towers:
+    """Writes the vectors of an item embedding's items, and the index by which the nearest are found.
+
+    Args:
+        config: the run's, whose model is an item embedding.
+        folder: of the export.
+        files: of vocabularies in the export, by table.
+        tables: that are exported.
+        unknown_row: of the items' table.
+        index: `auto` or a kind.
+        say: is told what is being done.
+    """
+    assert isinstance(config.model, ItemEmbeddingConfig), "the caller looked"
+    feature = config.model.sequence
+    table = config.features[feature].table  # type: ignore[union-attr]  # checked: a list
+    written = Towers(
+        notes=["There are no users in an item_embedding: what it is for are the nearest items: embedshard similar OUT ID."]
+    )
+    if config.tables[table].composition is not None:
+        written.notes.append(f"There are no vectors of items: one is the sum of two rows of table '{table}'.")
+        return written
+    say("items")
+    file = folder.join("items.parquet")
+    count, dim, zeros = write_near_items(folder.join(*tables[table].file.split("/")), unknown_row, file)
+    if zeros:
+        written.notes.append(f"{zeros:,} rows of table '{table}' are all zeros, near nothing, and have no vector.")
+    if not count:
+        file.delete_file()
+        written.notes.append(f"There are no vectors of items: table '{table}' has no row that an id holds.")
+        return written
+    written.item = _tower(config, files, "items.parquet", feature, count, dim, [feature], is_unit=True)
+    _index_items(written, folder, 0, index, say)
     return written
 
 
@@ -190,13 +245,24 @@ def _index_items(written: Towers, folder: Location, num_users: int, index: str, 
         written.quantised[name] = file
 
 
-def _tower(config: Config, files: Mapping[str, str], file: str, feature: str, count: int, dim: int) -> ExportedTower:
+def _tower(
+    config: Config,
+    files: Mapping[str, str],
+    file: str,
+    feature: str,
+    count: int,
+    dim: int,
+    read: list[str] | None = None,
+    is_unit: bool = False,
+) -> ExportedTower:
+    """Returns what the manifest tells of vectors; what is read is the tower's where it is not given."""
     table = config.features[feature].table  # type: ignore[union-attr]  # checked: an id
     of_table = {name: one for name, one in config.features.items() if getattr(one, "table", None) == table}
     names = [feature, *(name for name in of_table if name != feature)]
-    of_user, of_item = tower_features(config)
-    read = of_user if file == "users.parquet" else of_item
+    if read is None:
+        of_user, of_item = tower_features(config)
+        read = of_user if file == "users.parquet" else of_item
     return ExportedTower(
         file=file, vectors=count, dim=dim, feature=feature, columns=[of_table[name].column or name for name in names],
-        table=table, vocabulary=kept_vocabulary(config, table, files), features=read,
+        table=table, vocabulary=kept_vocabulary(config, table, files), features=read, is_unit=is_unit,
     )  # fmt: skip

@@ -23,9 +23,10 @@ from rich.console import Console
 from embedshard.config import Config, Loaded, load_config, table_specs
 from embedshard.config.parts import AutoVocabulary, WordsVocabulary
 from embedshard.data.vocabulary import load_vocabularies, table_rows
-from embedshard.errors import CheckpointError, ConfigError, nearest
+from embedshard.errors import ConfigError, nearest
 from embedshard.evaluate.held_out import SPLITS, Split
 from embedshard.launch.request import TrainRequest
+from embedshard.launch.run_tables import open_checkpoint_of
 from embedshard.models.summary import Summary, summarise
 from embedshard.sharding.recorded import RecordedPlan, read_plan
 from embedshard.storage import PathOrUri, reaching
@@ -174,13 +175,7 @@ def evaluate_here(
     """
     run = RunDirectory.open(run_dir)
     config = run.load_config(environment).config
-    if checkpoint_step is None:
-        checkpoint_step = (run.read_json("result.json") or {}).get("selected_step")
-    root, step = run.checkpoints, checkpoint_step
-    with reaching(root):
-        checkpoint = newest_intact(root) if step is None else open_step(root, step)
-    if checkpoint is None:
-        raise CheckpointError(f"{run_dir} has no checkpoint yet. Train on: embedshard train --resume {run_dir}.")
+    checkpoint = open_checkpoint_of(run, checkpoint_step)
     with open_world(device) as world:
         parts = assemble(config, world, run.read_json("inventory.json"), vocabularies=run.vocabularies, initialises=False)
         restore_model(checkpoint, parts.model, parts.managed)

@@ -14,7 +14,7 @@ from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import CheckpointError, ConfigError, nearest
 from embedshard.sharding.slots import FREE
 from embedshard.storage import reaching
-from embedshard.train.checkpoint_reader import Checkpoint, newest_intact, open_step
+from embedshard.train.checkpoint_reader import Checkpoint, find_steps, newest_intact, open_step, step_folder
 from embedshard.train.run_directory import RunDirectory
 
 
@@ -67,11 +67,15 @@ def open_checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
     if step is None:
         step = (run.read_json("result.json") or {}).get("selected_step")
     with reaching(root):
+        if not find_steps(root) and (not step or not step_folder(root, step).exists()):
+            has_ended = run.read_json("result.json") is not None
+            why = "it ended before its first step" if has_ended else "it has not got so far"
+            more = " --set train.max_steps=null" if has_ended else ""
+            raise CheckpointError(
+                f"{run.folder.uri} has no checkpoint: {why}. Train on: embedshard train --resume {run.folder.uri}{more}"
+            )
         found = newest_intact(root, verify=False) if step is None else open_step(root, step)
-    if found is None:
-        raise CheckpointError(
-            f"{run.folder.uri} has no checkpoint yet. Train on: embedshard train --resume {run.folder.uri}."
-        )
+    assert found is not None, "there is one, or an error"
     return found
 
 

@@ -1,8 +1,11 @@
-"""Nearest neighbours of an id among a table's vectors, read from a checkpoint a file at a time: no data, no model."""
+"""Nearest neighbours of an id among a table's vectors, read from a checkpoint a file at a time, or an export's items.
+
+No data are read, and no model is made.
+"""
 
 from __future__ import annotations
 
-__all__ = ["Neighbour", "Similar", "show", "similar_here", "vectors_here"]
+__all__ = ["Neighbour", "Similar", "show", "similar_here", "similar_in_export", "similar_to", "vectors_here"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +21,16 @@ from rich.table import Table
 from embedshard.config import Config
 from embedshard.config.parts import WordNgramsVocabulary
 from embedshard.data.vocabulary import HeldIds
-from embedshard.errors import ConfigError, DataError
+from embedshard.errors import ConfigError, DataError, ExportError
+from embedshard.evaluate.jagged import JaggedIds
 from embedshard.export.ids import Id, read_metadata, row_of
+from embedshard.export.index import load_index, look_up
+from embedshard.export.manifest import is_export, open_export
+from embedshard.export.read import ids_at, rows_of, vector_blocks, vectors_of
+from embedshard.export.unseen import kept_vocabulary_of
+from embedshard.export.vectors import unit_vectors
 from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
-from embedshard.storage import PathOrUri
+from embedshard.storage import PathOrUri, locate, reaching
 from embedshard.train.checkpoint_reader import Checkpoint
 from embedshard.train.run_directory import RunDirectory
 
@@ -67,6 +76,79 @@ class Similar:
         ]
         query = {"id": self.query.id, "row": self.query.row}
         return {"table": self.table, "step": self.step, "query": query, "neighbours": each}
+
+
+def similar_to(
+    place: PathOrUri,
+    id_: str,
+    count: int,
+    environment: Mapping[str, str],
+    *,
+    table: str | None = None,
+    metadata: str | None = None,
+    checkpoint_step: int | None = None,
+) -> Similar:
+    """Returns what is nearest to an id in a run's folder, or in an export: see `similar_here` and `similar_in_export`."""
+    folder = locate(place)
+    with reaching(folder):
+        is_of_export = is_export(folder)
+    if not is_of_export:
+        return similar_here(place, id_, count, environment, table=table, metadata=metadata, checkpoint_step=checkpoint_step)
+    if table is not None or checkpoint_step is not None:
+        option = "--table" if table is not None else "--checkpoint"
+        raise ConfigError(f"{option} was given, and {folder.uri} is an export, of its items. Leave it out, or name the run.")
+    return similar_in_export(place, id_, count, metadata)
+
+
+def similar_in_export(out: PathOrUri, id_: str, count: int, metadata: str | None = None) -> Similar:
+    """Returns the items of an export whose vectors have the greatest cosine with an item's.
+
+    The index is asked where its scores are cosines; else all vectors are read, a row group at a time. Every file that is
+    read is compared with its SHA-256 first.
+
+    Args:
+        out: the export's folder.
+        id_: as it is typed.
+        count: how many at most.
+        metadata: a Parquet file with the items' ids in the column of the data, or its first, and more in others.
+
+    Raises:
+        ExportError: if there is no export, it has no items, or a file is another than was written.
+        DataError: if the item is not known or has no vector.
+    """
+    export = open_export(out)
+    items, index = export.manifest.item, export.manifest.index
+    if items is None or index is None:
+        why = " ".join(export.manifest.notes) or "It has no vectors of items."
+        raise ExportError(f"{export.folder.uri} has no items that could be near. {why}")
+    with reaching(export.folder):
+        row = row_of(id_, items.table, kept_vocabulary_of(export, items.table, items.vocabulary))
+        file = export.file(items.file)
+        rows = rows_of(file)
+        own = np.flatnonzero(rows == row)
+        query, _ = vectors_of(file, np.array([row], dtype=np.int64))
+        if not len(own) or not query.any():
+            raise DataError(
+                f"'{id_}' has no vector, or one of zeros, so it is near nothing. The export has {items.vectors:,} items."
+            )
+        if items.is_unit:
+            itself = JaggedIds.from_pairs(np.zeros(len(own), dtype=np.int64), own, 1)
+            found, scores = look_up(load_index(export.file(index.file)), query, count, itself)
+            places, cosines = found[0][found[0] >= 0], scores[0]
+        else:
+            unit = unit_vectors(query)[0]
+            cosines = np.concatenate([_cosines_of(block, unit) for block in vector_blocks(file)])
+            cosines[own] = -np.inf
+            places = np.lexsort((rows, -cosines))[:count]
+            places = places[np.isfinite(cosines[places])]
+            cosines = cosines[places]
+        ids, numbers = ids_at(file, np.concatenate([own, places]))
+    known = {} if metadata is None else read_metadata(metadata, items.columns, items.table, ids)
+    near = [
+        Neighbour(of_row, int(number), float(cosine), known.get(of_row, {}))
+        for of_row, number, cosine in zip(ids, numbers, [1.0, *cosines.tolist()], strict=False)
+    ]
+    return Similar(items.table, export.manifest.step, near[0], tuple(near[1:]))
 
 
 def similar_here(
@@ -169,6 +251,11 @@ def show(found: Similar, console: Console) -> None:
         cells = [_shown(near.metadata.get(name, "")) for name in columns]
         table.add_row(escape(_named(near)), f"{near.cosine:.4f}", *map(escape, cells))
     console.print(table)
+
+
+def _cosines_of(vectors: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Returns the cosine of each vector with one of length 1, -inf for one of zeros."""
+    return np.where(vectors.any(axis=1), unit_vectors(vectors) @ unit, -np.inf).astype(np.float32)
 
 
 def _shown(value: Any) -> str:

@@ -96,7 +96,7 @@ def build_app(service: Service) -> FastAPI:
                 _refuse_alone(answer, asked.users)
                 results.append({"user": user, "error": answer.message})
                 continue
-            if isinstance(answer, Lacking):  # a history is that of one user
+            if isinstance(answer, Lacking):  # a history is that of one user, and no users are nobody's
                 raise HTTPException(422, answer.message)
             assert isinstance(answer, ItemList), "it was asked for"
             results.append({"user": user, "by": answer.by, "seen": answer.num_seen, **_listed(answer)})
@@ -125,6 +125,8 @@ def build_app(service: Service) -> FastAPI:
         [answer] = answered.answers
         if isinstance(answer, Unknown):
             raise HTTPException(404, answer.message)
+        if isinstance(answer, Lacking):
+            raise HTTPException(422, answer.message)
         assert isinstance(answer, Scores), "it was asked for"
         return _json(answered, {"user": asked.user, "scores": answer.scores})
 

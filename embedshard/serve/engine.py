@@ -39,6 +39,10 @@ _SHORT_LIST = 1024
 """Lists up to this length cost about the same."""
 _NOWHERE = np.zeros(0, dtype=np.int64)
 _NO_VECTOR = np.zeros(0, dtype=np.float32)
+_ITEMS_ALONE = (
+    "the export is of items alone, of which the nearest to an item are looked for: there are no users. Ask /similar with "
+    '{"item": ID}'
+)
 
 
 @dataclass(frozen=True)
@@ -139,7 +143,7 @@ class Unknown:
 
 @dataclass(frozen=True)
 class Lacking:
-    """An answer where a history is not enough, or not told so that the user's program can take it.
+    """An answer where a history is not enough, or not told so that the user's program can take it, or nobody has a vector.
 
     Attributes:
         message: what was met, what was needed, what to do.
@@ -159,7 +163,8 @@ class Engine:
     Every file that is read is compared with its SHA-256 first.
 
     Args:
-        export: with vectors of items, and of users or a program that makes them of histories.
+        export: with vectors of items, and of users or a program that makes them of histories; or of items that are near
+            each other alone.
         metadata: a Parquet file with the items' ids in the column of the data, or its first, and more in others.
 
     Raises:
@@ -189,7 +194,7 @@ class Engine:
             self._histories = Histories(export, self._items.row, find_user, users)
             with export.file(item.file).open_input() as file:
                 self._ids: pa.Array = pq.read_table(file, columns=["id"])["id"].combine_chunks()
-        self._is_exact = index.kind == "flat"
+        self._is_exact, self._has_items_alone = index.kind == "flat", user is None and item.is_unit
         # FAISS 1.15 multiplies matrices from so many numbers of queries on. Its own 128,000 are 400 queries of 320; 32 of
         # them took six times as long.
         faiss.cvar.distance_compute_blas_threshold = _MULTIPLIED * item.dim
@@ -233,6 +238,8 @@ class Engine:
                 return Unknown("item", f"the vector of item {question.item!r} is all zeros, so it is near nothing.")
             left_out = np.union1d(excluded, np.array([place], dtype=np.int64))
             return _Lookup(self._unit_vectors[place], k, left_out, "item", 0, unknown)
+        if self._has_items_alone:
+            return Lacking(_ITEMS_ALONE)
         history = items_of(question.history)
         met, unknown_history = self._items.of_all(history)
         unknown += unknown_history
@@ -270,7 +277,9 @@ class Engine:
     def _unknown_user(self, user: GivenId | None, more: str, hint: str) -> Unknown:
         return Unknown("user", f"{_who(user)}{more}. There are vectors of {self.num_users:,} users: {hint}")
 
-    def _score(self, question: Score) -> Scores | Unknown:
+    def _score(self, question: Score) -> Scores | Unknown | Lacking:
+        if self._has_items_alone:
+            return Lacking(_ITEMS_ALONE)
         place = self._user_place(question.user)
         if place < 0:
             return self._unknown_user(question.user, "", "name one of these.")

@@ -6,7 +6,7 @@ of the attempt whose run it is now, and a former one that still lives must not w
 
 from __future__ import annotations
 
-__all__ = ["Attempt", "Origin", "RunDirectory", "is_below"]
+__all__ = ["FREE_TO_CHANGE", "Attempt", "Origin", "RunDirectory", "is_below"]
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from embedshard.errors import CheckpointError, ConfigError
 from embedshard.storage import Location, PathOrUri, locate, reaching
 from embedshard.train.tracking import json_text
 
-_FREE_TO_CHANGE = (
+FREE_TO_CHANGE = (
     "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "train.epochs", "train.max_steps"
 )  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
@@ -139,7 +139,7 @@ class RunDirectory:
         changed = [
             f"  {path}: {theirs!r} in the run, {mine!r} now"
             for path, mine, theirs in differences(ours, theirs_now)
-            if not is_below(path, _FREE_TO_CHANGE)
+            if not is_below(path, FREE_TO_CHANGE)
         ]
         values = variable_values(saved, environment)
         now = _digests(values)
@@ -298,7 +298,7 @@ def _digests(values: Mapping[str, str]) -> dict[str, str]:
     return {
         path: hashlib.sha256(f"{path}={text}".encode()).hexdigest()
         for path, text in values.items()
-        if not is_below(path, _FREE_TO_CHANGE + _CHECKED_BY_CONTENT)
+        if not is_below(path, FREE_TO_CHANGE + _CHECKED_BY_CONTENT)
     }
 
 

@@ -31,7 +31,9 @@ def test_a_delta_is_written_applied_and_rolled_back_in_a_bucket(run, bucket, tmp
     export_here(run, onto, {}, checkpoint_step=before)
     export_here(run, tmp_path / "onto", {}, checkpoint_step=before)
     first = hash_files(locate(onto))
-    assert export_since(run, f"{bucket}/delta", f"{onto}/manifest.json", {}, checkpoint_step=after).verification.passed
+    assert export_since(
+        run, f"{bucket}/delta", f"{onto}/manifest.json", {}, checkpoint_step=after
+    ).exported.verification.passed
     assert not locate(f"{bucket}/delta").join("result").exists()
     export_here(run, tmp_path / "whole", {}, checkpoint_step=after)
     whole = hash_files(locate(tmp_path / "whole"))

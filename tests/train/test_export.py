@@ -10,9 +10,15 @@ import pytest
 from safetensors.torch import load_file
 
 from embedshard.errors import CheckpointError, ConfigError, DataError, ExportError
+from embedshard.export.delta import prepare_delta_folder
+from embedshard.export.delta_apply import apply_delta
 from embedshard.export.manifest import open_export
 from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
+from embedshard.launch.export_since import export_since
+from embedshard.launch.local import evaluate_here
+from embedshard.serve.live import candidates
+from embedshard.storage import locate
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.run_directory import RunDirectory
@@ -328,6 +334,57 @@ def test_an_earlier_export_goes_when_all_that_is_given_was_looked_at(trained, in
     text[len(text) // 2] ^= 1
     file.write_bytes(text)
     refused(CheckpointError, f"step-{step:08d}")
+
+
+def test_what_is_taken_for_an_export_or_a_delta_is_told_what_it_is(trained, tmp_path):
+    run, out, delta = trained(), tmp_path / "out", tmp_path / "delta"
+    is_run = r"run is the folder of a run, not an export\. Export it first: embedshard export .*run OUT"
+    for opening in (lambda: recommend(run, "3", 5), lambda: candidates(run), lambda: open_export(run)):
+        with pytest.raises(ExportError, match=is_run):
+            opening()
+    with pytest.raises(ExportError, match=r"run is the folder of a run, not a delta\. .*export .*run DELTA --since EXPORT"):
+        apply_delta(run, out)
+    step = next((run / "checkpoints").glob("step-*"))
+    number = int(step.name.removeprefix("step-"))
+    with pytest.raises(ExportError, match=rf"is a checkpoint of a run.*export RUN_DIR OUT --checkpoint {number}$"):
+        open_export(step)
+    with pytest.raises(ExportError, match=r"is a file; an export is a folder\. .*manifest\.json"):
+        recommend(run / "result.json", "3", 5)
+    with pytest.raises(ExportError, match=r"--since .*result\.json is no manifest\.json\. Name that of an earlier export"):
+        export_since(run, delta, run / "result.json", {})
+    with pytest.raises(ExportError, match=is_run):
+        export_since(run, delta, run, {})
+    assert not delta.exists()
+    delta.mkdir()
+    prepare_delta_folder(locate(delta))
+    unfinished = r"delta is a delta without a manifest.*export RUN_DIR .*delta --since EXPORT"
+    with pytest.raises(ExportError, match=unfinished):
+        recommend(delta, "3", 5)
+    with pytest.raises(ExportError, match=r"holds no export\. Name the folder of one, or make one: .*RUN_DIR OUT"):
+        open_export(tmp_path)
+    out.mkdir()
+    with pytest.raises(ExportError, match=r"out is empty\. Export a run to it: embedshard export RUN_DIR .*out"):
+        candidates(out)
+
+
+def test_a_run_without_a_step_has_nothing_to_export(trained, tmp_path):
+    run = trained({"train": {"max_steps": 0}})
+    told = r"run has no checkpoint: it ended before its first step\. Train on: embedshard train --resume .*max_steps=null"
+    for reading in (lambda: export_here(run, tmp_path / "out", {}), lambda: evaluate_here(run, None, "cpu", {})):
+        with pytest.raises(CheckpointError, match=told):
+            reading()
+    assert not (tmp_path / "out").exists()
+
+
+def test_managed_items_of_whom_none_was_admitted_are_told_so(trained, tmp_path):
+    managed = {"kind": "managed", "rows": 64, "admission": {"min_count": 30000}}
+    changes = {"tables": {"item": {"rows": None, "vocabulary": managed}}, "evaluate": {"metrics": []}}
+    out = tmp_path / "out"
+    export_here(trained(changes), out, {})
+    none = "There are no vectors of items: no id holds a row of table 'item' at this step: its vocabulary has admitted none"
+    assert any(note.startswith(none) for note in manifest_of(out)["notes"])
+    with pytest.raises(ExportError, match="has admitted none"):
+        recommend(out, "3", 5)
 
 
 def test_one_folder_is_written_by_one_export_at_a_time(trained, tmp_path):

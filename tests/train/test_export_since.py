@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from embedshard.errors import CheckpointError, EmbedshardError, ExportError
+from embedshard.errors import CheckpointError, ConfigError, EmbedshardError, ExportError
 from embedshard.export.delta_apply import apply_delta, roll_back
 from embedshard.export.manifest import hash_file, open_export
 from embedshard.export.recommend import recommend
@@ -60,17 +60,19 @@ def test_tables_in_fewer_bits_are_of_a_delta_as_of_a_whole_export(trained, tmp_p
     run, before, after = trained({**PLAIN, **SPARSE})
     onto, delta = tmp_path / "onto", tmp_path / "delta"
     export_here(run, onto, {}, checkpoint_step=before, quantise="int8")
-    export_here(run, tmp_path / "whole", {}, checkpoint_step=after, quantise="int8")
+    export_here(run, tmp_path / "whole", {}, checkpoint_step=after, quantise="fp16,int8")
     of_delta = ("export", run, delta, "--since", onto, "--checkpoint", after, "--quantise")
-    written = cli(*of_delta, "int8")
+    written = cli(*of_delta, "int8", "--quantise", "fp16")
     assert written.returncode == 0, written.stderr
     refused = cli(*of_delta, "int9")
     assert refused.returncode == 2
     assert "--quantise int9: there is no such format" in refused.stderr
+    with pytest.raises(ConfigError, match="'none' was given with others"):
+        export_since(run, delta, onto, {}, checkpoint_step=after, quantise="int8,none")
     assert (delta / "manifest.json").exists(), "the earlier delta is gone for an option that is none"
     apply_delta(delta, onto)
     assert hashes(onto) == hashes(tmp_path / "whole")
-    assert "tables/user.int8.parquet" in hashes(onto)
+    assert {"tables/user.int8.parquet", "tables/user.fp16.parquet"} <= hashes(onto).keys()
 
 
 def cli(*arguments):
@@ -142,20 +144,56 @@ def test_ids_that_come_and_go_are_rows_that_are_added_and_gone(trained, tmp_path
     assert hashes(tmp_path / "onto") == hashes(tmp_path / "whole")
 
 
-def test_another_run_with_other_dims_is_not_told_in_rows(trained, tmp_path):
-    run, _, after = trained({**PLAIN, **SPARSE})
+def test_an_export_of_which_nothing_could_be_left_is_refused(trained, tmp_path):
+    run, before, after = trained({**PLAIN, **SPARSE})
+    onto, delta = tmp_path / "onto", tmp_path / "delta"
+    export_here(run, onto, {}, checkpoint_step=before)
+    export_since(run, delta, onto, {}, checkpoint_step=after)
+    was = content(delta)
     tables = {"user": {"rows": 4000, "dim": 16}, "item": {"rows": 3000, "dim": 16}}
-    other, _, _ = trained({**PLAIN, **SPARSE, "tables": tables}, "other")
-    export_here(run, tmp_path / "onto", {}, checkpoint_step=after)
-    found = export_since(other, tmp_path / "delta", tmp_path / "onto", {}, index="ivf")
-    assert {change.kind for change in found.manifest.changes.values()} <= {"bytes", "whole"}
-    assert (found.manifest.base.run, found.manifest.target.run) == ("run", "other")
-    first = hashes(tmp_path / "onto")
-    apply_delta(tmp_path / "delta", tmp_path / "onto")
-    export_here(other, tmp_path / "whole", {}, index="ivf")
-    assert hashes(tmp_path / "onto") == hashes(tmp_path / "whole")
-    roll_back(tmp_path / "onto")
-    assert hashes(tmp_path / "onto") == first
+    wide, _, _ = trained({**PLAIN, **SPARSE, "tables": tables}, "wide")
+    whole = r"Export whole: embedshard export .*{} OUT; or name an export of this run with --since"
+    told = r"of run 'run' with tables of dim item 8, user 8; .*wide has item 16, user 16\. No row could be kept\. "
+    with pytest.raises(ExportError, match=told + whole.format("wide")):
+        export_since(wide, delta, onto, {})
+    deep, _, _ = trained({**SPARSE, "model": {"kind": "dlrm"}, "evaluate": {"metrics": ["auc"]}}, "deep")
+    told = r"of run 'run', whose model is a two_tower; that of .*deep is a dlrm\. "
+    with pytest.raises(ExportError, match=told + "There is nothing to compare. " + whole.format("deep")):
+        export_since(deep, delta, onto, {})
+    assert content(delta) == was
+
+
+def test_an_earlier_export_that_is_none_of_an_earlier_step_is_told_so(trained, tmp_path):
+    run, before, after = trained({**PLAIN, **SPARSE})
+    other, _, _ = trained({**PLAIN, **SPARSE, "seed": 12}, "other")
+    onto, delta = tmp_path / "onto", tmp_path / "delta"
+    export_here(run, onto, {}, checkpoint_step=after)
+
+    def told(whose, step):
+        console = Console(width=300, file=io.StringIO())
+        found = export_since(whose, delta, onto, {}, checkpoint_step=step, verifies=False)
+        show_delta(found, console)
+        assert found.to_json()["relation"] == list(found.relation)
+        assert all(sentence in console.file.getvalue() for sentence in found.relation)
+        assert ("Hardly a row is as it was" in console.file.getvalue()) == found.keeps_nothing
+        return found
+
+    back = told(run, before)
+    assert back.relation == (f"The earlier export is of a later step: this delta goes back, from {after} to {before}.",)
+    assert not back.keeps_nothing
+    same = told(run, after)
+    assert same.relation == (f"The earlier export is of the same checkpoint, step {after}.",)
+    assert not same.keeps_nothing
+    of_other = told(other, after)
+    [sentence] = of_other.relation
+    assert sentence == "The earlier export is of run 'run', and this is run 'other'; their configs differ in seed."
+    assert of_other.keeps_nothing, "every row is drawn by the seed"
+    first = hashes(onto)
+    apply_delta(delta, onto)
+    export_here(other, tmp_path / "whole", {}, checkpoint_step=after, verifies=False)
+    assert hashes(onto) == hashes(tmp_path / "whole")
+    roll_back(onto)
+    assert hashes(onto) == first
 
 
 def test_what_is_no_earlier_export_is_refused(trained, tmp_path):
@@ -167,7 +205,7 @@ def test_what_is_no_earlier_export_is_refused(trained, tmp_path):
             export_since(run, out, onto, {}, checkpoint_step=after)
     with pytest.raises(ExportError, match="is no earlier delta"):
         export_since(run, run, onto, {}, checkpoint_step=after)
-    with pytest.raises(ExportError, match="holds no export"):
+    with pytest.raises(ExportError, match="is the folder of a run, not an export"):
         export_since(run, delta, run, {})
     export_since(run, delta, onto, {}, checkpoint_step=after)
     with pytest.raises(ExportError, match="is a delta: it has only what changed"):

@@ -2,20 +2,28 @@
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
+from fastapi.testclient import TestClient
 from typer.testing import CliRunner
 
 from embedshard.cli import app
 from embedshard.config import build_config
 from embedshard.data.order import Position
-from embedshard.errors import ConfigError, DataError
+from embedshard.errors import ConfigError, DataError, ExportError
+from embedshard.export import towers
+from embedshard.export.manifest import open_export
+from embedshard.export.recommend import recommend
+from embedshard.launch.export import export_here
 from embedshard.launch.local import evaluate_here
-from embedshard.launch.similar import similar_here
+from embedshard.launch.similar import similar_here, similar_to
+from embedshard.serve.app import build_app
 from embedshard.testing import assert_plan_invariant
 from embedshard.train.assembly import assemble
 from embedshard.train.state import TrainState
@@ -258,6 +266,123 @@ def test_similar_prints_the_neighbours_by_cosine(run_tree, make_tree, tmp_path, 
     assert "Nearest to odd2 in table 'word', step 10" in shown.output
     nearest = similar_here(path, "odd2", 3, {}).neighbours
     assert all(near.id in shown.output for near in nearest)
+
+
+@pytest.mark.parametrize("kind", ["auto", "hnsw"])
+def test_an_export_has_the_words_by_which_the_nearest_are_found(
+    run_tree, make_tree, tmp_path, saved_tensors, one_process, kind
+):
+    path, out = tmp_path / "run", tmp_path / "out"
+    run_tree(make_tree(), path)
+    found = export_here(path, out, {}, index=kind, quantise="int8,fp16")
+    vectors = saved_tensors(path)[1]["tables/word/weight"]
+    expected = torch.nn.functional.normalize(vectors[:24], dim=1).numpy()
+    items = pq.read_table(out / "items.parquet")
+    assert items["id"].to_pylist() == WORDS, "without the row for unknown words"
+    assert np.allclose(np.array(items["vector"].to_pylist()), expected, atol=1e-6)
+    manifest = found.manifest
+    assert manifest.item.vectors == 24
+    assert manifest.item.is_unit
+    assert manifest.index.kind == ("hnsw" if kind == "hnsw" else "flat")
+    assert manifest.user is manifest.seen is None
+    checked = found.verification
+    assert (checked.split, checked.queries, checked.against) == ("items", 24, "the checkpoint")
+    assert 0 <= checked.score_error < 1e-6
+    assert checked.index["recall_lost"] <= 0.05
+    assert checked.quantised.keys() == {"fp16 items", "int8 items", "fp16 tables", "int8 tables"}
+    assert all(0.7 < one["recall"] <= 1 for one in checked.quantised.values())
+    assert checked.quantised["fp16 items"]["recall"] >= checked.quantised["int8 items"]["recall"]
+    of_run = similar_here(path, "odd2", 6, {})
+    shutil.rmtree(path)
+    of_export = similar_to(out, "odd2", 6, {})
+    assert [near.id for near in of_export.neighbours] == [near.id for near in of_run.neighbours]
+    assert [near.cosine for near in of_export.neighbours] == pytest.approx(
+        [near.cosine for near in of_run.neighbours], abs=1e-5
+    )
+    assert (of_export.query.id, of_export.table, of_export.step) == ("odd2", "word", of_run.step)
+    assert len(similar_to(out, "odd2", 10**9, {}).neighbours) == 23
+    with pytest.raises(DataError, match="Did you mean 'even3'"):
+        similar_to(out, "evn3", 3, {})
+    with pytest.raises(ConfigError, match=r"--table was given, and .* is an export"):
+        similar_to(out, "odd2", 3, {}, table="word")
+    with pytest.raises(
+        ExportError, match=r"can recommend nothing\. There are no users in an item_embedding: .*similar OUT ID"
+    ):
+        recommend(out, "odd2", 3)
+    with pytest.raises(ExportError, match=r"makes no vectors of histories\. There are no users in an item_embedding"):
+        recommend(out, None, 3, history="odd2,odd1")
+    client = TestClient(build_app(one_process(out)))
+    [served] = client.post("/similar", json={"item": "odd2", "k": 6}).json()["results"]
+    assert [one["id"] for one in served["items"]] == [near.id for near in of_run.neighbours]
+    assert client.post("/similar", json={"item": "nothing"}).status_code == 404
+    for asked in ({"user": 3}, {"users": [3, 4]}, {"history": ["odd2"]}):
+        refused = client.post("/recommend", json=asked)
+        assert refused.status_code == 422
+        assert "there are no users. Ask /similar" in refused.json()["error"]
+    assert client.post("/score", json={"user": 3, "items": ["odd2"]}).status_code == 422
+    printed = CliRunner().invoke(app, ["similar", str(out), "odd2", "-k", "3"])
+    assert f"Nearest to odd2 in table 'word', step {of_run.step}" in printed.output
+
+
+def test_what_an_export_of_words_loses_is_found(run_tree, make_tree, tmp_path, monkeypatch):
+    import embedshard.launch.export_towers as module
+
+    run_tree(make_tree(), tmp_path / "run")
+    build, write = module.build_index, module.write_near_items
+
+    def faulty_index(kind, blocks, *rest):
+        return build(kind, lambda: (np.roll(block, 7, axis=0) for block in blocks()), *rest)
+
+    def faulty_items(table, unknown_row, place):
+        written = write(table, unknown_row, place)
+        content = pq.read_table(place.path)
+        order = pa.array(np.roll(np.arange(len(content)), 1))
+        pq.write_table(content.set_column(2, "vector", content["vector"].take(order)), place.path)
+        return written
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "build_index", faulty_index)
+        found = export_here(tmp_path / "run", tmp_path / "out", {})
+    assert found.manifest is None
+    [problem] = found.problems
+    assert problem.startswith("the flat index misses")
+    monkeypatch.setattr(module, "write_near_items", faulty_items)
+    found = export_here(tmp_path / "run", tmp_path / "out", {})
+    assert found.manifest is None
+    [problem] = found.problems
+    assert problem.startswith("a cosine is off by")
+
+
+def test_rows_of_zeros_are_near_nothing_and_a_tokenizers_words_are_items(run_tree, make_tree, tmp_path, monkeypatch):
+    tree = make_tree()
+    lines = [" ".join(words) for words in pq.read_table(tmp_path / "train" / "part.parquet")["words"].to_pylist()]
+    (tmp_path / "texts").mkdir()
+    pq.write_table(pa.table({"words": lines}), tmp_path / "texts" / "part.parquet", row_group_size=70)
+    tree["data"] = {"train": str(tmp_path / "texts"), "lanes": 4}
+    tree["features"] = {"words": {"kind": "text", "table": "word"}}
+    tree["tables"] = {"word": {"dim": 8, "vocabulary": {"kind": "words"}}}
+    run_tree(tree, tmp_path / "run")
+    zeroed = towers.write_near_items
+
+    def with_zeros(table, unknown_row, place):
+        content = pq.read_table(table.path)
+        vectors = np.array(content["vector"].to_pylist(), np.float32)
+        vectors[4] = 0
+        flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+        pq.write_table(content.set_column(2, "vector", flat), table.path)
+        return zeroed(table, unknown_row, place)
+
+    monkeypatch.setattr("embedshard.launch.export_towers.write_near_items", with_zeros)
+    export_here(tmp_path / "run", tmp_path / "out", {}, verifies=False)
+    manifest = open_export(tmp_path / "out").manifest
+    words = pq.read_table(tmp_path / "out" / "tables" / "word.parquet")["id"].to_pylist()
+    assert manifest.item.vectors == len(words) - 2
+    assert any(note.startswith("1 rows of table 'word' are all zeros") for note in manifest.notes)
+    assert words[4] not in pq.read_table(tmp_path / "out" / "items.parquet")["id"].to_pylist()
+    with pytest.raises(DataError, match=f"'{words[4]}' has no vector"):
+        similar_to(tmp_path / "out", words[4], 3, {})
+    near = similar_to(tmp_path / "out", words[0], 30, {}).neighbours
+    assert {one.id for one in near} == {*words} - {None, words[0], words[4]}
 
 
 def test_similar_names_what_it_does_not_find(run_tree, make_tree, tmp_path):

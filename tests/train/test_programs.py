@@ -23,8 +23,9 @@ from embedshard.errors import ConfigError, ExportError
 from embedshard.export.join import join, table_vectors
 from embedshard.export.manifest import open_export
 from embedshard.export.program_file import check_archive, load_program
+from embedshard.export.recommend import recommend
 from embedshard.launch.export import export_here
-from embedshard.models.output import LabelOutput
+from embedshard.models.output import LabelOutput, RetrievalOutput
 from embedshard.storage import locate
 from embedshard.train.assembly import assemble
 from embedshard.train.checkpoint import newest_intact
@@ -402,6 +403,71 @@ class Own(torch.nn.Module):
         joined = torch.cat([found["user_id"], found["history"], batch.dense[:, self.age : self.age + 1]], dim=1)
         joined = joined * 2 if self.asks and bool(joined.sum() > 0) else joined
         return LabelOutput(self.layer(joined), found)
+
+
+class OwnTowers(torch.nn.Module):
+    def __init__(self, context):
+        super().__init__()
+        self.tables = context.lookup()
+        self.age = context.dense_column("age")
+        self.layer = torch.nn.Linear(17, 8)
+        self.asks = context.options.get("asks", False)
+
+    def query(self, found, batch):
+        joined = torch.cat([found["user_id"], found["history"], batch.dense[:, self.age : self.age + 1]], dim=1)
+        return self.layer(joined * 2 if self.asks and bool(joined.sum() > 0) else joined)
+
+    def forward(self, batch):
+        found = self.tables(batch)
+        return RetrievalOutput(self.query(found, batch), found["item_id"], lookups=found)
+
+    def encode_queries(self, batch):
+        return self.query(self.tables(batch), batch)
+
+    def encode_candidates(self, batch):
+        return self.tables(batch)["item_id"]
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_model_of_ones_own_with_towers_is_exported_as_a_two_tower_is(exported, asks, monkeypatch):
+    module = types.ModuleType("own_models")
+    module.Own = OwnTowers
+    monkeypatch.setitem(sys.modules, "own_models", module)
+    own = {"kind": "custom", "factory": "own_models:Own", "user_id": "user_id", "item_id": "item_id"}
+    user = {"kind": "id", "table": "user", "unknown": "oov"}
+    age = {"kind": "dense", "normalise": "standardise", "missing": "zero"}
+    changes = {"model": own | {"options": {"asks": asks}}, "features": {"user_id": user, "age": age}}
+    _, out, found = exported(changes, quantise="int8")
+    assert found.verification.passed
+    assert found.verification.score_error < 1e-5
+    assert found.verification.against == "result.json"
+    manifest = found.manifest
+    assert (manifest.item.vectors, manifest.item.features) == (30, ["item_id"])
+    assert manifest.user.features == ["user_id", "history", "age"]
+    assert manifest.index.kind == "flat"
+    assert len(recommend(out, "7", 5).items) == 5
+    monkeypatch.delitem(sys.modules, "own_models")
+    if asks:
+        assert manifest.programs.keys() == {"item"}
+        assert any("There is no program 'user': torch.export cannot trace the model" in note for note in manifest.notes)
+        return
+    assert manifest.notes == []
+    assert manifest.programs.keys() == {"user", "item"}
+    assert [spec.name for spec in manifest.programs["user"].inputs] == ["user_id", "history", "age"]
+    assert [spec.name for spec in manifest.programs["item"].inputs] == ["item_id"]
+    assert manifest.programs["user"].outputs[0].shape == ["batch", 8]
+    assert "int8 tables" in found.verification.quantised
+    assert len(recommend(out, None, 5, history="3,5,7").items) == 5
+
+
+def test_a_model_of_ones_own_with_half_its_towers_is_told_what_it_lacks(exported, monkeypatch):
+    module = types.ModuleType("own_models")
+    module.Own = type("Half", (Own,), {"encode_queries": lambda model, batch: None})
+    monkeypatch.setitem(sys.modules, "own_models", module)
+    model = {"kind": "custom", "factory": "own_models:Own", "options": {"asks": False}}
+    _, out, _ = exported(CLICKS | {"model": model})
+    [note] = open_export(out).manifest.notes
+    assert "own_models:Own returns has not both methods encode_queries(batch) and encode_candidates(batch)" in note
 
 
 @pytest.mark.parametrize("asks", [False, True])

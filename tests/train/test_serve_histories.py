@@ -205,6 +205,11 @@ def test_unknown_items_count_where_the_list_takes_them_and_met_ones_stay_where_t
     answer = served.post("/recommend", json={"history": [3, 999], "k": 30}).json()["results"][0]
     assert answer["unknown"] == [999]
     assert 3 in {one["id"] for one in answer["items"]}
+    by_the_unknown_row = [served.post("/recommend", json={"history": [one]}).json()["results"][0] for one in (999, "x")]
+    assert [one["unknown"] for one in by_the_unknown_row] == [[999], ["x"]]
+    assert by_the_unknown_row[0]["items"] == by_the_unknown_row[1]["items"]
+    padding = served.post("/recommend", json={"history": [0]})
+    assert padding.status_code == 404, "nothing is left of it"
 
 
 def test_tables_that_are_sums_of_two_rows_are_looked_up(exported, client):

@@ -14,8 +14,12 @@ from rich.console import Console
 from embedshard.config import Loaded, build_config
 from embedshard.data.check import check_data
 from embedshard.data.dataset import open_dataset
-from embedshard.errors import ConfigError, DataError
+from embedshard.errors import ConfigError, DataError, ExportError
+from embedshard.export.check import check_files
+from embedshard.export.manifest import open_export
+from embedshard.export.unseen import kept_vocabulary_of
 from embedshard.launch.data_check import show
+from embedshard.launch.export import export_here
 from embedshard.launch.local import evaluate_here, summarise_config
 from embedshard.launch.planning import plan_here
 from embedshard.launch.similar import similar_here, vectors_here
@@ -124,6 +128,38 @@ def test_a_run_keeps_its_tokenizer_and_goes_on_with_it_bit_for_bit(texts, tmp_pa
     assert not again.prepared_rows, "nothing is made anew"
     assert first.losses | again.losses == heard.losses
     assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / "stopped"))
+
+
+def test_a_tokenizer_goes_with_the_export_and_finds_what_it_found_in_training(texts, tmp_path):
+    config, out = loaded(texts), tmp_path / "out"
+    run(config, RunDirectory.create(tmp_path / "run", config))
+    manifest = export_here(tmp_path / "run", out, {}).manifest
+    assert "tokenizers/words.json" in manifest.files
+    assert [spec.vocabulary["file"] for spec in manifest.programs["user"].inputs] == ["tokenizers/words.json"]
+    shutil.rmtree(tmp_path / "run")
+    with open_world("cpu") as world:
+        dataset = open_dataset(config.config, world, None)
+        columns = dataset.read_held_out("test")["words"]
+    content = pq.read_table(texts / "test" / "part-0.parquet")["text"]
+    library = tokenizers.Tokenizer.from_file(str(out / "tokenizers" / "words.json"))
+    kept = kept_vocabulary_of(open_export(out), "words", manifest.programs["user"].inputs[0].vocabulary)
+    words = pq.read_table(out / "tables" / "words.parquet")["id"].to_pylist()
+    assert words == [*kept.tokenizer.words, None]
+    met = 0
+    for number, text in enumerate(content.to_pylist()):
+        of_training = columns.values[columns.offsets[number] : columns.offsets[number + 1]].tolist()
+        rows, _ = kept.encoder.encode(pa.array([text]))
+        assert [kept.rows if row < 0 else row for row in rows.tolist()][-8:] == of_training
+        assert library.encode(text, add_special_tokens=False).ids[-8:] == of_training
+        assert [words[row] for row in of_training] == [word if word in WORDS else None for word in text.split()][-8:]
+        met += len(of_training)
+    assert met > 100
+    file = out / "tokenizers" / "words.json"
+    file.write_text(file.read_text().replace('"good"', '"bood"'))
+    with pytest.raises(ExportError, match=r"tokenizers/words\.json has the SHA-256"):
+        kept_vocabulary_of(open_export(out), "words", manifest.programs["user"].inputs[0].vocabulary)
+    [problem] = check_files(out).problems
+    assert "tokenizers/words.json" in problem
 
 
 def test_evaluation_and_resumption_use_the_tokenizer_that_was_kept(texts, tmp_path):
