@@ -32,6 +32,7 @@ settings.load_profile("no clock")
 USERS, ITEMS = 40, 30
 
 FIRST = (
+    "pipelines/test_gowalla.py",
     "on_ray/test_cluster.py",
     "distributed/test_parity.py",
     "distributed/test_workers.py",
