@@ -85,8 +85,9 @@ class Ahead:
         """Lets go of a batch that was begun and whose step will not be taken. Collective."""
         coming, self._coming = self._coming, None
         if coming is not None:
-            for request in coming.under_way.values():
-                request.answer.wait()
+            with self._beside():
+                for request in coming.under_way.values():
+                    request.answer.wait()
 
     def _beside(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)

@@ -39,38 +39,25 @@ class DenseGradients:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], world: World, bucket_bytes: int = BUCKET_BYTES) -> None:
         self._world = world
-        self._parameters = list(parameters.values())
-        self._buckets: list[_Bucket] = []
+        self._buckets = [_Bucket(together) for together in _in_buckets(list(parameters.values()), bucket_bytes)]
         self._num_sent = 0
         if world.world_size == 1:
-            return
-        for parameter in self._parameters:
+            return  # there is nobody to send to
+        for parameter in parameters.values():
             dist.broadcast(parameter.data, group=world.group, group_src=0)
-        for together in _in_buckets(self._parameters, bucket_bytes):
-            bucket = _Bucket(together)
-            self._buckets.append(bucket)
-            for parameter in together:
+        for bucket in self._buckets:
+            for parameter in bucket.parameters:
                 arrived = partial(self._arrived, bucket)
                 parameter.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
 
     def clear(self) -> None:
         """Sets all gradients to zero, before a backward pass."""
         self._num_sent = 0
-        if self._world.world_size == 1:
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
         for bucket in self._buckets:
             bucket.clear()
 
     def finish(self, factor: float = 1.0) -> None:
         """Waits until each gradient is the sum over the ranks, times a factor. Collective."""
-        if self._world.world_size == 1:
-            if factor != 1.0:
-                for parameter in self._parameters:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(factor)
-            return
         for bucket in self._buckets[self._num_sent :]:
             bucket.send(self._world)
         for bucket in self._buckets:
@@ -128,9 +115,11 @@ class _Bucket:
         self.num_missing, self._work = len(self.parameters), None
 
     def send(self, world: World) -> None:
-        self._work = dist.all_reduce(self.flat, group=world.group, async_op=True)
+        if world.world_size > 1:
+            self._work = dist.all_reduce(self.flat, group=world.group, async_op=True)
 
     def wait(self, factor: float) -> None:
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         if factor != 1.0:
             self.flat.mul_(factor)

@@ -24,7 +24,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
+from data import skewed, write_files
 
 # Criteo's tables of 2022 and ids a row in MLPerf's training benchmark (mlcommons/training, recommendation_v2/torchrec_dlrm).
 ROWS = [
@@ -38,36 +40,19 @@ WARM_UP = 20
 MARKS = "<!-- gpu: begin -->", "<!-- gpu: end -->"
 
 
-def skewed(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
-    """Draws ids log-uniformly: a few are met often, most seldom."""
-    return np.minimum(np.exp(generator.random(count) * np.log(size + 1)).astype(np.int64), size) - 1
-
-
-def write(folder: Path, rows: int, columns) -> Path:
-    """Writes files of at most a million rows, in row groups of 65,536; files that are there are kept."""
-    if not (folder / "DONE").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        generator = np.random.default_rng(0)
-        for number, begin in enumerate(range(0, rows, 2**20)):
-            table = pa.table(columns(generator, min(2**20, rows - begin)))
-            pq.write_table(table, folder / f"part-{number:03}.parquet", compression="zstd", row_group_size=65_536)
-        (folder / "DONE").touch()
-    return folder
-
-
 def dcn(data: Path, rows: int, scale: float, batch: int, precision: str, memory: str = "device", dim: int = DIM) -> dict:
     """Writes the rows, and returns the config of a DCNv2 over them."""
     sizes = [max(int(size * scale), 3) for size in ROWS]
 
-    def columns(generator: np.random.Generator, count: int) -> dict:
+    def rows_of(generator: np.random.Generator, count: int) -> pa.Table:
         found: dict = {"label": (generator.random(count) < 0.25).astype(np.float32)}
         for number, (size, ids) in enumerate(zip(sizes, IDS_A_ROW, strict=True)):
             values = skewed(generator, size, count * ids).astype(np.int32)
             found[f"c{number}"] = pa.ListArray.from_arrays(np.arange(count + 1, dtype=np.int32) * ids, values)
-        return found | {f"i{number}": generator.exponential(10.0, count).astype(np.float32) for number in range(NUMBERS)}
+        numbers = {f"i{number}": generator.exponential(10.0, count).astype(np.float32) for number in range(NUMBERS)}
+        return pa.table(found | numbers)
 
-    folder = write(data / f"dcn-{rows}-{scale:g}", rows, columns)
+    folder = write_files(data / f"dcn-{rows}-{scale:g}", rows, 65_536, rows_of)
     names = [f"c{number}" for number in range(len(sizes))]
     return {
         "name": "dcn",
@@ -90,14 +75,15 @@ def dcn(data: Path, rows: int, scale: float, batch: int, precision: str, memory:
 def two_tower(data: Path, rows: int, items: int, users: int, batch: int, precision: str) -> dict:
     """Writes the rows, and returns the config of two towers over them."""
 
-    def columns(generator: np.random.Generator, count: int) -> dict:
-        return {
+    def rows_of(generator: np.random.Generator, count: int) -> pa.Table:
+        columns = {
             "user_id": skewed(generator, users, count),
             "item_id": skewed(generator, items, count),
             "label": (generator.random(count) < 0.5).astype(np.float32),
         }
+        return pa.table(columns)
 
-    folder = write(data / f"towers-{rows}-{items}", rows, columns)
+    folder = write_files(data / f"towers-{rows}-{items}", rows, 65_536, rows_of)
     return {
         "name": "towers",
         "data": {"train": f"{folder}/*.parquet", "label": "label"},

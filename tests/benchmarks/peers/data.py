@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,22 +18,31 @@ MEAN_LENGTH = 3
 
 
 def write(folder: Path, kind: str, rows: int, row_group: int, seed: int = 0) -> Path:
-    """Writes zstd files of at most a million rows: `ids`, `lists` or `towers`. Files that are there already are kept."""
-    folder = folder / f"{kind}-{rows}-{row_group}"
+    """Writes `ids`, `lists` or `towers`; see `write_files`."""
+
+    def make(generator: np.random.Generator, count: int) -> pa.Table:
+        return _towers(generator, count) if kind == "towers" else _criteo(generator, count, kind == "lists")
+
+    return write_files(folder / f"{kind}-{rows}-{row_group}", rows, row_group, make, seed)
+
+
+def write_files(
+    folder: Path, rows: int, row_group: int, make: Callable[[np.random.Generator, int], pa.Table], seed: int = 0
+) -> Path:
+    """Writes zstd files of at most a million rows, of tables that are made. Files that are there already are kept."""
     done = folder / "DONE"
     if done.exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(seed)
     for number, begin in enumerate(range(0, rows, 2**20)):
-        count = min(2**20, rows - begin)
-        table = _towers(generator, count) if kind == "towers" else _criteo(generator, count, kind == "lists")
+        table = make(generator, min(2**20, rows - begin))
         pq.write_table(table, folder / f"part-{number:03}.parquet", compression="zstd", row_group_size=row_group)
     done.touch()
     return folder
 
 
-def _skewed(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
+def skewed(generator: np.random.Generator, size: int, count: int) -> np.ndarray:
     """Draws ids log-uniformly: a few are met often, most seldom."""
     return np.minimum(np.exp(generator.random(count) * np.log(size + 1)).astype(np.int64), size) - 1
 
@@ -42,9 +52,9 @@ def _criteo(generator: np.random.Generator, count: int, has_lists: bool) -> pa.T
     for name, size in zip(IDS, SIZES, strict=True):
         if has_lists:
             offsets = np.append(0, np.cumsum(generator.integers(1, 2 * MEAN_LENGTH, count))).astype(np.int32)
-            columns[name] = pa.ListArray.from_arrays(offsets, _skewed(generator, size, int(offsets[-1])))
+            columns[name] = pa.ListArray.from_arrays(offsets, skewed(generator, size, int(offsets[-1])))
         else:
-            columns[name] = _skewed(generator, size, count)
+            columns[name] = skewed(generator, size, count)
     for name in DENSE:
         columns[name] = generator.exponential(10.0, count).astype(np.float32)
     columns["label"] = (generator.random(count) < 0.25).astype(np.float32)
@@ -54,8 +64,8 @@ def _criteo(generator: np.random.Generator, count: int, has_lists: bool) -> pa.T
 def _towers(generator: np.random.Generator, count: int) -> pa.Table:
     return pa.table(
         {
-            "user_id": _skewed(generator, USERS, count),
-            "item_id": _skewed(generator, ITEMS, count),
+            "user_id": skewed(generator, USERS, count),
+            "item_id": skewed(generator, ITEMS, count),
             "label": (generator.random(count) < 0.5).astype(np.float32),
         }
     )
