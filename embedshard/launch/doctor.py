@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from embedshard.launch.cores import usable_cores
+
 _OLDEST_PYTHON = (3, 11)
 _FREE_DISK_BYTES = 10 * 1024**3
 _FREE_MEMORY_BYTES = 2 * 1024**3
@@ -124,7 +126,7 @@ def _cuda() -> Iterator[Finding]:
 
 
 def _cores(environment: Mapping[str, str]) -> Iterator[Finding]:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    usable = len(usable_cores())
     yield Finding("cores", "ok", f"{usable} usable of {os.cpu_count()}")
     policy = environment.get("OMP_WAIT_POLICY", "")
     threads = environment.get("OMP_NUM_THREADS")

@@ -19,7 +19,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from embedshard.errors import ConfigError, EmbedshardError, PeerError
+from embedshard.launch.cores import shares, usable_cores
 from embedshard.world import RENDEZVOUS
 
 ERROR_FILE = "EMBEDSHARD_ERROR_FILE"
@@ -50,18 +51,19 @@ def run_workers(arguments: Sequence[str], workers: int, environment: Mapping[str
         arguments: after the program's name.
         workers: processes, at least 1.
         environment: theirs, beside what tells them their place. Each gets an equal share of the cores as OpenMP
-            threads, unless OMP_NUM_THREADS is set.
+            threads, unless OMP_NUM_THREADS is set, and runs on cores of its own, if there are enough, unless
+            EMBEDSHARD_BIND_CORES is 0.
         console: where the error is shown.
 
     Raises:
-        ConfigError: if this process was started by a launcher itself.
+        ConfigError: if this process was started by a launcher itself, or the environment's EMBEDSHARD_BIND_CORES is wrong.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         raise ConfigError(
             f"--workers {workers}: this process is one of {environment['WORLD_SIZE']} workers already (RANK and WORLD_SIZE "
             f"are set, as torchrun does). Leave --workers out, or unset them."
         )
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads, cores = max(1, len(usable_cores()) // workers), shares(workers, environment)
     with tempfile.TemporaryDirectory(prefix="embedshard-") as folder:
         shared = {
             "OMP_NUM_THREADS": str(threads),
@@ -87,6 +89,9 @@ def run_workers(arguments: Sequence[str], workers: int, environment: Mapping[str
                             start_new_session=True,  # a Ctrl-C reaches the launcher alone, which passes it on
                         )
                     )
+                    if cores is not None:
+                        with suppress(ProcessLookupError):  # which has ended already
+                            os.sched_setaffinity(processes[-1].pid, cores[rank])  # its threads, made later, run there too
                 _wait(processes, error_files)
             finally:
                 for process in processes:

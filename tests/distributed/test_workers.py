@@ -73,6 +73,20 @@ def is_worker(pid):
     )
 
 
+def assert_on_their_own_cores(pids):
+    """All threads of a worker run where it does, and no other worker does."""
+    usable = os.sched_getaffinity(0)
+    if len(usable) < len(pids):
+        return
+    found = [
+        {frozenset(os.sched_getaffinity(int(thread.name))) for thread in Path(f"/proc/{pid}/task").iterdir()} for pid in pids
+    ]
+    assert [len(sets) for sets in found] == [1] * len(pids)
+    parts = [next(iter(sets)) for sets in found]
+    assert frozenset().union(*parts) == usable
+    assert sum(map(len, parts)) == len(usable)
+
+
 def wait_until_gone(pids):
     deadline = time.monotonic() + TIMEOUT_S
     while any(Path(f"/proc/{pid}").exists() for pid in pids):
@@ -142,6 +156,7 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
         wait_for_step(path / "metrics.jsonl", 33)
         workers = descendants(process.pid)
         assert len(workers) == 2
+        assert_on_their_own_cores(workers)
         os.kill(workers[1], signal.SIGKILL)
         assert TIMEOUT.total_seconds() > TIMEOUT_S, "so an end within it is not that of a collective that ran out"
         _, err = process.communicate(timeout=TIMEOUT_S)

@@ -12,9 +12,13 @@ import os
 import sys
 import time
 
+from embedshard.launch.cores import shares
 from embedshard.world import set_process_environment
 
 set_process_environment()
+bound = shares(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), os.environ)
+if bound is not None:  # cores of their own, as `--workers` gives them
+    os.sched_setaffinity(0, bound[int(os.environ["LOCAL_RANK"])])
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402

@@ -1,0 +1,66 @@
+"""Which cores each worker of this machine runs on.
+
+A worker that is moved from core to core leaves its cache behind, and two that meet on one core while another is idle wait
+for each other at the next exchange. So each gets cores of its own, as MPI's launchers give them.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BIND", "shares", "usable_cores"]
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from embedshard.errors import ConfigError
+
+BIND: Final = "EMBEDSHARD_BIND_CORES"
+"""Environment variable: 0 leaves it to the system where workers run."""
+
+_TOPOLOGY: Final = Path("/sys/devices/system/cpu")
+
+
+def usable_cores() -> list[int]:
+    """Returns the logical cores that this process may run on; all there are where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def shares(workers: int, environment: Mapping[str, str], topology: Path = _TOPOLOGY) -> list[set[int]] | None:
+    """Returns the logical cores of each worker; None where workers are not bound.
+
+    The usable ones are cut into equal parts, the first of them one larger if there is a rest: those of one socket, and of
+    one physical core, side by side, so that no two workers share a physical core where there are enough.
+
+    Args:
+        workers: on this machine.
+        environment: may say that they are not to be bound.
+        topology: where the system describes its cores.
+
+    Raises:
+        ConfigError: if the environment says neither 0 nor 1.
+    """
+    wish = environment.get(BIND, "1")
+    if wish not in ("0", "1"):
+        raise ConfigError(f"{BIND} is '{wish}'. It must be 1, which gives each worker cores of its own, or 0.")
+    cores = usable_cores()
+    if wish == "0" or workers == 1 or workers > len(cores) or not hasattr(os, "sched_setaffinity"):
+        return None
+    cores.sort(key=lambda core: (*_place(topology / f"cpu{core}" / "topology"), core))
+    return [set(part) for part in _cut(cores, workers)]
+
+
+def _place(folder: Path) -> tuple[int, int]:
+    """Returns the socket and the physical core of a logical one; (0, 0) where the system does not tell."""
+    try:
+        return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text())
+    except (OSError, ValueError):
+        return 0, 0
+
+
+def _cut(cores: Sequence[int], parts: int) -> list[Sequence[int]]:
+    size, rest = divmod(len(cores), parts)
+    ends = [(part + 1) * size + min(part + 1, rest) for part in range(parts)]
+    return [cores[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
