@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Windows", "rows_that_wait", "window_steps"]
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, Generic, TypeVar
@@ -86,12 +87,12 @@ class Windows:
         self._source, self._lanes, self._laps = source, lanes, laps
         self._types = {**source.decoder.integer_types, "row": _row_type(source)}
         self._shelf = Shelf(limit_bytes)
-        self._buffers, self._arrived = (Buffers(), Buffers()), Buffers()
+        self._lists, self._arrived, self._in_order = (Buffers(), Buffers()), Buffers(), Buffers()
         self._epoch: EpochOrder | None = None
         self._next = -1
         self._streams: dict[int, _Stream] = {}
         self._ended: set[int] = set()
-        self._ahead: tuple[EpochOrder, int, _Soon[Columns]] | None = None
+        self._ahead: tuple[EpochOrder, int, _Soon[_Window]] | None = None
 
     def read(self, epoch: EpochOrder, window: int) -> Columns:
         """Returns a window's rows as they are trained, steps * lanes * rows of a lane in a step; valid until the next call.
@@ -110,10 +111,12 @@ class Windows:
             if ahead is not None:
                 ahead[2].wait()
             found = self._read(epoch, window, self._laps)
+        columns = found.columns(self._in_order)  # where the former window's are, which nobody needs any more
+        self._laps.lap("order")
         if epoch.steps(window + 1):
             laps = self._laps.beside()
             self._ahead = epoch, window + 1, _Soon(lambda: self._read(epoch, window + 1, laps))
-        return found
+        return columns
 
     def close(self) -> None:
         """Waits for the thread, and lets go of all that waits."""
@@ -127,12 +130,12 @@ class Windows:
         self._ended.clear()
         self._shelf.clear()
 
-    def _read(self, epoch: EpochOrder, window: int, laps: Laps) -> Columns:
+    def _read(self, epoch: EpochOrder, window: int, laps: Laps) -> _Window:
         if epoch is not self._epoch or window != self._next:
             self._let_go()
             self._epoch = epoch
         self._next = window + 1
-        found = _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2], self._arrived)
+        found = _Window(epoch, window, self._lanes, self._types, self._lists[window % 2], self._arrived)
         for piece in self._shelf.take(window):
             found.put(piece.lane, piece.first, piece.columns)
         for place, last in _needed(epoch, window, self._lanes).items():
@@ -151,9 +154,9 @@ class Windows:
                 del self._streams[place]
                 self._ended.add(place)
         laps.lap("decode")
-        columns = found.columns()
+        found.order_lists()
         laps.lap("order")
-        return columns
+        return found
 
     def _put(self, window: _Window, first: int, columns: Columns) -> None:
         """Puts the rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere."""
@@ -202,15 +205,18 @@ def _num_rows(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> int:
 
 
 class _Window:
-    """A window that is being filled: each row goes to its place in the order of training at once.
+    """A window that is being filled.
+
+    A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache. Step by
+    step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again.
 
     Args:
         epoch: the pass.
         number: of the window.
         lanes: the rank's, [first, last).
         types: of the ids of each column, the least integers that hold them.
-        buffers: memory for the rows in order.
-        arrived: memory for lists as they come.
+        buffers: memory for lists in order.
+        arrived: memory for lists as they come, and for the rest lane by lane.
     """
 
     def __init__(
@@ -225,10 +231,12 @@ class _Window:
         self.epoch, self.number = epoch, number
         self._lanes, self._types, self._buffers, self._arrived = lanes, types, buffers, arrived
         self._rows = _num_rows(epoch, number, lanes)
-        self._count = epoch.steps(number) * (lanes[1] - lanes[0]) * epoch.rows_per_lane
+        self._shape = lanes[1] - lanes[0], epoch.steps(number), epoch.rows_per_lane
+        self._count = math.prod(self._shape)
         self._places: dict[int, IntArray] = {}
         self._flat: dict[str, Array] = {}
         self._lists: dict[str, _Arrived] = {}
+        self._ordered: Columns = {}
         self._met: list[IntArray] = []
 
     def put(self, lane: int, first: int, columns: Columns) -> None:
@@ -248,13 +256,33 @@ class _Window:
         if self._lists:
             self._met.append(places)
 
-    def columns(self) -> Columns:
-        """Returns the rows as they are trained, when all are there."""
-        columns: Columns = {name: Flat(values) for name, values in self._flat.items()}
+    def order_lists(self) -> None:
+        """Puts the lists in the order of training, when all are there."""
         if self._lists:
-            met = np.concatenate(self._met)
-            columns |= {name: self._in_order(name, arrived, met) for name, arrived in self._lists.items()}
-        return columns
+            met = self._places_by_step(np.concatenate(self._met))
+            self._ordered = {name: self._in_order(name, arrived, met) for name, arrived in self._lists.items()}
+
+    def columns(self, buffers: Buffers) -> Columns:
+        """Returns the rows as they are trained, when lists are in order.
+
+        Args:
+            buffers: memory for what is no list.
+        """
+        return {name: Flat(self._by_step(name, values, buffers)) for name, values in self._flat.items()} | self._ordered
+
+    def _places_by_step(self, places: IntArray) -> IntArray:
+        """Returns where places that are counted lane by lane are, counted step by step."""
+        lanes, steps, rows = self._shape
+        lane, of_lane = np.divmod(places, steps * rows)
+        step, within = np.divmod(of_lane, rows)
+        return (step * lanes + lane) * rows + within
+
+    def _by_step(self, name: str, values: Array, buffers: Buffers) -> Array:
+        """Returns values, which lie lane by lane, step by step."""
+        lanes, steps, rows = self._shape
+        ordered = buffers.array(name, self._count, values.dtype)
+        ordered.reshape(steps, lanes, rows)[:] = values.reshape(lanes, steps, rows).transpose(1, 0, 2)
+        return ordered
 
     def _in_order(self, name: str, arrived: _Arrived, met: IntArray) -> Ragged:
         lengths = arrived.lengths[: len(met)]
@@ -271,23 +299,21 @@ class _Window:
         return Ragged(values, offsets, weights)
 
     def _places_of(self, lane: int) -> IntArray:
-        """Returns the place in the window of each of a lane's rows, as the epoch has them."""
+        """Returns the place, lane by lane, of each of a lane's rows, as the epoch has them."""
         places = self._places.get(lane)
         if places is None:
-            order, per_lane = self.epoch.lane_order(lane, self.number), self.epoch.rows_per_lane
+            order = self.epoch.lane_order(lane, self.number)
             order -= self.epoch.window_rows(lane, self.number)[0]
-            turn = np.arange(len(order), dtype=np.int64)
-            step, within = np.divmod(turn, per_lane)
+            begin = (lane - self._lanes[0]) * self._shape[1] * self._shape[2]
             places = self._places[lane] = np.empty(len(order), dtype=np.int64)
-            places[order] = step * (self._count // self.epoch.steps(self.number)) + within
-            places += (lane - self._lanes[0]) * per_lane
+            places[order] = np.arange(begin, begin + len(order))
         return places
 
     def _type(self, name: str, column: Flat | Ragged) -> np.dtype[Any]:
         return self._types.get(name, column.values.dtype)
 
     def _empty(self, name: str, column: Flat) -> Array:
-        held = self._buffers.array(name, self._count, self._type(name, column))
+        held = self._arrived.array(name, self._count, self._type(name, column))
         if self._rows < self._count:
             held[:] = padding_of(name, held.dtype)
         return held
