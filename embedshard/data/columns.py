@@ -11,14 +11,13 @@ __all__ = [
     "Flat",
     "Ragged",
     "concatenate",
-    "fill_offsets",
     "gather",
     "good_rows",
-    "move_lists",
     "num_rows",
     "padding_of",
     "repeated",
     "slice_rows",
+    "take_lists",
 ]
 
 from collections.abc import Mapping, Sequence
@@ -215,37 +214,32 @@ def _gather_lists(values: Array, begins: IntArray, offsets: IntArray, out: Array
 
 
 @compiled
-def fill_offsets(lengths: Array, places: IntArray, offsets: Array) -> None:
-    """Fills in where each place begins, given the lists in it, and where the last ends.
+def take_lists(values: Array, starts: Array, index: Array, out: Array, offsets: Array) -> None:
+    """Copies lists in the order of an index.
 
     Args:
-        lengths: of the lists, (n,).
-        places: of the lists, (n,), among m. A place without a list is empty.
-        offsets: (m + 1,), all 0.
-    """
-    for row in range(len(lengths)):
-        offsets[places[row] + 1] = lengths[row]
-    for place in range(1, len(offsets)):
-        offsets[place] += offsets[place - 1]
-
-
-@compiled
-def move_lists(values: Array, lengths: Array, places: IntArray, offsets: Array, out: Array) -> None:
-    """Copies lists that follow each other, each to where its place begins.
-
-    Args:
-        values: of all lists, (V,) or more.
-        lengths: of the lists, (n,).
-        places: of the lists, (n,), among m.
+        values: of the lists, (V,) or more.
+        starts: where each begins, and where the last ends, (n + 1,).
+        index: of the list in each place, (m,); -1 where none is.
+        out: (V,), the lists one after another.
         offsets: of the places, (m + 1,).
-        out: the values of all places.
     """
-    begin = 0
-    for row in range(len(lengths)):
-        first = offsets[places[row]]
-        for i in range(lengths[row]):
-            out[first + i] = values[begin + i]
-        begin += lengths[row]
+    end, most = 0, min(len(values), len(out)) - 4
+    for place in range(len(index)):
+        offsets[place] = end
+        row = index[place]
+        if row < 0:
+            continue
+        begin, done = starts[row], 0
+        length = starts[row + 1] - begin
+        if begin <= most and end <= most:  # four at once, however few they are: what is too much is written over
+            for i in range(4):
+                out[end + i] = values[begin + i]
+            done = 4
+        for i in range(done, length):
+            out[end + i] = values[begin + i]
+        end += length
+    offsets[len(index)] = end
 
 
 def repeated(values: npt.NDArray[np.float32], lengths: Array, total: int) -> npt.NDArray[np.float32]:

@@ -23,11 +23,10 @@ from embedshard.data.columns import (
     Columns,
     Flat,
     Ragged,
-    fill_offsets,
-    move_lists,
     num_rows,
     padding_of,
     slice_rows,
+    take_lists,
 )
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf
@@ -259,8 +258,12 @@ class _Window:
     def order_lists(self) -> None:
         """Puts the lists in the order of training, when all are there."""
         if self._lists:
-            met = self._places_by_step(np.concatenate(self._met))
-            self._ordered = {name: self._in_order(name, arrived, met) for name, arrived in self._lists.items()}
+            met = np.concatenate(self._met)
+            index = self._arrived.array("index", self._count, np.int64)
+            index[:] = -1
+            index[met] = np.arange(len(met))
+            index = self._by_step("index", index, self._buffers)
+            self._ordered = {name: self._in_order(name, arrived, index) for name, arrived in self._lists.items()}
 
     def columns(self, buffers: Buffers) -> Columns:
         """Returns the rows as they are trained, when lists are in order.
@@ -270,13 +273,6 @@ class _Window:
         """
         return {name: Flat(self._by_step(name, values, buffers)) for name, values in self._flat.items()} | self._ordered
 
-    def _places_by_step(self, places: IntArray) -> IntArray:
-        """Returns where places that are counted lane by lane are, counted step by step."""
-        lanes, steps, rows = self._shape
-        lane, of_lane = np.divmod(places, steps * rows)
-        step, within = np.divmod(of_lane, rows)
-        return (step * lanes + lane) * rows + within
-
     def _by_step(self, name: str, values: Array, buffers: Buffers) -> Array:
         """Returns values, which lie lane by lane, step by step."""
         lanes, steps, rows = self._shape
@@ -284,18 +280,15 @@ class _Window:
         ordered.reshape(steps, lanes, rows)[:] = values.reshape(lanes, steps, rows).transpose(1, 0, 2)
         return ordered
 
-    def _in_order(self, name: str, arrived: _Arrived, met: IntArray) -> Ragged:
-        lengths = arrived.lengths[: len(met)]
-        dtype = np.int32 if arrived.size <= np.iinfo(np.int32).max else np.int64
-        offsets = self._buffers.array(f"{name}/offsets", self._count + 1, dtype)
-        offsets[:] = 0
-        fill_offsets(lengths, met, offsets)
+    def _in_order(self, name: str, arrived: _Arrived, index: IntArray) -> Ragged:
+        starts = arrived.starts()
+        offsets = self._buffers.array(f"{name}/offsets", self._count + 1, starts.dtype)
         values = self._buffers.array(name, arrived.size, arrived.values.dtype)
-        move_lists(arrived.values, lengths, met, offsets, values)
+        take_lists(arrived.values, starts, index, values, offsets)
         weights = None
         if arrived.weights is not None:
             weights = self._buffers.array(f"{name}/weights", arrived.size, np.float32)
-            move_lists(arrived.weights, lengths, met, offsets, weights)
+            take_lists(arrived.weights, starts, index, weights, offsets)
         return Ragged(values, offsets, weights)
 
     def _places_of(self, lane: int) -> IntArray:
@@ -351,6 +344,14 @@ class _Arrived:
         lengths = self.lengths[self._rows : self._rows + rows]
         np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths, casting="same_kind")
         self._rows += rows
+
+    def starts(self) -> Array:
+        """Returns where each list begins, and where the last ends; valid until another column's are asked for."""
+        dtype = np.int32 if self.size <= np.iinfo(np.int32).max else np.int64
+        starts = self._buffers.array("starts", self._rows + 1, dtype)
+        starts[0] = 0
+        np.cumsum(self.lengths[: self._rows], out=starts[1:])
+        return starts
 
 
 def _row_type(source: Source) -> np.dtype[Any]:
