@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
-from embedshard.data.columns import Buffers, Columns, concatenate, gather, slice_rows
+from embedshard.data.columns import Buffers, Columns, concatenate, gather
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
@@ -65,20 +65,6 @@ class _CachedRows:
 
     def close(self) -> None:
         """Keeps what was decoded."""
-
-
-class _StreamedRows:
-    """A partition of any size, a window at a time."""
-
-    def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, limit_bytes: int, laps: Laps) -> None:
-        self._windows, self._local_batch_size = Windows(source, lanes, limit_bytes, laps), local_batch_size
-
-    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
-        columns = self._windows.read(epoch, window)
-        return last, slice_rows(columns, first * self._local_batch_size, last * self._local_batch_size)
-
-    def close(self) -> None:
-        self._windows.close()
 
 
 class BatchReader:
@@ -169,7 +155,7 @@ class BatchReader:
             self._rows = (
                 _CachedRows(source, self._lanes, self._local_batch_size, self.laps)
                 if self._cached[partition]
-                else _StreamedRows(source, self._lanes, self._local_batch_size, self._cache_bytes, self.laps)
+                else Windows(source, self._lanes, self._cache_bytes, self.laps)
             )
             self._partition = partition
         return self._rows

@@ -42,6 +42,9 @@ _LANE_ROWS: Final = 16_384
 """Rows decoded at once, and where a row group is one lane's: a lane holds no more beyond its window."""
 _WHOLE_ROWS: Final = 2**17
 """A row group of no more is decoded to its end: its rows take less memory than pages and dictionaries of an open stream."""
+_ORDER_ROWS: Final = 65_536
+"""Rows put in order at once: what they take stays in the cache until batches are made of them."""
+_INDEX: Final = ":index"  # a column of which list is where, by a name that no feature has
 _WINDOW_ROWS: Final = 2**20
 _WINDOW_BYTES: Final = 2**28
 """Of a window over all lanes, where the data do not fit the cache: so many rows, or as many as take so many bytes."""
@@ -86,22 +89,33 @@ class Windows:
         self._source, self._lanes, self._laps = source, lanes, laps
         self._types = {**source.decoder.integer_types, "row": _row_type(source)}
         self._shelf = Shelf(limit_bytes)
-        self._lists, self._arrived, self._in_order = (Buffers(), Buffers()), Buffers(), Buffers()
+        self._buffers, self._in_order = (Buffers(), Buffers()), Buffers()
         self._epoch: EpochOrder | None = None
         self._next = -1
         self._streams: dict[int, _Stream] = {}
         self._ended: set[int] = set()
+        self._open: _Window | None = None
         self._ahead: tuple[EpochOrder, int, _Soon[_Window]] | None = None
 
-    def read(self, epoch: EpochOrder, window: int) -> Columns:
-        """Returns a window's rows as they are trained, steps * lanes * rows of a lane in a step; valid until the next call.
+    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
+        """Returns rows of the steps from `first` of a window on, as they are trained, and up to which step, at most `last`.
 
-        Padding is an empty list, a number of 0, and an id or row number of -1. Ids are of the least type that holds all of
-        their table's.
+        They are steps * lanes * rows of a lane in a step, and valid until the next call. Padding is an empty list, a number
+        of 0, and an id or row number of -1. Ids are of the least type that holds all of their table's.
 
         Raises:
             DataError: if the rows cannot be read or hold what the config does not allow.
         """
+        if self._open is None or self._open.epoch is not epoch or self._open.number != window:
+            self._open = self._arrived(epoch, window)
+        local_batch_size = (self._lanes[1] - self._lanes[0]) * epoch.rows_per_lane
+        last = min(last, first + max(1, _ORDER_ROWS // local_batch_size))
+        columns = self._open.columns(first, last, self._in_order)
+        self._laps.lap("order")
+        return last, columns
+
+    def _arrived(self, epoch: EpochOrder, window: int) -> _Window:
+        """Returns a window whose rows are all there, and begins with the next one, where the former one was."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is epoch and ahead[1] == window:
             found = ahead[2].result()
@@ -110,18 +124,16 @@ class Windows:
             if ahead is not None:
                 ahead[2].wait()
             found = self._read(epoch, window, self._laps)
-        columns = found.columns(self._in_order)  # where the former window's are, which nobody needs any more
-        self._laps.lap("order")
         if epoch.steps(window + 1):
             laps = self._laps.beside()
             self._ahead = epoch, window + 1, _Soon(lambda: self._read(epoch, window + 1, laps))
-        return columns
+        return found
 
     def close(self) -> None:
         """Waits for the thread, and lets go of all that waits."""
         if self._ahead is not None:
             self._ahead[2].wait()
-        self._ahead, self._epoch = None, None
+        self._ahead, self._open, self._epoch = None, None, None
         self._let_go()
 
     def _let_go(self) -> None:
@@ -134,7 +146,7 @@ class Windows:
             self._let_go()
             self._epoch = epoch
         self._next = window + 1
-        found = _Window(epoch, window, self._lanes, self._types, self._lists[window % 2], self._arrived)
+        found = _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2])
         for piece in self._shelf.take(window):
             found.put(piece.lane, piece.first, piece.columns)
         for place, last in _needed(epoch, window, self._lanes).items():
@@ -152,9 +164,8 @@ class Windows:
             if stream.next >= end:
                 del self._streams[place]
                 self._ended.add(place)
+        found.is_whole()
         laps.lap("decode")
-        found.order_lists()
-        laps.lap("order")
         return found
 
     def _put(self, window: _Window, first: int, columns: Columns) -> None:
@@ -207,15 +218,15 @@ class _Window:
     """A window that is being filled.
 
     A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache. Step by
-    step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again.
+    step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists
+    wait as they come. Both are put in order some steps at a time, so that a batch is made of what is in the cache.
 
     Args:
         epoch: the pass.
         number: of the window.
         lanes: the rank's, [first, last).
         types: of the ids of each column, the least integers that hold them.
-        buffers: memory for lists in order.
-        arrived: memory for lists as they come, and for the rest lane by lane.
+        buffers: memory for its rows.
     """
 
     def __init__(
@@ -225,17 +236,15 @@ class _Window:
         lanes: tuple[int, int],
         types: Mapping[str, np.dtype[Any]],
         buffers: Buffers,
-        arrived: Buffers,
     ) -> None:
         self.epoch, self.number = epoch, number
-        self._lanes, self._types, self._buffers, self._arrived = lanes, types, buffers, arrived
+        self._lanes, self._types, self._buffers = lanes, types, buffers
         self._rows = _num_rows(epoch, number, lanes)
         self._shape = lanes[1] - lanes[0], epoch.steps(number), epoch.rows_per_lane
         self._count = math.prod(self._shape)
         self._places: dict[int, IntArray] = {}
         self._flat: dict[str, Array] = {}
         self._lists: dict[str, _Arrived] = {}
-        self._ordered: Columns = {}
         self._met: list[IntArray] = []
 
     def put(self, lane: int, first: int, columns: Columns) -> None:
@@ -250,46 +259,40 @@ class _Window:
                 held[places] = column.values.astype(held.dtype, copy=False)
             else:
                 if name not in self._lists:
-                    self._lists[name] = _Arrived(name, self._rows, self._type(name, column), column, self._arrived)
+                    self._lists[name] = _Arrived(name, self._rows, self._type(name, column), column, self._buffers)
                 self._lists[name].put(column)
         if self._lists:
             self._met.append(places)
 
-    def order_lists(self) -> None:
-        """Puts the lists in the order of training, when all are there."""
+    def is_whole(self) -> None:
+        """Says that all rows are there."""
         if self._lists:
             met = np.concatenate(self._met)
-            index = self._arrived.array("index", self._count, np.int64)
+            index = self._flat[_INDEX] = self._buffers.array(_INDEX, self._count, np.int32)
             index[:] = -1
-            index[met] = np.arange(len(met))
-            index = self._by_step("index", index, self._buffers)
-            self._ordered = {name: self._in_order(name, arrived, index) for name, arrived in self._lists.items()}
+            index[met] = np.arange(len(met), dtype=np.int32)
+        for lists in self._lists.values():
+            lists.are_whole()
 
-    def columns(self, buffers: Buffers) -> Columns:
-        """Returns the rows as they are trained, when lists are in order.
+    def columns(self, first: int, last: int, buffers: Buffers) -> Columns:
+        """Returns the rows of the steps [first, last) as they are trained.
 
         Args:
-            buffers: memory for what is no list.
+            first: step of the window.
+            last: after the last step.
+            buffers: memory for them.
         """
-        return {name: Flat(self._by_step(name, values, buffers)) for name, values in self._flat.items()} | self._ordered
-
-    def _by_step(self, name: str, values: Array, buffers: Buffers) -> Array:
-        """Returns values, which lie lane by lane, step by step."""
         lanes, steps, rows = self._shape
-        ordered = buffers.array(name, self._count, values.dtype)
-        ordered.reshape(steps, lanes, rows)[:] = values.reshape(lanes, steps, rows).transpose(1, 0, 2)
-        return ordered
-
-    def _in_order(self, name: str, arrived: _Arrived, index: IntArray) -> Ragged:
-        starts = arrived.starts()
-        offsets = self._buffers.array(f"{name}/offsets", self._count + 1, starts.dtype)
-        values = self._buffers.array(name, arrived.size, arrived.values.dtype)
-        take_lists(arrived.values, starts, index, values, offsets)
-        weights = None
-        if arrived.weights is not None:
-            weights = self._buffers.array(f"{name}/weights", arrived.size, np.float32)
-            take_lists(arrived.weights, starts, index, weights, offsets)
-        return Ragged(values, offsets, weights)
+        shape = last - first, lanes, rows
+        columns: Columns = {}
+        for name, values in self._flat.items():
+            ordered = buffers.array(name, math.prod(shape), values.dtype)
+            ordered.reshape(shape)[:] = values.reshape(lanes, steps, rows)[:, first:last].transpose(1, 0, 2)
+            columns[name] = Flat(ordered)
+        if self._lists:
+            index = columns.pop(_INDEX).values
+            columns |= {name: lists.taken(index, buffers) for name, lists in self._lists.items()}
+        return columns
 
     def _places_of(self, lane: int) -> IntArray:
         """Returns the place, lane by lane, of each of a lane's rows, as the epoch has them."""
@@ -306,52 +309,61 @@ class _Window:
         return self._types.get(name, column.values.dtype)
 
     def _empty(self, name: str, column: Flat) -> Array:
-        held = self._arrived.array(name, self._count, self._type(name, column))
+        held = self._buffers.array(name, self._count, self._type(name, column))
         if self._rows < self._count:
             held[:] = padding_of(name, held.dtype)
         return held
 
 
 class _Arrived:
-    """Lists as they came, one after the other.
-
-    Attributes:
-        size: values there are.
-        lengths: int32.
-        values: of all lists, and more.
-        weights: of the values, float32, where the feature has weights.
-    """
+    """Lists as they came, one after the other."""
 
     def __init__(self, name: str, rows: int, dtype: np.dtype[Any], pattern: Ragged, buffers: Buffers) -> None:
-        self._name, self._buffers, self._rows, self.size = name, buffers, 0, 0
+        self._name, self._buffers, self._rows, self._size = name, buffers, 0, 0
         lists = max(len(pattern.offsets) - 1, 1)
         expected = rows * int(pattern.offsets[-1] - pattern.offsets[0]) // lists * 17 // 16
-        self.lengths = buffers.array(f"{name}/lengths", rows, np.int32)
-        self.values = buffers.whole(name, expected, dtype)
-        self.weights = None if pattern.weights is None else buffers.whole(f"{name}/weights", expected, np.float32)
+        self._starts: Array = buffers.array(f"{name}/starts", rows + 1, np.int32)  # lengths, until all are there
+        self._values = buffers.whole(name, expected, dtype)
+        self._weights = None if pattern.weights is None else buffers.whole(f"{name}/weights", expected, np.float32)
 
     def put(self, column: Ragged) -> None:
         """Adds lists."""
         begin, end, rows = int(column.offsets[0]), int(column.offsets[-1]), len(column.offsets) - 1
-        at, self.size = self.size, self.size + end - begin
-        if self.size > len(self.values):
-            self.values = self._buffers.grown(self._name, self.size, at)
-        self.values[at : self.size] = column.values[begin:end]
-        if self.weights is not None and column.weights is not None:
-            if self.size > len(self.weights):
-                self.weights = self._buffers.grown(f"{self._name}/weights", self.size, at)
-            self.weights[at : self.size] = column.weights[begin:end]
-        lengths = self.lengths[self._rows : self._rows + rows]
+        at, self._size = self._size, self._size + end - begin
+        if self._size > len(self._values):
+            self._values = self._buffers.grown(self._name, self._size, at)
+        self._values[at : self._size] = column.values[begin:end]
+        if self._weights is not None and column.weights is not None:
+            if self._size > len(self._weights):
+                self._weights = self._buffers.grown(f"{self._name}/weights", self._size, at)
+            self._weights[at : self._size] = column.weights[begin:end]
+        lengths = self._starts[self._rows + 1 : self._rows + rows + 1]
         np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths, casting="same_kind")
         self._rows += rows
 
-    def starts(self) -> Array:
-        """Returns where each list begins, and where the last ends; valid until another column's are asked for."""
-        dtype = np.int32 if self.size <= np.iinfo(np.int32).max else np.int64
-        starts = self._buffers.array("starts", self._rows + 1, dtype)
-        starts[0] = 0
-        np.cumsum(self.lengths[: self._rows], out=starts[1:])
-        return starts
+    def are_whole(self) -> None:
+        """Says that all lists are there."""
+        self._starts[0] = 0
+        is_short = self._size <= np.iinfo(np.int32).max
+        self._starts = np.cumsum(
+            self._starts, out=self._starts if is_short else None, dtype=np.int32 if is_short else np.int64
+        )
+
+    def taken(self, index: Array, buffers: Buffers) -> Ragged:
+        """Returns lists in the order of an index; -1 gives an empty one.
+
+        Args:
+            index: of the lists, (m,).
+            buffers: memory for them: as much as all take, of which no more is touched than these.
+        """
+        offsets = buffers.array(f"{self._name}/offsets", len(index) + 1, self._starts.dtype)
+        values = buffers.whole(self._name, self._size, self._values.dtype)
+        take_lists(self._values, self._starts, index, values, offsets)
+        weights = None
+        if self._weights is not None:
+            weights = buffers.whole(f"{self._name}/weights", self._size, np.float32)
+            take_lists(self._weights, self._starts, index, weights, offsets)
+        return Ragged(values, offsets, weights)
 
 
 def _row_type(source: Source) -> np.dtype[Any]:
