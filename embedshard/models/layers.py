@@ -49,7 +49,7 @@ def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
-class Dropout(nn.Module):
+class _Drawn(nn.Module):
     """Dropout whose draws are a function of (seed, layer, step, row): the same in every world and after every resumption.
 
     Args:
@@ -62,6 +62,15 @@ class Dropout(nn.Module):
         super().__init__()
         self._rate, self._key = rate, (seed * 1_000_003 + layer) % 2**62
 
+    def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Returns a word for each row, (B,)."""
+        step = batch.training_position.step
+        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
+
+
+class Dropout(_Drawn):
+    """Dropout of a vector a row."""
+
     def forward(self, values_BH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns (B, H); as given in evaluation, else scaled so that the mean stays."""
         if not self.training or self._rate == 0.0:
@@ -70,14 +79,9 @@ class Dropout(nn.Module):
         draws_BH = _mixed(self._keys(batch, values_BH.device).unsqueeze(1) + places_H) & 0xFFFFFF
         return values_BH * (draws_BH >= self._rate * 2**24) / (1.0 - self._rate)
 
-    def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Returns a word for each row, (B,)."""
-        step = batch.training_position.step
-        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
 
-
-class PlaceDropout(Dropout):
-    """The same for a vector a place: what is drawn for a place of a row depends on no other place and no other row."""
+class PlaceDropout(_Drawn):
+    """Dropout of a vector a place of a row: what is drawn for it depends on no other place and no other row."""
 
     def forward(self, values_VD: torch.Tensor, batch: Batch, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (V, D), D a multiple of 4; as given in evaluation, else scaled so that the mean stays.

@@ -52,8 +52,9 @@ def _attended(
     if query_VD.dim() == 3:
         return _causal(query_VD, key_VD, value_VD, heads)  # padding is behind, where nothing but padding looks
     if _is_cpu(query_VD):  # a row at a time stays in the cache, and there is no padding
-        rows = zip(*(part.split(lengths_B.tolist()) for part in (query_VD, key_VD, value_VD)), strict=True)
-        return torch.cat([_causal(*(part.unsqueeze(0) for part in row), heads).squeeze(0) for row in rows])
+        lengths = lengths_B.tolist()
+        rows = zip(*(torch.split(part.unsqueeze(0), lengths, 1) for part in (query_VD, key_VD, value_VD)), strict=True)
+        return torch.cat([_causal(query, key, value, heads) for query, key, value in rows], dim=1).squeeze(0)
     query_BLD, key_BLD, value_BLD = (
         padded(part, lengths_B, _longest(lengths_B), "post")[0] for part in (query_VD, key_VD, value_VD)
     )
@@ -62,7 +63,10 @@ def _attended(
 
 
 def _causal(query_BLD: torch.Tensor, key_BLD: torch.Tensor, value_BLD: torch.Tensor, heads: int) -> torch.Tensor:
-    query, key, value = (part.unflatten(2, (heads, -1)).transpose(1, 2) for part in (query_BLD, key_BLD, value_BLD))
+    size, length, dim = query_BLD.shape
+    query, key, value = (
+        part.view(size, length, heads, dim // heads).transpose(1, 2) for part in (query_BLD, key_BLD, value_BLD)
+    )
     return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
