@@ -17,6 +17,7 @@ __all__ = [
     "Recurrent",
     "mlp",
     "padded",
+    "places_of",
     "side_by_side",
 ]
 
@@ -48,7 +49,7 @@ def side_by_side(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
-class Dropout(nn.Module):
+class _Drawn(nn.Module):
     """Dropout whose draws are a function of (seed, layer, step, row): the same in every world and after every resumption.
 
     Args:
@@ -61,6 +62,15 @@ class Dropout(nn.Module):
         super().__init__()
         self._rate, self._key = rate, (seed * 1_000_003 + layer) % 2**62
 
+    def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Returns a word for each row, (B,)."""
+        step = batch.training_position.step
+        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
+
+
+class Dropout(_Drawn):
+    """Dropout of a vector a row."""
+
     def forward(self, values_BH: torch.Tensor, batch: Batch) -> torch.Tensor:
         """Returns (B, H); as given in evaluation, else scaled so that the mean stays."""
         if not self.training or self._rate == 0.0:
@@ -69,24 +79,27 @@ class Dropout(nn.Module):
         draws_BH = _mixed(self._keys(batch, values_BH.device).unsqueeze(1) + places_H) & 0xFFFFFF
         return values_BH * (draws_BH >= self._rate * 2**24) / (1.0 - self._rate)
 
-    def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Returns a word for each row, (B,)."""
-        step = batch.training_position.step
-        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
 
+class PlaceDropout(_Drawn):
+    """Dropout of a vector a place of a row: what is drawn for it depends on no other place and no other row."""
 
-class PlaceDropout(Dropout):
-    """The same for a vector a place: what is drawn for a place depends on nothing behind it, such as padding."""
+    def forward(self, values_VD: torch.Tensor, batch: Batch, lengths_B: torch.Tensor) -> torch.Tensor:
+        """Returns (V, D), D a multiple of 4; as given in evaluation, else scaled so that the mean stays.
 
-    def forward(self, values_BLD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Returns (B, L, D), D a multiple of 4; as given in evaluation, else scaled so that the mean stays."""
+        Args:
+            values_VD: of all rows one after another; in evaluation of any shape.
+            batch: whose rows they are.
+            lengths_B: places of each row.
+        """
         if not self.training or self._rate == 0.0:
-            return values_BLD
-        size, length, dim = values_BLD.shape
-        words = torch.arange(length * dim // 4, device=values_BLD.device)
-        draws = _mixed(self._keys(batch, values_BLD.device).unsqueeze(1) + words).view(torch.int16)  # four a word
-        keeps = draws.view(size, length, dim) >= round(self._rate * 2**16) - 2**15
-        return values_BLD * keeps / (1.0 - self._rate)
+            return values_VD
+        rows_V, places_V = places_of(lengths_B)
+        keys_V = _mixed(self._keys(batch, values_VD.device)[rows_V] + places_V)
+        odd = _mixed(torch.arange(1, values_VD.shape[1] // 4 + 1, device=values_VD.device)) | 1
+        words = keys_V.unsqueeze(1) * odd  # a key is mixed already, so that this and one shift tell its words apart
+        words ^= _shifted(words, 32)
+        draws_VD = words.view(torch.int16)  # four a word
+        return values_VD * (draws_VD >= round(self._rate * 2**16) - 2**15).to(values_VD.dtype).div_(1.0 - self._rate)
 
 
 def _mixed(words: torch.Tensor) -> torch.Tensor:
@@ -115,7 +128,7 @@ def padded(
     num_rows = len(lengths_B)
     if len(values_VD) == num_rows * length:  # no row is shorter: they lie as they should
         return values_VD.view(num_rows, length, -1), lengths_B.new_ones((num_rows, length), dtype=torch.bool)
-    rows_V, places_V = _places(lengths_B)
+    rows_V, places_V = places_of(lengths_B)
     if side == "pre":
         places_V = places_V + (length - lengths_B)[rows_V]
     flat = values_VD.new_zeros(num_rows * length, values_VD.shape[1]).index_copy(0, rows_V * length + places_V, values_VD)
@@ -124,7 +137,7 @@ def padded(
     return flat.view(num_rows, length, -1), reached_BL.flip(1) if side == "pre" else reached_BL
 
 
-def _places(lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def places_of(lengths_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the row of each value, and its place there."""
     offsets_B = torch.cumsum(lengths_B, 0) - lengths_B
     rows_V = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
@@ -140,7 +153,7 @@ class MeanPooling(nn.Module):
 
     def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, D)."""
-        rows_V, _ = _places(lengths_B)
+        rows_V, _ = places_of(lengths_B)
         sums_BD = values_VD.new_zeros(len(lengths_B), values_VD.shape[1]).index_add(0, rows_V, values_VD)
         return sums_BD / lengths_B.clamp(min=1).unsqueeze(1)
 
@@ -169,7 +182,7 @@ class AttentionPooling(nn.Module):
     def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, D); zeros for an empty row."""
         scores_V = self.score(torch.tanh(self.hidden(values_VD))).squeeze(1)
-        rows_V, _ = _places(lengths_B)
+        rows_V, _ = places_of(lengths_B)
         most_B = scores_V.detach().new_full((len(lengths_B),), -torch.inf)
         most_B = most_B.scatter_reduce(0, rows_V, scores_V.detach(), "amax")
         shares_V = torch.exp(scores_V - most_B[rows_V])

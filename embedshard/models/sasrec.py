@@ -7,7 +7,7 @@ from __future__ import annotations
 
 __all__ = ["SASRec"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from embedshard.config import Config, TableSpec, negative_key, num_negative_slot
 from embedshard.config.parts import SASRecConfig
 from embedshard.data.batch import Batch
 from embedshard.models.embeddings import EmbeddingLookup
-from embedshard.models.layers import PlaceDropout, padded
+from embedshard.models.layers import PlaceDropout, padded, places_of
 from embedshard.models.output import NextItemOutput
 
 
@@ -35,20 +35,39 @@ class _Block(nn.Module):
         self.attention_dropout = PlaceDropout(rate, seed, first_stream)
         self.dense_dropout = PlaceDropout(rate, seed, first_stream + 1)
 
-    def forward(self, values_BLD: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Returns (B, L, D). Padding is after a row's last place, where nothing but padding looks."""
-        size, length, dim = values_BLD.shape
-        normed_BLD = self.attention_norm(values_BLD)
-        query, key, value = (
-            layer(normed_BLD).view(size, length, self._heads, -1).transpose(1, 2)
-            for layer in (self.query, self.key, self.value)
-        )
-        attended = (
-            F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).reshape(size, length, dim)
-        )
-        values_BLD = values_BLD + self.attention_dropout(self.attended(attended), batch)
-        dense_BLD = self.output(torch.relu(self.dense(self.dense_norm(values_BLD))))
-        return values_BLD + self.dense_dropout(dense_BLD, batch)
+    def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns (V, D) of rows one after another; in evaluation also (B, L, D) of rows that are padded at their end."""
+        normed_VD = self.attention_norm(values_VD)
+        query_VD, key_VD, value_VD = self.query(normed_VD), self.key(normed_VD), self.value(normed_VD)
+        attended_VD = _attended(query_VD, key_VD, value_VD, lengths_B, self._heads)
+        values_VD = values_VD + self.attention_dropout(self.attended(attended_VD), batch, lengths_B)
+        dense_VD = self.output(torch.relu(self.dense(self.dense_norm(values_VD))))
+        return values_VD + self.dense_dropout(dense_VD, batch, lengths_B)
+
+
+def _attended(
+    query_VD: torch.Tensor, key_VD: torch.Tensor, value_VD: torch.Tensor, lengths_B: torch.Tensor, heads: int
+) -> torch.Tensor:
+    """Returns what each place finds in those of its row up to it, of rows one after another or padded, as they are given."""
+    if query_VD.dim() == 3:
+        return _causal(query_VD, key_VD, value_VD, heads)  # padding is behind, where nothing but padding looks
+    if _is_cpu(query_VD):  # a row at a time stays in the cache, and there is no padding
+        lengths = lengths_B.tolist()
+        rows = zip(*(torch.split(part.unsqueeze(0), lengths, 1) for part in (query_VD, key_VD, value_VD)), strict=True)
+        return torch.cat([_causal(query, key, value, heads) for query, key, value in rows], dim=1).squeeze(0)
+    query_BLD, key_BLD, value_BLD = (
+        padded(part, lengths_B, _longest(lengths_B), "post")[0] for part in (query_VD, key_VD, value_VD)
+    )
+    places_L = torch.arange(query_BLD.shape[1], device=lengths_B.device)
+    return _causal(query_BLD, key_BLD, value_BLD, heads)[places_L < lengths_B.unsqueeze(1)]
+
+
+def _causal(query_BLD: torch.Tensor, key_BLD: torch.Tensor, value_BLD: torch.Tensor, heads: int) -> torch.Tensor:
+    size, length, dim = query_BLD.shape
+    query, key, value = (
+        part.view(size, length, heads, dim // heads).transpose(1, 2) for part in (query_BLD, key_BLD, value_BLD)
+    )
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2).flatten(2)
 
 
 class SASRec(nn.Module):
@@ -83,15 +102,13 @@ class SASRec(nn.Module):
         assert batch.sequences is not None, "the collator fills what sequences are looked up by"
         assert batch.draws is not None, "the reader draws what the objective asks for"
         lookups, lengths_B = self.embeddings(batch), batch.sequence_lengths(self._sequence)
-        hidden_BLD, reached_BL = self._hidden(lookups, batch)
-        rows_V = torch.repeat_interleave(torch.arange(len(lengths_B), device=lengths_B.device), lengths_B)
-        last = (torch.cumsum(lengths_B, 0) - 1)[lengths_B > 0]
+        rows_V, last = places_of(lengths_B)[0], _last_places(lengths_B)
         target_VD = lookups[self._sequence].roll(-1, dims=0).index_copy(0, last, lookups[self._item_id][lengths_B > 0])
         own_B = batch.ids[self._item_id]
         target_V = batch.sequences[self._sequence].values().roll(-1).index_copy(0, last, own_B[lengths_B > 0])
         drawn = [lookups[negative_key(self._item_id, slot)] for slot in range(self._num_slots)]
         return NextItemOutput(
-            query_VD=hidden_BLD[reached_BL],
+            query_VD=self._hidden(lookups[self._sequence], lengths_B, batch),
             target_VD=target_VD,
             target_V=target_V,
             negative_ND=torch.cat(drawn)[: len(batch.draws.ids)],
@@ -102,11 +119,12 @@ class SASRec(nn.Module):
     def encode_queries(self, batch: Batch) -> torch.Tensor:
         """Returns (B, D): what is known after each row's list; zeros for an empty one. Collective as `forward`."""
         lengths_B, vectors_VD = batch.sequence_lengths(self._sequence), self.embeddings(batch)[self._sequence]
-        return self.encode_padded(padded(vectors_VD, lengths_B, _longest(lengths_B), "post")[0], lengths_B, batch)
+        last_VD = self._hidden(vectors_VD, lengths_B, batch)[_last_places(lengths_B)]
+        return last_VD.new_zeros(len(lengths_B), last_VD.shape[1]).masked_scatter((lengths_B > 0).unsqueeze(1), last_VD)
 
     def encode_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """Returns the same of lists' vectors that are padded at their end; of the batch, what dropout draws by is read."""
-        hidden_BLD = self._of_padded(values_BLD, lengths_B, batch)
+        """Returns the same, in evaluation, of lists' vectors that are padded at their end."""
+        hidden_BLD = self._hidden(values_BLD, lengths_B, batch)
         rows_B = torch.arange(lengths_B.shape[0], device=lengths_B.device)
         last_BD = hidden_BLD[rows_B, (lengths_B - 1).clamp(min=0)]
         return torch.where((lengths_B > 0).unsqueeze(1), last_BD, 0.0)
@@ -115,20 +133,28 @@ class SASRec(nn.Module):
         """Returns (B, D) vectors of items; the batch's lists may be empty. Collective as `forward`."""
         return self.embeddings(batch)[self._item_id]
 
-    def _hidden(self, lookups: Mapping[str, torch.Tensor], batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what is known at each place, (B, L, D), and which places there are, (B, L)."""
-        lengths_B, vectors_VD = batch.sequence_lengths(self._sequence), lookups[self._sequence]
-        values_BLD, reached_BL = padded(vectors_VD, lengths_B, _longest(lengths_B), "post")
-        return self._of_padded(values_BLD, lengths_B, batch), reached_BL
-
-    def _of_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor, batch: Batch) -> torch.Tensor:
-        _, longest, dim = values_BLD.shape
-        from_end_BL = (lengths_B.unsqueeze(1) - 1 - torch.arange(longest, device=lengths_B.device)).clamp(min=0)
-        values_BLD = values_BLD * dim**0.5 + F.embedding(from_end_BL, self.places)
-        values_BLD = self.dropout(values_BLD, batch)
+    def _hidden(self, values_VD: torch.Tensor, lengths_B: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """Returns what is known at each place, of the shape of the vectors there: (V, D), or (B, L, D) of padded lists."""
+        if values_VD.dim() == 2:
+            rows_V, places_V = places_of(lengths_B)
+            from_end_V = lengths_B[rows_V] - 1 - places_V
+        else:
+            places_L = torch.arange(values_VD.shape[1], device=lengths_B.device)
+            from_end_V = (lengths_B.unsqueeze(1) - 1 - places_L).clamp(min=0)
+        values_VD = values_VD * values_VD.shape[-1] ** 0.5 + F.embedding(from_end_V, self.places)
+        values_VD = self.dropout(values_VD, batch, lengths_B)
         for block in self.blocks:
-            values_BLD = block(values_BLD, batch)
-        return self.norm(values_BLD)
+            values_VD = block(values_VD, lengths_B, batch)
+        return self.norm(values_VD)
+
+
+def _last_places(lengths_B: torch.Tensor) -> torch.Tensor:
+    """Returns where each row ends that is not empty, among the places of all rows."""
+    return (torch.cumsum(lengths_B, 0) - 1)[lengths_B > 0]
+
+
+def _is_cpu(values: torch.Tensor) -> bool:
+    return values.device.type == "cpu"
 
 
 def _longest(lengths_B: torch.Tensor) -> int:

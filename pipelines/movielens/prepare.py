@@ -15,9 +15,10 @@ left, in file order, the first eight tenths train, the next tenth is the validat
 
 `next`, for sasrec.yaml: of the movies with five ratings or more that a user rated, in order of time, the last is the test
 row's item, the one before the validation row's, and the one before that the training row's, each with the movies before it
-as its history; the former two with 100 movies that the user has not rated (Kang and McAuley 2018). Ratings of the same
-second have no order: they are put in one that is drawn (README.md says why). Movies are numbered anew, as movies.parquet
-says.
+as its history; the former two with 100 movies that the user has not rated (Kang and McAuley 2018). Training histories are
+cut to the last 200, and what is before them makes further training rows: the movie that the last history begins after, with
+the up to 200 before it, and so on, so that each rating but a user's first is to be told once. Ratings of the same second
+have no order: they are put in one that is drawn (README.md says why). Movies are numbered anew, as movies.parquet says.
 
 Without --source the official files are fetched: for all protocols unless --protocol names one. A source is a folder
 with train.parquet and test.parquet (ncf), with ratings.parquet (ratings), with movies.parquet too (histories), or with
@@ -49,6 +50,7 @@ RATINGS_ARCHIVE = "https://files.grouplens.org/datasets/movielens/ml-1m.zip"
 NUM_NEGATIVES = 99
 NUM_RANDOM = 100
 FEWEST_RATINGS = 5
+LONGEST = 200
 VALIDATION_SHARE = 0.05
 SEED = 7
 PROTOCOLS = ("ncf", "ratings", "histories", "ctr", "next")
@@ -212,7 +214,9 @@ def histories(ratings: pa.Table, time: str) -> pa.Table:
 
 # ---------------------------------------------------------------------------------------------------------------- next
 def next_items(ratings: pa.Table, order: str, time: str) -> dict[str, pa.Table]:
-    """Returns a row for each user and set: what came before an item, the item, and what the user has not rated.
+    """Returns rows of what came before an item, and the item.
+
+    In the validation and the test set there is one a user, with what the user has not rated; in the training set `pieces`.
 
     Args:
         ratings: of users.
@@ -232,15 +236,28 @@ def next_items(ratings: pa.Table, order: str, time: str) -> dict[str, pa.Table]:
     if lengths.min() < 4:
         raise ValueError(f"user {known[lengths.argmin()]} has {lengths.min()} ratings; each needs four")
     negatives = negatives_for(known, users, movies, NUM_RANDOM, SEED)
-    sets = {}
-    for back, name in ((3, "train"), (2, "validation"), (1, "test")):
-        kept_places = [movies[order[begin : begin + length - back]] for begin, length in zip(first, lengths, strict=True)]
-        offsets = np.append(0, np.cumsum(lengths - back)).astype(np.int32)
-        history = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(kept_places)))
-        columns = {"user_id": known, "history": history, "item_id": movies[order[first + lengths - back]]}
-        sets[name] = pa.table(columns if name == "train" else {**columns, "negatives": negatives})
+    movies, lasts = movies[order], first + lengths
+    sets = {"train": pieces(known, movies, first, lasts - 3)}
+    for back, name in ((2, "validation"), (1, "test")):
+        sets[name] = followed(known, movies, first, lasts - back).append_column("negatives", negatives)
     sets["train"] = sets["train"].replace_schema_metadata({"movies": ",".join(map(str, kept.tolist()))})
     return sets
+
+
+def followed(users: np.ndarray, movies: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> pa.Table:
+    """Returns a row for each user, of whom one may be there several times: the movies of a span, and the one after it."""
+    spans = [movies[begin:end] for begin, end in zip(begins, ends, strict=True)]
+    offsets = np.append(0, np.cumsum(ends - begins)).astype(np.int32)
+    history = pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(spans)))
+    return pa.table({"user_id": users, "history": history, "item_id": movies[ends]})
+
+
+def pieces(users: np.ndarray, movies: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> pa.Table:
+    """Returns such rows of LONGEST movies at most: of a longer span the last ones, then what is before, cut the same way."""
+    counts = -((begins - ends) // LONGEST)
+    earlier = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    ends = np.repeat(ends, counts) - LONGEST * earlier
+    return followed(np.repeat(users, counts), movies, np.maximum(np.repeat(begins, counts), ends - LONGEST), ends)
 
 
 def seconds_of(users: np.ndarray, places: np.ndarray, times: np.ndarray) -> np.ndarray:

@@ -241,6 +241,28 @@ def test_what_comes_next_is_held_out_from_the_end(prepare, tmp_path, monkeypatch
     assert prepare.numbered(titles, sets)["title"].to_pylist() == list("abcdefgh")
 
 
+def test_long_lists_are_trained_in_pieces_and_each_rating_is_told_once(prepare, monkeypatch):
+    monkeypatch.setattr(prepare, "FEWEST_RATINGS", 1)
+    monkeypatch.setattr(prepare, "NUM_RANDOM", 2)
+    monkeypatch.setattr(prepare, "LONGEST", 3)
+    # Users 1 to 9 rate 4 to 12 of 23 movies, so that 2 to 10 are left to train.
+    rows = [(user, (7 * user + 3 * place) % 23, place) for user in range(1, 10) for place in range(user + 3)]
+    rows += [(10, movie, movie) for movie in range(20)] + [(11, movie, movie) for movie in range(19, 23)]
+    ratings = pa.table(dict(zip(("user_id", "movie_id", "seq_pos"), zip(*rows, strict=True), strict=True)))
+    sets = prepare.next_items(ratings, "seq_pos", "seq_pos")
+    train = sets["train"].to_pylist()
+    assert [row for row in train if row["user_id"] == 10] == [
+        {"user_id": 10, "history": list(range(max(0, end - 3), end)), "item_id": end} for end in (17, 14, 11, 8, 5, 2)
+    ]
+    for user in range(1, 10):
+        met = [movie for of, movie, _ in rows if of == user]
+        mine = [row for row in train if row["user_id"] == user]
+        assert mine[0]["item_id"] == met[-3]
+        told = [movie for row in reversed(mine) for movie in [*row["history"][1:], row["item_id"]]]
+        assert told == met[1:-2]
+        assert [sets[name]["history"][user - 1].as_py() for name in ("validation", "test")] == [met[:-2], met[:-1]]
+
+
 def test_ratings_of_the_same_second_are_put_in_a_drawn_order(prepare):
     nan = float("nan")
     # User 0's second 5 ends with the user: rows after the latest known time are of it. User 1's rows between two of second 3

@@ -12,7 +12,8 @@ from embedshard.config import build_config, table_specs
 from embedshard.data.batch import Batch, Draws
 from embedshard.data.order import Position
 from embedshard.errors import ConfigError
-from embedshard.models.layers import PlaceDropout
+from embedshard.models import sasrec
+from embedshard.models.layers import PlaceDropout, padded
 from embedshard.models.registry import build_model, build_objective
 from embedshard.world import World
 
@@ -137,20 +138,60 @@ def test_the_loss_is_a_softmax_over_the_next_and_the_drawn(made):
         )
 
 
-def test_dropout_of_places_depends_on_nothing_behind_them(made):
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["row by row", "padded"])
+def test_rows_are_attended_to_alike_alone_and_padded(made, monkeypatch, is_cpu):
+    _, _, model, _, batch = made
+    vectors, lengths = model.embeddings.vectors["history"], torch.tensor(LENGTHS)
+    expected = model.encode_padded(padded(vectors, lengths, 6, "post")[0], lengths, batch)
+    if not is_cpu:
+        monkeypatch.setattr(sasrec, "_is_cpu", lambda values: False)
+    torch.testing.assert_close(model.encode_queries(batch), expected)
+    last = [sum(LENGTHS[: row + 1]) - 1 for row, length in enumerate(LENGTHS) if length]
+    torch.testing.assert_close(model(batch).query_VD[last], expected[torch.tensor(LENGTHS) > 0])
+
+
+def test_rows_without_lists_train_nothing(made):
+    _, _, model, _, batch = made
+    empty = KeyedJaggedTensor(keys=["history"], values=torch.zeros(0, dtype=torch.int64), lengths=torch.zeros(4).long())
+    model.embeddings.vectors |= {"history": torch.zeros(0, DIM)}
+    output = model.train()(replace(batch, sequences=empty))
+    assert output.query_VD.shape == (0, DIM)
+    output.query_VD.sum().backward()
+    assert all(part.grad is not None and not part.grad.any() for part in model.parameters())
+    assert not model.eval().encode_queries(replace(batch, sequences=empty)).any()
+
+
+def test_dropout_of_a_place_depends_on_no_other(made):
     *_, batch = made
     dropout = PlaceDropout(0.25, seed=3, layer=2)
-    long, short = dropout(torch.ones(4, 50, DIM), batch), dropout(torch.ones(4, 20, DIM), batch)
-    assert long[:, :20].equal(short)
-    assert (long > 0).float().mean().item() == pytest.approx(0.75, abs=0.03)
-    assert long.mean().item() == pytest.approx(1.0, abs=0.04)
-    swapped = replace(batch, rows=torch.tensor([1, 0, 3, 2]))
-    assert dropout(torch.ones(4, 20, DIM), swapped)[0].equal(short[1])
-    assert not short[0].equal(short[1])
-    later = replace(batch, position=Position(4, 0, 0, 4, False))
-    assert not dropout(torch.ones(4, 20, DIM), later).equal(short)
+
+    def drawn(lengths, batch=batch):
+        found = dropout(torch.ones(sum(lengths), 96), batch, torch.tensor(lengths))
+        return found.split(lengths)
+
+    long, short = drawn([50] * 4), drawn([20, 0, 3, 50])
+    assert all(some.equal(whole[: len(some)]) for some, whole in zip(short, long, strict=True))
+    swapped = drawn([50] * 4, replace(batch, rows=torch.tensor([1, 0, 3, 2])))
+    assert swapped[0].equal(long[1])
+    later = drawn([50] * 4, replace(batch, position=Position(4, 0, 0, 4, False)))
+    layered = PlaceDropout(0.25, seed=3, layer=3)(torch.ones(50, 96), batch, torch.tensor([50, 0, 0, 0]))
+    for other in (long[1], later[0], layered, long[0].roll(1, 0)):
+        assert (other == long[0]).float().mean().item() == pytest.approx(0.25**2 + 0.75**2, abs=0.03)
     dropout.eval()
-    assert dropout(torch.ones(4, 20, DIM), batch).min() == 1.0
+    assert drawn([20] * 4)[0].min() == 1.0
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.25, 0.8])
+def test_dropout_of_places_drops_its_share_of_each_column_and_pair_of_columns(made, rate):
+    *_, batch = made
+    places = [20_000, 20_000, 0, 10_000]
+    kept = PlaceDropout(rate, seed=3, layer=2)(torch.ones(50_000, 96), batch, torch.tensor(places))
+    assert sorted(kept.unique().tolist()) == pytest.approx([0.0, 1 / (1 - rate)])
+    columns = (kept > 0).float()
+    deviation = math.sqrt(rate * (1 - rate))
+    assert (columns.mean(0) - (1 - rate)).abs().max() < 5 * deviation / math.sqrt(50_000)
+    correlations = ((columns - (1 - rate)) / deviation).T.cov(correction=0)
+    assert (correlations - correlations.diag().diag()).abs().max() < 6 / math.sqrt(50_000)
 
 
 @pytest.mark.parametrize(
