@@ -17,7 +17,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from embedshard.config import Config, Lookup, TableSpec
 from embedshard.config.parts import DenseFeature
 from embedshard.data.batch import Batch, Draws, Pairs, Paths
-from embedshard.data.columns import Columns, Flat, Ragged, repeated, slice_rows
+from embedshard.data.columns import Columns, Flat, Ragged, rebased, repeated, slice_rows
 from embedshard.data.huffman import HuffmanTree
 from embedshard.data.negatives import DrawnCandidates
 from embedshard.data.order import Position
@@ -96,7 +96,7 @@ class Collator:
         tally = self._count(columns, first, last) if position is not None else None
         pairs = None
         if self._pair_maker is not None and position is not None:
-            columns = _widened(slice_rows(columns, first, last))
+            columns = _widened(columns, first, last)
             first, last = 0, size
             columns, pairs = self._pairs(self._pair_maker, columns, rows, weights, position)
         return Batch(
@@ -283,12 +283,14 @@ def _ones(size: int) -> npt.NDArray[np.int64]:
     return ones
 
 
-def _widened(columns: Columns) -> Columns:
-    """Returns the columns with int64 for integers of smaller types."""
-    return {
-        name: replace(column, values=column.values.astype(np.int64)) if column.values.dtype.kind == "i" else column
-        for name, column in columns.items()
-    }
+def _widened(columns: Columns, first: int, last: int) -> Columns:
+    """Returns the rows [first, last), with their own lists alone and int64 for integers of smaller types."""
+    widened: Columns = {}
+    for name, column in slice_rows(columns, first, last).items():
+        column = rebased(column) if isinstance(column, Ragged) else column
+        is_integer = column.values.dtype.kind == "i"
+        widened[name] = replace(column, values=column.values.astype(np.int64)) if is_integer else column
+    return widened
 
 
 def _in_first_row(values: npt.NDArray[np.int64], size: int) -> Ragged:

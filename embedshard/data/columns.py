@@ -15,6 +15,7 @@ __all__ = [
     "good_rows",
     "num_rows",
     "padding_of",
+    "rebased",
     "repeated",
     "slice_rows",
     "take_lists",
@@ -131,7 +132,7 @@ def concatenate(parts: Sequence[Mapping[str, Flat | Ragged]]) -> Columns:
         if isinstance(first, Flat):
             joined[name] = Flat(np.concatenate([part[name].values for part in parts]))
             continue
-        pieces = [_rebased(part[name]) for part in parts]
+        pieces = [rebased(part[name]) for part in parts]
         starts = np.cumsum([0] + [len(piece.values) for piece in pieces])
         offsets = [piece.offsets[:-1] + start for piece, start in zip(pieces, starts, strict=False)]
         weights = [piece.weights for piece in pieces if piece.weights is not None]
@@ -143,7 +144,8 @@ def concatenate(parts: Sequence[Mapping[str, Flat | Ragged]]) -> Columns:
     return joined
 
 
-def _rebased(column: Flat | Ragged) -> Ragged:
+def rebased(column: Flat | Ragged) -> Ragged:
+    """Returns lists as a view of their own values alone; offsets begin at 0."""
     assert isinstance(column, Ragged), "parts have the same columns"
     first, last = int(column.offsets[0]), int(column.offsets[-1])
     weights = None if column.weights is None else column.weights[first:last]

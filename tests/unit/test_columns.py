@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedshard.data.columns import Buffers, Flat, Ragged, concatenate, gather, num_rows, slice_rows
+from embedshard.data.columns import Buffers, Flat, Ragged, concatenate, gather, num_rows, rebased, slice_rows
 
 rows = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=20)
 
@@ -67,3 +67,12 @@ def test_buffers_are_used_again_from_window_to_window():
     for name in ("id", "number", "bag"):
         assert np.shares_memory(first[name].values, second[name].values), name
     assert as_lists(second)[2] == as_lists(data)[2][::-1]
+
+
+def test_rebased_lists_are_a_view_of_their_own_values():
+    data = columns([[1, 2], [3], [], [4, 5, 6], [7]])
+    bag = rebased(slice_rows(data, 1, 4)["bag"])
+    assert bag.values.tolist() == [3, 4, 5, 6]
+    assert bag.offsets.tolist() == [0, 1, 1, 4]
+    assert len(bag.weights) == 4
+    assert np.shares_memory(bag.values, data["bag"].values)

@@ -10,7 +10,12 @@ from embedshard.config.parts import NCEConfig, NegativeSamplingConfig, SampledSo
 from embedshard.data.batch import Batch, Draws, Pairs, Paths
 from embedshard.data.huffman import HuffmanTree
 from embedshard.models.objectives import products
-from embedshard.models.objectives.hierarchical_softmax import HierarchicalSoftmax
+from embedshard.models.objectives.hierarchical_softmax import (
+    HierarchicalSoftmax,
+    _LoopedPathLosses,
+    _PathLosses,
+    path_losses,
+)
 from embedshard.models.objectives.products import log_sums, pair_logits, softplus_sums
 from embedshard.models.objectives.skip_gram import PairNCE, PairNegativeSampling, PairSampledSoftmax, PairSoftmax
 from embedshard.models.output import PairOutput
@@ -365,3 +370,29 @@ def test_hierarchical_softmax_equals_a_loop_over_pairs_and_nodes():
     torch.testing.assert_close(losses.detach().double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(centre.grad.double(), c.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(nodes.grad.double(), n.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_loops_over_ways_equal_blocks_of_them(dtype):
+    """A CPU takes the loops, other devices the blocks; what the loops cannot take, the blocks do on a CPU, too."""
+    for seed in range(5):
+        _, _, _, centre, nodes, output = tree_case(seed, places=60)
+        found = {}
+        for way in (_LoopedPathLosses, _PathLosses):
+            c, n = centre.detach().to(dtype).requires_grad_(), output.node_UD.detach().to(dtype).requires_grad_()
+            losses = way.apply(c, n, output.pairs)
+            (losses * torch.linspace(0.5, 2.0, len(losses), dtype=dtype)).sum().backward()
+            found[way] = losses.detach(), c.grad, n.grad
+        for looped, blocked in zip(*found.values(), strict=True):
+            torch.testing.assert_close(looped, blocked)
+    assert path_losses(centre.bfloat16(), nodes.bfloat16(), output.pairs).dtype == torch.bfloat16
+
+
+def test_loss_of_the_longest_way_is_not_lost():
+    """Ninety decisions of even chance, and with one that is all but wrong."""
+    paths = Paths(torch.tensor([0, 90]), torch.arange(90), torch.ones(90))
+    pairs = make_pairs(np.array([0, 0]), np.array([[0, 1]]), window=1, paths=paths)
+    centre, nodes = torch.ones(2, 4), torch.zeros(90, 4)
+    assert float(path_losses(centre, nodes, pairs)[0]) == pytest.approx(90 * math.log(2), rel=1e-5)
+    nodes[7] = -25.0
+    assert float(path_losses(centre, nodes, pairs)[0]) == pytest.approx(89 * math.log(2) + 100, rel=1e-5)

@@ -20,9 +20,11 @@ import torch.nn.functional as F
 
 from embedshard.data.batch import Batch, Pairs, Paths
 from embedshard.models.objectives.objective import Objective
+from embedshard.models.objectives.path_kernels import begins_of_decisions, by_context, path_gradients, path_logits, path_sums
 from embedshard.models.output import PairOutput
 
 _BLOCK_CONTEXTS = 256
+_LOOPED = (torch.float32, torch.float64)
 
 
 class HierarchicalSoftmax(Objective):
@@ -36,9 +38,38 @@ class HierarchicalSoftmax(Objective):
 
 def path_losses(centre_VD: torch.Tensor, node_UD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
     """Returns the sum over the nodes on the way to each pair's context of softplus(-sign * centre . node), (P,)."""
-    losses: Any = _PathLosses.apply  # torch gives it no type
+    is_looped = centre_VD.device.type == "cpu" and centre_VD.dtype == node_UD.dtype and centre_VD.dtype in _LOOPED
+    losses: Any = _LoopedPathLosses.apply if is_looped else _PathLosses.apply  # torch gives them no type
     result: torch.Tensor = losses(centre_VD, node_UD, pairs)
     return result
+
+
+class _LoopedPathLosses(torch.autograd.Function):
+    """On a CPU, by the loops of `path_kernels.py`."""
+
+    @staticmethod
+    def forward(ctx: Any, centre_VD: torch.Tensor, node_UD: torch.Tensor, pairs: Pairs) -> torch.Tensor:
+        assert pairs.paths is not None, "the collator finds the ways"
+        centre_VD, node_UD = centre_VD.contiguous(), node_UD.contiguous()
+        centres, contexts, ids = pairs.centres.numpy(), pairs.contexts.numpy(), pairs.ids.numpy()
+        offsets, nodes, signs = (part.numpy() for part in pairs.paths.tensors())
+        begins = begins_of_decisions(ids, contexts, offsets)
+        ways = (by_context(contexts, len(centre_VD)), begins, centres, contexts, ids, offsets, nodes, signs)
+        logits_S, losses_P = centre_VD.new_empty(int(begins[-1])), centre_VD.new_empty(len(centres))
+        path_logits(centre_VD.detach().numpy(), node_UD.detach().numpy(), *ways, logits_S.numpy())
+        slopes_S = torch.sigmoid(-logits_S)
+        path_sums(logits_S.numpy(), torch.maximum(slopes_S, 1.0 - slopes_S).numpy(), begins, losses_P.numpy())
+        ctx.ways = ways
+        ctx.save_for_backward(centre_VD, node_UD, slopes_S)
+        return losses_P
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        centre_VD, node_UD, slopes_S = (saved.detach() for saved in ctx.saved_tensors)
+        for_centre, for_node = torch.zeros_like(centre_VD), torch.zeros_like(node_UD)
+        parts = (slopes_S, gradients[0].contiguous(), for_centre, for_node)
+        path_gradients(centre_VD.numpy(), node_UD.numpy(), *ctx.ways, *(part.numpy() for part in parts))
+        return for_centre, for_node, None
 
 
 class _PathLosses(torch.autograd.Function):

@@ -23,6 +23,7 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--hierarchical-softmax", action="store_true")
     arguments = parser.parse_args()
     lists = pq.read_table(arguments.data / "train")["words"].to_pylist()
@@ -32,9 +33,9 @@ def main():
     )
     model.build_vocab(lists)
     begin = time.perf_counter()
-    model.train(lists, total_examples=model.corpus_count, epochs=5)
+    model.train(lists, total_examples=model.corpus_count, epochs=arguments.epochs)
     seconds = time.perf_counter() - begin
-    words = 5 * model.corpus_total_words
+    words = arguments.epochs * model.corpus_total_words
     print(f"{seconds:.0f} s, {words / seconds:,.0f} words/s, {arguments.workers} worker(s)")
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(model.wv.vectors.ravel()), 100)
     pq.write_table(pa.table({"word": model.wv.index_to_key, "vector": vectors}), arguments.out)
