@@ -79,7 +79,7 @@ CASES = (
         10_000,
         200,
         (Optimizer("adam", 0.01), Optimizer("sgd", 1.0), Optimizer("adagrad", 0.3)),
-        (Optimizer("adam", 0.01, 0.01), Optimizer("rowwise_adagrad", 0.1, 0.01)),
+        (Optimizer("adam", 0.01, 0.01), Optimizer("rowwise_adagrad", 0.07, 0.01)),
     ),
     _case(
         "text_flatten",
@@ -93,7 +93,7 @@ CASES = (
         10_000,
         500,
         (Optimizer("adam", 0.01), Optimizer("sgd", 15.0), Optimizer("adagrad", 5.0)),
-        (Optimizer("adam", 0.01), Optimizer("rowwise_adagrad", 0.15)),
+        (Optimizer("adam", 0.014), Optimizer("rowwise_adagrad", 0.15)),
     ),
     _case(
         "user_item",
@@ -107,21 +107,21 @@ CASES = (
         10_000,
         400,
         (Optimizer("adam", 0.03), Optimizer("sgd", 5.0), Optimizer("adagrad", 1.0)),
-        (Optimizer("sgd", 7.0), Optimizer("adam", 0.03)),
+        (Optimizer("sgd", 7.0), Optimizer("adam", 0.06)),
     ),
     _case(
         "nce",
         1_000_000,
         120,
         (Optimizer("adam", 0.03), Optimizer("sgd", 5.0)),
-        (Optimizer("sgd", 5.0), Optimizer("rowwise_adagrad", 0.3)),
+        (Optimizer("sgd", 5.0), Optimizer("rowwise_adagrad", 0.15)),
     ),
     _case(
         "two_tower",
         10_000,
         200,
         (Optimizer("adam", 0.01), Optimizer("adam", 0.01, xla=False), Optimizer("sgd", 1.0), Optimizer("adagrad", 0.3)),
-        (Optimizer("adam", 0.01, 0.003), Optimizer("rowwise_adagrad", 0.1, 0.003)),
+        (Optimizer("adam", 0.02, 0.003), Optimizer("rowwise_adagrad", 0.1, 0.003)),
     ),
     _case(
         "two_tower",
