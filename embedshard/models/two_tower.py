@@ -160,7 +160,10 @@ class TwoTower(nn.Module):
 
 
 def _ids_alone(config: Config, model: TwoTowerConfig, specs: Sequence[TableSpec]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the keys of each tower that reads single ids alone, whose vectors nobody else asks for; else none."""
+    """Returns the keys of each tower that maps single ids alone, whose vectors nobody else asks for; else none.
+
+    A tower without layers hands on what was looked up: to find what repeats would take longer than it saves.
+    """
     if any(spec.managed_by is not None for spec in specs):
         return (), ()  # what admits ids counts each as often as it is met
     single = {
@@ -177,7 +180,7 @@ def _ids_alone(config: Config, model: TwoTowerConfig, specs: Sequence[TableSpec]
         if side in model.biases and identity is not None:
             keys = (*keys, bias_key(identity))
         draws = side == "item" and num_negative_slots(config) > 0
-        sides.append(keys if single.issuperset(keys) and not draws else ())
+        sides.append(keys if tower.mlp and single.issuperset(keys) and not draws else ())
     return (sides[0], sides[1]) if not set(model.user.features) & set(model.item.features) else ((), ())
 
 
