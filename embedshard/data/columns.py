@@ -48,7 +48,8 @@ class Ragged:
     """A list a row.
 
     Attributes:
-        values: all lists one after another, int64; rows use values[offsets[0] : offsets[-1]].
+        values: all lists one after another, int64, or smaller integers in what is streamed; rows use
+            values[offsets[0] : offsets[-1]].
         offsets: (n + 1,) int64, or int32 in what is streamed. They need not begin at 0: slices share memory with the whole.
         weights: of the values, float32, where the feature has weights.
     """
@@ -223,7 +224,7 @@ def take_lists(values: Array, starts: Array, index: Array, out: Array, offsets: 
         values: of the lists, (V,) or more.
         starts: where each begins, and where the last ends, (n + 1,).
         index: of the list in each place, (m,); -1 where none is.
-        out: (V,), the lists one after another.
+        out: (V,) or more, for the lists one after another; behind the last one it may hold anything afterwards.
         offsets: of the places, (m + 1,).
     """
     end, most = 0, min(len(values), len(out)) - 4

@@ -23,6 +23,7 @@ from embedshard.data.columns import (
     Columns,
     Flat,
     Ragged,
+    gather,
     num_rows,
     padding_of,
     slice_rows,
@@ -94,7 +95,8 @@ class Windows:
         self._next = -1
         self._streams: dict[int, _Stream] = {}
         self._ended: set[int] = set()
-        self._open: _Window | None = None
+        self._no_rows: Columns = {}
+        self._current: _Window | None = None
         self._ahead: tuple[EpochOrder, int, _Soon[_Window]] | None = None
 
     def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
@@ -106,15 +108,15 @@ class Windows:
         Raises:
             DataError: if the rows cannot be read or hold what the config does not allow.
         """
-        if self._open is None or self._open.epoch is not epoch or self._open.number != window:
-            self._open = self._arrived(epoch, window)
+        if self._current is None or self._current.epoch is not epoch or self._current.number != window:
+            self._current = self._next_window(epoch, window)
         local_batch_size = (self._lanes[1] - self._lanes[0]) * epoch.rows_per_lane
         last = min(last, first + max(1, _ORDER_ROWS // local_batch_size))
-        columns = self._open.columns(first, last, self._in_order)
+        columns = self._current.columns(first, last, self._in_order)
         self._laps.lap("order")
         return last, columns
 
-    def _arrived(self, epoch: EpochOrder, window: int) -> _Window:
+    def _next_window(self, epoch: EpochOrder, window: int) -> _Window:
         """Returns a window whose rows are all there, and begins with the next one, where the former one was."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is epoch and ahead[1] == window:
@@ -133,7 +135,7 @@ class Windows:
         """Waits for the thread, and lets go of all that waits."""
         if self._ahead is not None:
             self._ahead[2].wait()
-        self._ahead, self._open, self._epoch = None, None, None
+        self._ahead, self._current, self._epoch = None, None, None
         self._let_go()
 
     def _let_go(self) -> None:
@@ -161,12 +163,19 @@ class Windows:
             stream = self._streams[place]
             for first, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
                 self._put(found, first, columns)
+                self._no_rows = self._no_rows or gather(columns, np.zeros(0, dtype=np.int64), None)
             if stream.next >= end:
                 del self._streams[place]
                 self._ended.add(place)
-        found.is_whole()
+        found.finish(self._pattern())
         laps.lap("decode")
         return found
+
+    def _pattern(self) -> Columns:
+        """Returns the columns of the data, without a row."""
+        if not self._no_rows and self._source.inventory.row_groups:
+            self._no_rows = gather(self._source.read_row_group(0), np.zeros(0, dtype=np.int64), None)
+        return self._no_rows
 
     def _put(self, window: _Window, first: int, columns: Columns) -> None:
         """Puts the rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere."""
@@ -215,7 +224,7 @@ def _num_rows(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> int:
 
 
 class _Window:
-    """A window that is being filled.
+    """A window: it is filled, then read some steps at a time.
 
     A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache. Step by
     step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists
@@ -244,7 +253,7 @@ class _Window:
         self._count = math.prod(self._shape)
         self._places: dict[int, IntArray] = {}
         self._flat: dict[str, Array] = {}
-        self._lists: dict[str, _Arrived] = {}
+        self._lists: dict[str, _Lists] = {}
         self._met: list[IntArray] = []
 
     def put(self, lane: int, first: int, columns: Columns) -> None:
@@ -259,20 +268,29 @@ class _Window:
                 held[places] = column.values.astype(held.dtype, copy=False)
             else:
                 if name not in self._lists:
-                    self._lists[name] = _Arrived(name, self._rows, self._type(name, column), column, self._buffers)
+                    self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)
                 self._lists[name].put(column)
         if self._lists:
             self._met.append(places)
 
-    def is_whole(self) -> None:
-        """Says that all rows are there."""
+    def finish(self, pattern: Columns) -> None:
+        """Says that all rows are there.
+
+        Args:
+            pattern: the columns of the data, for a window that has none of this rank's rows.
+        """
+        for name, column in pattern.items():
+            if isinstance(column, Flat) and name not in self._flat:
+                self._flat[name] = self._empty(name, column)
+            elif isinstance(column, Ragged) and name not in self._lists:
+                self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)
         if self._lists:
-            met = np.concatenate(self._met)
+            met = np.concatenate([np.zeros(0, dtype=np.int64), *self._met])
             index = self._flat[_INDEX] = self._buffers.array(_INDEX, self._count, np.int32)
             index[:] = -1
             index[met] = np.arange(len(met), dtype=np.int32)
         for lists in self._lists.values():
-            lists.are_whole()
+            lists.finish()
 
     def columns(self, first: int, last: int, buffers: Buffers) -> Columns:
         """Returns the rows of the steps [first, last) as they are trained.
@@ -315,14 +333,14 @@ class _Window:
         return held
 
 
-class _Arrived:
-    """Lists as they came, one after the other."""
+class _Lists:
+    """Lists of a window as they came, one after the other; `_starts` has their lengths until they are finished."""
 
     def __init__(self, name: str, rows: int, dtype: np.dtype[Any], pattern: Ragged, buffers: Buffers) -> None:
         self._name, self._buffers, self._rows, self._size = name, buffers, 0, 0
         lists = max(len(pattern.offsets) - 1, 1)
         expected = rows * int(pattern.offsets[-1] - pattern.offsets[0]) // lists * 17 // 16
-        self._starts: Array = buffers.array(f"{name}/starts", rows + 1, np.int32)  # lengths, until all are there
+        self._starts: Array = buffers.array(f"{name}/starts", rows + 1, np.int32)
         self._values = buffers.whole(name, expected, dtype)
         self._weights = None if pattern.weights is None else buffers.whole(f"{name}/weights", expected, np.float32)
 
@@ -341,7 +359,7 @@ class _Arrived:
         np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths, casting="same_kind")
         self._rows += rows
 
-    def are_whole(self) -> None:
+    def finish(self) -> None:
         """Says that all lists are there."""
         self._starts[0] = 0
         is_short = self._size <= np.iinfo(np.int32).max
@@ -354,7 +372,7 @@ class _Arrived:
 
         Args:
             index: of the lists, (m,).
-            buffers: memory for them: as much as all take, of which no more is touched than these.
+            buffers: memory for them: as large as all lists of the window, of which only what these take is written to.
         """
         offsets = buffers.array(f"{self._name}/offsets", len(index) + 1, self._starts.dtype)
         values = buffers.whole(self._name, self._size, self._values.dtype)

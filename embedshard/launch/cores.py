@@ -31,8 +31,8 @@ def usable_cores() -> list[int]:
 def shares(workers: int, environment: Mapping[str, str], topology: Path = _TOPOLOGY) -> list[set[int]] | None:
     """Returns the logical cores of each worker; None where workers are not bound.
 
-    The usable ones are cut into equal parts, the first of them one larger if there is a rest: those of one socket, and of
-    one physical core, side by side, so that no two workers share a physical core where there are enough.
+    The usable ones are cut into equal parts, socket by socket: whole physical cores, so that no two workers share one, or,
+    where there are more workers than physical cores, logical ones. The first parts are larger if there is a rest.
 
     Args:
         workers: on this machine.
@@ -48,19 +48,24 @@ def shares(workers: int, environment: Mapping[str, str], topology: Path = _TOPOL
     cores = usable_cores()
     if wish == "0" or workers == 1 or workers > len(cores) or not hasattr(os, "sched_setaffinity"):
         return None
-    cores.sort(key=lambda core: (*_place(topology / f"cpu{core}" / "topology"), core))
-    return [set(part) for part in _cut(cores, workers)]
+    physical: dict[tuple[int, int], list[int]] = {}
+    for core in cores:
+        physical.setdefault(_place(core, topology / f"cpu{core}" / "topology"), []).append(core)
+    units = [physical[place] for place in sorted(physical)]
+    if len(units) < workers:
+        units = [[core] for unit in units for core in unit]
+    return [{core for unit in part for core in unit} for part in _cut(units, workers)]
 
 
-def _place(folder: Path) -> tuple[int, int]:
-    """Returns the socket and the physical core of a logical one; (0, 0) where the system does not tell."""
+def _place(core: int, folder: Path) -> tuple[int, int]:
+    """Returns the socket and the physical core of a logical one; one of its own where the system does not tell."""
     try:
         return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text())
     except (OSError, ValueError):
-        return 0, 0
+        return 0, core
 
 
-def _cut(cores: Sequence[int], parts: int) -> list[Sequence[int]]:
-    size, rest = divmod(len(cores), parts)
+def _cut(units: Sequence[list[int]], parts: int) -> list[Sequence[list[int]]]:
+    size, rest = divmod(len(units), parts)
     ends = [(part + 1) * size + min(part + 1, rest) for part in range(parts)]
-    return [cores[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return [units[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True)]

@@ -90,7 +90,7 @@ def run_workers(arguments: Sequence[str], workers: int, environment: Mapping[str
                         )
                     )
                     if cores is not None:
-                        with suppress(ProcessLookupError):  # which has ended already
+                        with suppress(OSError):  # it has ended, or a sandbox does not allow what only makes it faster
                             os.sched_setaffinity(processes[-1].pid, cores[rank])  # its threads, made later, run there too
                 _wait(processes, error_files)
             finally:

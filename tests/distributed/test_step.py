@@ -111,7 +111,7 @@ def run(program, folder, world_size=2):
 WITH_WEIGHTS = {"features": {"history": {"pooling": "mean"}}}
 REPEATS_MAPPED_ONCE = {
     "features": {"history": {"pooling": "mean"}},
-    "model": {"user": {"features": ["user_id"]}, "biases": []},
+    "model": {"user": {"features": ["user_id"], "mlp": [8]}, "item": {"features": ["item_id"], "mlp": [8]}, "biases": []},
     "objective": {"kind": "bce"},
     "data": {"label": "clicked"},
     "evaluate": {"metrics": ["auc"]},

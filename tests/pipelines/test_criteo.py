@@ -107,15 +107,15 @@ def data_set_once():
     return pytest.skip("the data set criteo-1tb-80k is not here")
 
 
-@pytest.mark.parametrize("name", ["dlrm", "dcn_v2", "deepfm"])
-def test_a_config_trains_on_the_sample(sample, tmp_path, name):
+@pytest.mark.parametrize(("name", "steps"), [("dlrm", 240), ("dcn_v2", 40), ("deepfm", 40)])
+def test_a_config_trains_on_the_sample(sample, tmp_path, name, steps):
     done = run_command(
-        "train", FOLDER / f"{name}.yaml", "--run-dir", tmp_path / "run", "--set", "train.max_steps=40",
+        "train", FOLDER / f"{name}.yaml", "--run-dir", tmp_path / "run", "--set", f"train.max_steps={steps}",
         "--set", "evaluate.bootstrap=20", EMBEDSHARD_DATA=str(sample),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "result.json").read_text())
-    assert result["metrics"]["auc"] > 0.55, "forty steps know something"
+    assert result["metrics"]["auc"] > 0.55, "20,000 to 30,000 rows tell something"
     assert result["intervals"]["auc"][1] - result["intervals"]["auc"][0] > 0.03, "345 clicks leave that much open"
 
 

@@ -22,14 +22,14 @@ def data(request, tmp_path_factory):
     """Rows whose columns all tell their number, in row groups that a lane has several of, or that several lanes share."""
     folder, numbers = tmp_path_factory.mktemp("windows"), np.arange(ROWS)
     lists = pa.ListArray.from_arrays(
-        pa.array(np.append(0, np.cumsum(numbers % 3)), pa.int32()), np.repeat(numbers, numbers % 3)
+        pa.array(np.append(0, np.cumsum(numbers % 7)), pa.int32()), np.repeat(numbers, numbers % 7)
     )
     table = pa.table({"user": numbers, "items": lists, "age": numbers.astype("f4"), "label": (numbers % 2).astype("f4")})
     pq.write_table(table, folder / "part.parquet", row_group_size=request.param)
     return folder
 
 
-def open_reader(data, cache_bytes, rank=0, world_size=1, **changes):
+def open_reader(data, cache_bytes, rank=0, world_size=1, batch=512, **changes):
     tree = {
         "name": "windows",
         "data": {"train": f"{data}/*.parquet", "label": "label", "lanes": 16, "cache_bytes": cache_bytes, **changes},
@@ -41,7 +41,7 @@ def open_reader(data, cache_bytes, rank=0, world_size=1, **changes):
         "tables": {"user": {"rows": ROWS, "dim": 4}, "item": {"rows": ROWS, "dim": 4}},
         "model": {"kind": "dlrm", "dense_mlp": [4], "mlp": [4]},
         "objective": {"kind": "bce"},
-        "train": {"global_batch_size": 512},
+        "train": {"global_batch_size": batch},
     }
     config = build_config(tree, {}, "test")
     with open_world("cpu") as world:
@@ -60,15 +60,16 @@ def check(batches):
         real = rows[rows >= 0]
         sparse, weighted = batch.sparse["user"], batch.weighted["items"]
         assert sparse.values().tolist() == real.tolist()
-        assert weighted.values().tolist() == np.repeat(real, real % 3).tolist()
+        assert weighted.values().tolist() == np.repeat(real, real % 7).tolist()
         assert batch.dense[:, 0].numpy()[rows >= 0].tolist() == real.tolist()
         met.append(rows)
     return met
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 300_000, 2**30])
-@pytest.mark.parametrize("window_steps", [1, 10, "auto"])
-def test_each_row_group_is_read_once_a_pass(data, cache_bytes, window_steps):
+@pytest.mark.parametrize(("window_steps", "order_rows"), [(1, 65_536), (10, 2_000), ("auto", 2_000), ("auto", 65_536)])
+def test_each_row_group_is_read_once_a_pass(data, cache_bytes, window_steps, order_rows, monkeypatch):
+    monkeypatch.setattr(windows, "_ORDER_ROWS", order_rows)
     dataset, reader = open_reader(data, cache_bytes, window_steps=window_steps)
     steps = dataset.order.epoch_steps
     with reader.batches(0, 2 * steps) as batches:
@@ -98,6 +99,19 @@ def test_ranks_read_what_they_train_and_no_row_group_twice(data):
         with reader.batches(0, dataset.order.epoch_steps) as batches:
             parts.append(np.stack(check(batches)))
     assert (np.concatenate(parts, axis=1) == rows).all()
+
+
+def test_a_window_without_a_row_of_a_rank_has_all_columns(data, tmp_path):
+    """961 rows in 16 lanes: the sixteenth step has a row of one lane, which is the other rank's for one of two."""
+    pq.write_table(pq.read_table(data).slice(0, 961), tmp_path / "part.parquet", row_group_size=90)
+    found = []
+    for rank in range(2):
+        dataset, reader = open_reader(tmp_path, 0, rank, 2, window_steps=1, batch=64)
+        with reader.batches(0, 2 * dataset.order.epoch_steps) as batches:
+            found.append(np.stack(check(batches)))
+    assert any((rows < 0).all() for rows in np.concatenate(found))
+    epochs = np.concatenate(found, axis=1).reshape(2, -1)
+    assert [sorted(epoch[epoch >= 0].tolist()) for epoch in epochs] == [list(range(961))] * 2
 
 
 def test_what_waits_is_held_within_the_limit_and_let_go(data, monkeypatch):

@@ -1,10 +1,12 @@
 """Columns: gathers, slices and concatenations against naive lists."""
 
+from itertools import pairwise
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedshard.data.columns import Buffers, Flat, Ragged, concatenate, gather, num_rows, rebased, slice_rows
+from embedshard.data.columns import Buffers, Flat, Ragged, concatenate, gather, num_rows, rebased, slice_rows, take_lists
 
 rows = st.lists(st.lists(st.integers(0, 99), max_size=5), max_size=20)
 
@@ -76,3 +78,15 @@ def test_rebased_lists_are_a_view_of_their_own_values():
     assert bag.offsets.tolist() == [0, 1, 1, 4]
     assert len(bag.weights) == 4
     assert np.shares_memory(bag.values, data["bag"].values)
+
+
+@given(rows, st.data(), st.integers(0, 6))
+@settings(deadline=None)
+def test_lists_are_taken_in_the_order_of_an_index(lists, data, more):
+    starts = np.append(0, np.cumsum([len(numbers) for numbers in lists])).astype(np.int32)
+    values = np.array([number for numbers in lists for number in numbers], dtype=np.int64)
+    index = np.array(data.draw(st.permutations([*range(len(lists)), -1, -1])), dtype=np.int32)
+    out, offsets = np.empty(len(values) + more, dtype=np.int64), np.empty(len(index) + 1, dtype=np.int32)
+    take_lists(values, starts, index, out, offsets)
+    found = [out[begin:end].tolist() for begin, end in pairwise(offsets)]
+    assert found == [[] if row < 0 else lists[row] for row in index]

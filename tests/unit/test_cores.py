@@ -49,6 +49,8 @@ def test_threads_of_a_physical_core_go_to_one_worker(usable, topology):
     folder = topology({number: (number % 4 // 2, number % 2) for number in range(8)})
     assert shares(2, {}, folder) == [{0, 4, 1, 5}, {2, 6, 3, 7}]
     assert shares(4, {}, folder) == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
+    assert shares(3, {}, folder) == [{0, 4, 1, 5}, {2, 6}, {3, 7}], "three of four physical cores' worth, none cut"
+    assert shares(5, {}, folder) == [{0, 4}, {1, 5}, {2, 6}, {3}, {7}], "more workers than physical cores"
 
 
 @pytest.mark.parametrize(
