@@ -34,8 +34,8 @@ STEP_STAGES: Final[dict[str, str]] = {
 """A step's stages in their order, and what each does."""
 
 BESIDE: Final[dict[str, str]] = {
-    "decode": "reader: Parquet decoded",
-    "order": "reader: rows gathered in the order of training",
+    "decode": "reader: Parquet decoded, of streamed data put in lanes",
+    "order": "reader: rows put in the order of training",
     "collate": "reader: batches made",
     "ahead": "reader: waits, as its batches are not taken yet",
     "save": "a checkpoint written in the background",
