@@ -19,6 +19,7 @@ __all__ = [
     "release_freed_memory",
     "set_process_environment",
     "shrink_world",
+    "usable_cores",
 ]
 
 import ctypes
@@ -84,6 +85,13 @@ def set_process_environment() -> None:
     for library in ("torchrec", "fbgemm_gpu", "torch"):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")
+
+
+def usable_cores() -> list[int]:
+    """Returns the logical cores that this process may run on; all there are where the system does not tell."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _keep_freed_memory() -> None:

@@ -8,9 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault(
-    "EMBEDSHARD_BIND_CORES", "0"
-)  # several tests' workers share the cores; the one of binding says otherwise
+os.environ.setdefault("EMBEDSHARD_BIND_CORES", "0")  # tests share the cores; the one of binding says otherwise
 
 import numpy as np
 import pyarrow as pa

@@ -16,6 +16,7 @@ import torch
 
 from embedshard import __version__
 from embedshard.bench.measure import Measure, Timer
+from embedshard.world import usable_cores
 
 _COPY_BYTES: Final = 128 * 2**20
 _LEAST_TABLE_BYTES, _MOST_TABLE_BYTES = 64 * 2**20, 2**30
@@ -41,7 +42,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": model,
         "cores": os.cpu_count(),
-        "cores_allowed": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores_allowed": len(usable_cores()),
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0],
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -170,7 +170,7 @@ def gather(columns: Mapping[str, Flat | Ragged], index: IntArray, buffers: Buffe
     return {
         name: _gather_flat(name, column, safe, padding if has_padding else None, buffers)
         if isinstance(column, Flat)
-        else _gather_ragged(name, column, safe, padding if has_padding else None, buffers)
+        else _gather_ragged(name, column, index, buffers)
         for name, column in columns.items()
     }
 
@@ -188,32 +188,16 @@ def _gather_flat(name: str, column: Flat, index: IntArray, padding: npt.NDArray[
     return Flat(out)
 
 
-def _gather_ragged(
-    name: str, column: Ragged, index: IntArray, padding: npt.NDArray[np.bool_] | None, buffers: Buffers
-) -> Ragged:
-    begins = column.offsets[index]
-    lengths = column.offsets[index + 1] - begins
-    if padding is not None:
-        lengths[padding] = 0
+def _gather_ragged(name: str, column: Ragged, index: IntArray, buffers: Buffers) -> Ragged:
+    size = int((column.offsets[index + 1] - column.offsets[index]).sum(where=index >= 0))
     offsets = buffers.array(f"{name}/offsets", len(index) + 1, np.int64)
-    offsets[0] = 0
-    np.cumsum(lengths, out=offsets[1:])
-    values = buffers.array(name, int(offsets[-1]), column.values.dtype)
-    _gather_lists(column.values, begins, offsets, values)
+    values = buffers.array(name, size, column.values.dtype)
+    take_lists(column.values, column.offsets, index, values, offsets)
     weights = None
     if column.weights is not None:
-        weights = buffers.array(f"{name}/weights", int(offsets[-1]), np.float32)
-        _gather_lists(column.weights, begins, offsets, weights)
+        weights = buffers.array(f"{name}/weights", size, np.float32)
+        take_lists(column.weights, column.offsets, index, weights, offsets)
     return Ragged(values, offsets, weights)
-
-
-@compiled
-def _gather_lists(values: Array, begins: IntArray, offsets: IntArray, out: Array) -> None:
-    """Copies lists, each from where it begins to its offset."""
-    for row in range(len(begins)):
-        begin, first = begins[row], offsets[row]
-        for place in range(first, offsets[row + 1]):
-            out[place] = values[begin + place - first]
 
 
 @compiled

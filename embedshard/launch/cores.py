@@ -6,7 +6,7 @@ for each other at the next exchange. So each gets cores of its own, as MPI's lau
 
 from __future__ import annotations
 
-__all__ = ["BIND", "shares", "usable_cores"]
+__all__ = ["BIND", "shares"]
 
 import os
 from collections.abc import Mapping, Sequence
@@ -14,18 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from embedshard.errors import ConfigError
+from embedshard.world import usable_cores
 
 BIND: Final = "EMBEDSHARD_BIND_CORES"
 """Environment variable: 0 leaves it to the system where workers run."""
 
 _TOPOLOGY: Final = Path("/sys/devices/system/cpu")
-
-
-def usable_cores() -> list[int]:
-    """Returns the logical cores that this process may run on; all there are where the system does not tell."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
 
 
 def shares(workers: int, environment: Mapping[str, str], topology: Path = _TOPOLOGY) -> list[set[int]] | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from embedshard.launch.cores import usable_cores
+from embedshard.world import usable_cores
 
 _OLDEST_PYTHON = (3, 11)
 _FREE_DISK_BYTES = 10 * 1024**3

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.markup import escape
 
 from embedshard.errors import ConfigError, EmbedshardError, PeerError
-from embedshard.launch.cores import shares, usable_cores
-from embedshard.world import RENDEZVOUS
+from embedshard.launch.cores import shares
+from embedshard.world import RENDEZVOUS, usable_cores
 
 ERROR_FILE = "EMBEDSHARD_ERROR_FILE"
 """Environment variable: where a worker leaves the error that ends it, for the launcher to show."""

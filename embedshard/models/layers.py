@@ -15,6 +15,7 @@ __all__ = [
     "MeanPooling",
     "PlaceDropout",
     "Recurrent",
+    "longest",
     "mlp",
     "padded",
     "places_of",
@@ -167,7 +168,7 @@ class MaxPooling(nn.Module):
 
     def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, D)."""
-        values_BLD, reached_BL = padded(values_VD, lengths_B, _longest(lengths_B), "post")
+        values_BLD, reached_BL = padded(values_VD, lengths_B, longest(lengths_B), "post")
         return _masked_max(values_BLD, reached_BL)
 
 
@@ -245,7 +246,7 @@ class Convolutions(nn.Module):
 
     def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, channels * widths); zeros for an empty row."""
-        values_BLD, _ = padded(values_VD, lengths_B, _longest(lengths_B), "post")
+        values_BLD, _ = padded(values_VD, lengths_B, longest(lengths_B), "post")
         return self.of_padded(values_BLD, lengths_B)
 
     def of_padded(self, values_BLD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
@@ -281,7 +282,7 @@ class Recurrent(nn.Module):
 
     def forward(self, values_VD: torch.Tensor, lengths_B: torch.Tensor) -> torch.Tensor:
         """Returns (B, H); zeros for an empty row."""
-        values_BLD, _ = padded(values_VD, lengths_B, _longest(lengths_B), "post")
+        values_BLD, _ = padded(values_VD, lengths_B, longest(lengths_B), "post")
         packed = nn.utils.rnn.pack_padded_sequence(
             values_BLD, lengths_B.clamp(min=1).cpu(), batch_first=True, enforce_sorted=False
         )
@@ -291,7 +292,8 @@ class Recurrent(nn.Module):
         return torch.where((lengths_B > 0).unsqueeze(1), ends_BH, 0.0)
 
 
-def _longest(lengths_B: torch.Tensor) -> int:
+def longest(lengths_B: torch.Tensor) -> int:
+    """Returns L, the places of the longest row; at least 1."""
     return max(1, int(lengths_B.max())) if len(lengths_B) else 1
 
 

@@ -17,7 +17,7 @@ from embedshard.config import Config, TableSpec, negative_key, num_negative_slot
 from embedshard.config.parts import SASRecConfig
 from embedshard.data.batch import Batch
 from embedshard.models.embeddings import EmbeddingLookup
-from embedshard.models.layers import PlaceDropout, padded, places_of
+from embedshard.models.layers import PlaceDropout, longest, padded, places_of
 from embedshard.models.output import NextItemOutput
 
 
@@ -55,11 +55,11 @@ def _attended(
         lengths = lengths_B.tolist()
         rows = zip(*(torch.split(part.unsqueeze(0), lengths, 1) for part in (query_VD, key_VD, value_VD)), strict=True)
         return torch.cat([_causal(query, key, value, heads) for query, key, value in rows], dim=1).squeeze(0)
-    query_BLD, key_BLD, value_BLD = (
-        padded(part, lengths_B, _longest(lengths_B), "post")[0] for part in (query_VD, key_VD, value_VD)
+    length = longest(lengths_B)
+    (query_BLD, reached_BL), (key_BLD, _), (value_BLD, _) = (
+        padded(part, lengths_B, length, "post") for part in (query_VD, key_VD, value_VD)
     )
-    places_L = torch.arange(query_BLD.shape[1], device=lengths_B.device)
-    return _causal(query_BLD, key_BLD, value_BLD, heads)[places_L < lengths_B.unsqueeze(1)]
+    return _causal(query_BLD, key_BLD, value_BLD, heads)[reached_BL]
 
 
 def _causal(query_BLD: torch.Tensor, key_BLD: torch.Tensor, value_BLD: torch.Tensor, heads: int) -> torch.Tensor:
@@ -155,7 +155,3 @@ def _last_places(lengths_B: torch.Tensor) -> torch.Tensor:
 
 def _is_cpu(values: torch.Tensor) -> bool:
     return values.device.type == "cpu"
-
-
-def _longest(lengths_B: torch.Tensor) -> int:
-    return max(1, int(lengths_B.max())) if len(lengths_B) else 1
