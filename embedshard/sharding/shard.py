@@ -23,6 +23,7 @@ from embedshard.sharding.lazy_adam import pose_as_sgd, take_over
 from embedshard.sharding.memory import check_memory
 from embedshard.sharding.optimizers import attach_table_optimizers
 from embedshard.sharding.plan import AnyTypeSharder, SequenceSharder, Sharders, make_plan
+from embedshard.sharding.pooled_exchange import exchange_directly
 from embedshard.sharding.recorded import RecordedPlan
 from embedshard.sharding.row_tables import take_over_tables
 from embedshard.sharding.shards import weight_shards
@@ -77,6 +78,7 @@ def shard_model(
     sharded._dmp_wrapped_module.to(world.device)  # as DDP's wrapper would
     if world.world_size == 1:
         look_up_directly(sharded)
+    exchange_directly(sharded, world)
     _allow_uneven_lookups(sharded, plan, world)
     if initialises:
         initialise_tables(config.seed, specs, weight_shards(sharded))
