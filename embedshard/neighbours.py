@@ -25,6 +25,9 @@ SHARE_MEMORY: Final = "EMBEDSHARD_SHARE_MEMORY"
 """Environment variable: 0 leaves all collectives to gloo."""
 
 _BACKEND: Final = "neighbours"
+_MOST_READERS: Final = 4
+"""Ranks, up to which each adds up whatever all have sent."""
+_LARGE_SUM_BYTES: Final = 2**20
 _logger = logging.getLogger(__name__)
 
 
@@ -145,7 +148,12 @@ class Neighbours(dist.ProcessGroup):
 
     def allreduce(self, tensors: Any, options: Any = None, *more: Any) -> Any:
         """Makes a tensor the sum of all ranks' in place. What is no sum is gloo's."""
-        if isinstance(tensors, torch.Tensor) or len(tensors) != 1 or not _is_sum(options) or tensors[0].is_sparse:
+        if (
+            isinstance(tensors, torch.Tensor)
+            or len(tensors) != 1
+            or not _is_sum(options)
+            or self._is_better_in_a_ring(tensors[0])
+        ):
             return super().allreduce(tensors, options, *more)
         (total,) = tensors
         return self._send([total.detach()], lambda taken: _sum(total, taken), is_for_all=True)
@@ -164,6 +172,10 @@ class Neighbours(dist.ProcessGroup):
     alltoall_base = all_to_all_single  # type: ignore[assignment]
     _allgather_base = all_gather_single  # type: ignore[assignment]
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+
+    def _is_better_in_a_ring(self, tensor: torch.Tensor) -> bool:
+        """Whether a sum is gloo's, where each rank reads two tensors' worth of bytes and not as many as there are ranks."""
+        return self._post.count > _MOST_READERS and tensor.numel() * tensor.element_size() > _LARGE_SUM_BYTES
 
     def _give_all(self, given: torch.Tensor, places: Sequence[torch.Tensor]) -> dist.Work:
         def take(taken: Sequence[torch.Tensor]) -> None:
