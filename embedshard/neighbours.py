@@ -64,20 +64,25 @@ def as_neighbours(
     if isinstance(post, str):
         _logger.info("Workers exchange vectors by gloo and share no memory: %s.", post)
         return group
-    gloo = group._get_backend(torch.device("cpu"))
-    neighbours = Neighbours(post, gloo)
+    neighbours = Neighbours(post, group)
     dist.Backend.register_backend(_BACKEND, lambda *_: neighbours, devices=["cpu"])
     made = dist.new_group(backend=_BACKEND, timeout=timeout)
     assert made is neighbours, "torch takes a group of Python's as it is"
+    # TorchRec asks for groups of fewer ranks, by this one's backend: those of a machine, and those across machines.
+    dist.Backend.register_backend(_BACKEND, _gloo, devices=["cpu"])
     return neighbours
+
+
+def _gloo(store: dist.Store, rank: int, size: int, timeout: datetime.timedelta) -> Any:
+    return dist.ProcessGroupGloo(store, rank, size, timeout=timeout)
 
 
 class _Delivery(dist.Work):
     """A collective that is under way: what it leaves in tensors is there after `wait`."""
 
-    def __init__(self, post: Post, letter: Letter) -> None:
+    def __init__(self, post: Post, letter: Letter, results: Sequence[torch.Tensor]) -> None:
         super().__init__()
-        self._post, self._letter = post, letter
+        self._post, self._letter, self._results = post, letter, results
 
     def wait(self, timeout: datetime.timedelta | None = None) -> bool:
         """Waits for it, as long as the group's time-out says."""
@@ -85,6 +90,13 @@ class _Delivery(dist.Work):
         with torch.no_grad():
             self._post.finish(self._letter)
         return True
+
+    def get_future(self) -> torch.futures.Future[list[torch.Tensor]]:
+        """Waits, and returns what is done: DDP, which TorchRec trains tables that all ranks hold by, asks for it."""
+        self.wait()
+        future: torch.futures.Future[list[torch.Tensor]] = torch.futures.Future()
+        future.set_result(list(self._results))
+        return future
 
     def is_completed(self) -> bool:
         """Returns whether it was waited for."""
@@ -94,17 +106,16 @@ class _Delivery(dist.Work):
 class Neighbours(dist.ProcessGroup):
     """The group.
 
-    torch has two names for some collectives, an older one up to torch 2.11 and a newer one.
-
     Args:
         post: through which parts are sent.
-        gloo: the backend for all other collectives.
+        gloo: gloo's group, for all other collectives.
     """
 
-    def __init__(self, post: Post, gloo: Any) -> None:
+    def __init__(self, post: Post, gloo: dist.ProcessGroup) -> None:
         super().__init__(post.rank, post.count)  # type: ignore[call-arg]  # the one that a subclass can call
-        self._post = post
-        self._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+        self._post, self._gloo = post, gloo
+        cpu = torch.device("cpu")
+        self._register_backend(cpu, dist.ProcessGroup.BackendType.GLOO, gloo._get_backend(cpu))
 
     def exchange(self, parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> dist.Work:
         """Sends each rank a tensor, and puts what it sends here into a place.
@@ -123,7 +134,7 @@ class Neighbours(dist.ProcessGroup):
                 if rank != own:
                     _copy(rank, place, part)
 
-        return self._send(sent, take)
+        return self._send(sent, take, places)
 
     def all_to_all_single(
         self,
@@ -139,7 +150,7 @@ class Neighbours(dist.ProcessGroup):
     def allgather(self, outputs: Any, given: Any, options: Any = None, *more: Any) -> Any:
         """Gives all a tensor of each rank."""
         if isinstance(given, torch.Tensor) or len(given) != 1:
-            return super().allgather(outputs, given, options, *more)
+            return self._gloo.allgather(outputs, given, options, *more)
         return self._give_all(given[0], outputs[0])
 
     def all_gather_single(self, output: torch.Tensor, given: torch.Tensor, _options: Any = None) -> dist.Work:
@@ -154,15 +165,15 @@ class Neighbours(dist.ProcessGroup):
             or not _is_sum(options)
             or self._is_better_in_a_ring(tensors[0])
         ):
-            return super().allreduce(tensors, options, *more)
+            return self._gloo.allreduce(tensors, options, *more)
         (total,) = tensors
-        return self._send([total.detach()], lambda taken: _sum(total, taken), is_for_all=True)
+        return self._send([total.detach()], lambda taken: _sum(total, taken), [total], is_for_all=True)
 
     def reduce_scatter(self, outputs: Any, given: Any, options: Any = None, *more: Any) -> Any:
         """Gives each rank the sum of all ranks' tensors for it."""
         if isinstance(outputs, torch.Tensor) or len(outputs) != 1 or not _is_sum(options):
-            return super().reduce_scatter(outputs, given, options, *more)
-        return self._send([part.detach() for part in given[0]], lambda taken: _sum(outputs[0], taken))
+            return self._gloo.reduce_scatter(outputs, given, options, *more)
+        return self._send([part.detach() for part in given[0]], lambda taken: _sum(outputs[0], taken), outputs)
 
     def reduce_scatter_single(self, output: torch.Tensor, given: torch.Tensor, options: Any = None) -> dist.Work:
         """Gives each rank the sum of all ranks' rows for it."""
@@ -182,13 +193,35 @@ class Neighbours(dist.ProcessGroup):
             for rank, (place, part) in enumerate(zip(places, taken, strict=True)):
                 _copy(rank, place, part)
 
-        return self._send([given.detach()], take, is_for_all=True)
+        return self._send([given.detach()], take, places, is_for_all=True)
 
     def _send(
-        self, parts: Sequence[torch.Tensor | None], take: Callable[[Sequence[torch.Tensor]], None], is_for_all: bool = False
+        self,
+        parts: Sequence[torch.Tensor | None],
+        take: Callable[[Sequence[torch.Tensor]], None],
+        results: Sequence[torch.Tensor],
+        *,
+        is_for_all: bool = False,
     ) -> dist.Work:
         with torch.no_grad():
-            return _Delivery(self._post, self._post.send(parts, take, is_for_all))
+            return _Delivery(self._post, self._post.send(parts, take, is_for_all), results)
+
+
+def _of_gloo(name: str) -> Callable[..., Any]:
+    def collective(self: Neighbours, *arguments: Any, **more: Any) -> Any:
+        return getattr(self._gloo, name)(*arguments, **more)
+
+    return collective
+
+
+# A group of Python's calls these of its own with the interpreter's lock held, for which a thread of gloo's may wait while it
+# holds gloo's: so they are called of gloo's group, which lets it go.
+for _name in (
+    "all_gather_single_coalesced", "allgather_into_tensor_coalesced", "allreduce_coalesced", "barrier", "broadcast", "recv",
+    "reduce_scatter_single_coalesced", "reduce_scatter_tensor_coalesced", "send",
+):  # fmt: skip
+    if hasattr(dist.ProcessGroup, _name):  # torch 2.11 has not all
+        setattr(Neighbours, _name, _of_gloo(_name))
 
 
 def _is_sum(options: Any) -> bool:
