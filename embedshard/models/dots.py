@@ -17,7 +17,7 @@ from embedshard.compiled import compiled
 
 
 def row_dots(left_BD: torch.Tensor, right_BD: torch.Tensor) -> torch.Tensor:
-    """Returns the products, (B,). On a CPU both gradients come of one loop: torch takes a pass over a copy for each."""
+    """Returns the products, (B,). On a CPU the gradients come of a loop without what torch does around it."""
     is_ours = left_BD.device.type == "cpu" and left_BD.dtype == right_BD.dtype == torch.float32 and left_BD.dim() == 2
     is_trained = torch.is_grad_enabled() and left_BD.requires_grad and right_BD.requires_grad
     if is_ours and is_trained and left_BD.shape == right_BD.shape and not _is_traced():
@@ -42,8 +42,9 @@ class _RowDots(torch.autograd.Function):
     def backward(ctx: Any, gradient_B: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         left_BD, right_BD = (side.contiguous() for side in ctx.saved_tensors)
         for_left, for_right = torch.empty_like(left_BD), torch.empty_like(right_BD)
-        arrays = [tensor.numpy() for tensor in (gradient_B.contiguous(), left_BD, right_BD, for_left, for_right)]
-        _scaled(*arrays)
+        factors = gradient_B.contiguous().numpy()
+        _scaled(factors, right_BD.numpy(), for_left.numpy())
+        _scaled(factors, left_BD.numpy(), for_right.numpy())
         return for_left, for_right
 
 
@@ -51,11 +52,9 @@ _apply: Callable[..., torch.Tensor] = _RowDots.apply
 
 
 @compiled
-def _scaled(factors: Any, left: Any, right: Any, for_left: Any, for_right: Any) -> None:
-    """Fills in each row of `right`, and of `left`, times its factor."""
+def _scaled(factors: Any, rows: Any, out: Any) -> None:
+    """Fills in each row times its factor."""
     for row in range(len(factors)):
         factor = factors[row]
-        for column in range(left.shape[1]):  # a loop for each: both in one are slower
-            for_left[row, column] = factor * right[row, column]
-        for column in range(left.shape[1]):
-            for_right[row, column] = factor * left[row, column]
+        for column in range(rows.shape[1]):
+            out[row, column] = factor * rows[row, column]
