@@ -15,7 +15,6 @@ __all__ = [
     "are_ascending",
     "are_single",
     "bags_of_ids",
-    "count_rows",
     "group_rows",
     "move_rows",
 ]
@@ -74,38 +73,6 @@ def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int
             count += 1
     begins[count] = len(keys)
     return count
-
-
-@compiled
-def count_rows(ids: Any, counts: Any, places: Any, rows: Any, begins: Any) -> int:
-    """Sorts ids by counting each row's, which is quicker than any sort where there are not many more rows than ids.
-
-    Args:
-        ids: (V,) int64, from 0 to R - 1.
-        counts: (R,) int64, zeros; it is used up.
-        places: (V,) int64; it becomes the places of the ids, ascending by id and then by place.
-        rows: (V,) int64; it begins with the distinct ids, then.
-        begins: (V + 1,) int64; it begins with where those of each distinct id begin, and V.
-
-    Returns:
-        How many ids are distinct.
-    """
-    for place in range(len(ids)):
-        counts[ids[place]] += 1
-    total, distinct = 0, 0
-    for row in range(len(counts)):
-        met = counts[row]
-        if met > 0:
-            rows[distinct], begins[distinct] = row, total
-            distinct += 1
-            counts[row] = total
-            total += met
-    begins[distinct] = total
-    for place in range(len(ids)):
-        at = counts[ids[place]]
-        places[at] = place
-        counts[ids[place]] = at + 1
-    return distinct
 
 
 @compiled

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from embedshard.counting import sort_by_counting
 from embedshard.sharding.row_kernels import (
     NO_STATE,
     Rule,
@@ -34,7 +35,6 @@ from embedshard.sharding.row_kernels import (
     are_ascending,
     are_single,
     bags_of_ids,
-    count_rows,
     group_rows,
     move_rows,
 )
@@ -325,7 +325,7 @@ def _grouped(ids_V: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:
     if is_counted or num_rows < 2 ** (62 - bits):
         places, rows, begins = np.empty_like(ids_V), np.empty_like(ids_V), np.empty(len(ids_V) + 1, np.int64)
         if is_counted:
-            count = count_rows(ids_V, np.zeros(num_rows, np.int64), places, rows, begins)
+            count = sort_by_counting(ids_V, np.zeros(num_rows, np.int64), places, rows, begins)
         else:
             keys = ids_V << bits
             keys |= np.arange(len(ids_V))
