@@ -137,6 +137,7 @@ class Batch(Pipelineable):
             CPU.
         tally: what was counted in the rows, (n,) int64, as `Tally` names it; None outside training. Stays on the CPU.
         pairs: of the rows' lists, if the model learns from them; None outside training.
+        is_full: whether each place is known to have a row, and each row a weight of 1.
     """
 
     sparse: KeyedJaggedTensor | None
@@ -152,6 +153,7 @@ class Batch(Pipelineable):
     tally: torch.Tensor | None = None
     sequences: KeyedJaggedTensor | None = None
     pairs: Pairs | None = None
+    is_full: bool = False
 
     @property
     def training_position(self) -> Position:

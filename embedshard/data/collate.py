@@ -89,7 +89,9 @@ class Collator:
         size = last - first
         rows = _flat(columns, "row", first, last, np.int64, -1 if position is not None else 0)
         weights = _flat(columns, "weight", first, last, np.float32, 1.0)
-        weights[rows < 0] = 0.0
+        is_padded = bool(size) and int(rows.min()) < 0
+        if is_padded:
+            weights[rows < 0] = 0.0
         bad = _flat(columns, "bad", first, last, np.int16, 0) if "bad" in columns else None
         if bad is not None:
             weights[bad != 0] = 0.0
@@ -113,6 +115,7 @@ class Collator:
             bad=None if bad is None else torch.from_numpy(bad),
             tally=tally,
             pairs=pairs,
+            is_full=not is_padded and bad is None and "weight" not in columns,
         )
 
     def _pairs(

@@ -13,6 +13,7 @@ __all__ = [
     "concatenate",
     "gather",
     "good_rows",
+    "narrowed",
     "num_rows",
     "padding_of",
     "rebased",
@@ -22,7 +23,7 @@ __all__ = [
 ]
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -38,7 +39,7 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True)
 class Flat:
-    """A value a row: (n,) int64 ids, float32 numbers, int16 or int32 counts and codes."""
+    """A value a row: (n,) int64 ids, smaller ones in what is trained, float32 numbers, int16 or int32 counts and codes."""
 
     values: Array
 
@@ -48,7 +49,7 @@ class Ragged:
     """A list a row.
 
     Attributes:
-        values: all lists one after another, int64, or smaller integers in what is streamed; rows use
+        values: all lists one after another, int64, or smaller integers in what is trained; rows use
             values[offsets[0] : offsets[-1]].
         offsets: (n + 1,) int64, or int32 in what is streamed. They need not begin at 0: slices share memory with the whole.
         weights: of the values, float32, where the feature has weights.
@@ -61,7 +62,7 @@ class Ragged:
 
 Columns = dict[str, Flat | Ragged]
 """Columns of equal length by name: features, `label:<name>`, `weight`, `candidates`, and `row`. Ids may be of a smaller
-type in what is streamed (`windows.py`); the collator widens them.
+type in what is trained (`Source.least_types`); the collator widens them.
 
 Beside them, where a config asks for it: `bad`, 0 or a code for why a row is set aside, and `null:<feature>`, how many nulls
 fell out of the row's list.
@@ -116,6 +117,14 @@ def slice_rows(columns: Mapping[str, Flat | Ragged], first: int, last: int) -> C
     }
 
 
+def narrowed(columns: Columns, types: Mapping[str, np.dtype[Any]]) -> Columns:
+    """Returns columns whose values are of the types named; others stay as they are."""
+    return {
+        name: replace(column, values=column.values.astype(types[name], copy=False)) if name in types else column
+        for name, column in columns.items()
+    }
+
+
 def good_rows(columns: Columns) -> Columns:
     """Returns the rows that are not set aside."""
     bad = columns.get("bad")
@@ -164,11 +173,8 @@ def gather(columns: Mapping[str, Flat | Ragged], index: IntArray, buffers: Buffe
         buffers: memory to write into; None makes new memory.
     """
     buffers = Buffers() if buffers is None else buffers
-    padding = index < 0
-    has_padding = bool(padding.any())
-    safe = np.where(padding, 0, index) if has_padding else index
     return {
-        name: _gather_flat(name, column, safe, padding if has_padding else None, buffers)
+        name: _gather_flat(name, column, index, buffers)
         if isinstance(column, Flat)
         else _gather_ragged(name, column, index, buffers)
         for name, column in columns.items()
@@ -180,12 +186,21 @@ def padding_of(name: str, dtype: np.dtype[Any]) -> int:
     return 0 if np.issubdtype(dtype, np.floating) or name.startswith(_COUNTS) else -1
 
 
-def _gather_flat(name: str, column: Flat, index: IntArray, padding: npt.NDArray[np.bool_] | None, buffers: Buffers) -> Flat:
+def _gather_flat(name: str, column: Flat, index: IntArray, buffers: Buffers) -> Flat:
     out = buffers.array(name, len(index), column.values.dtype)
-    np.take(column.values, index, out=out, mode="clip")
-    if padding is not None:
-        out[padding] = padding_of(name, out.dtype)
+    _take(column.values, index, out.dtype.type(padding_of(name, out.dtype)), out)
     return Flat(out)
+
+
+@compiled
+def _take(values: Array, index: IntArray, padding: Any, out: Array) -> None:
+    """Copies values in the order of an index; -1 gives padding."""
+    for place in range(len(index)):
+        row = index[place]
+        if row < 0:
+            out[place] = padding
+        else:
+            out[place] = values[row]
 
 
 def _gather_ragged(name: str, column: Ragged, index: IntArray, buffers: Buffers) -> Ragged:

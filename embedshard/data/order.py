@@ -29,10 +29,12 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.compiled import compiled
 from embedshard.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
@@ -255,10 +257,9 @@ class EpochOrder:
         """Returns the partition's row numbers, in file order, of epoch rows; -1 stays -1."""
         if not len(self._file_starts):
             return epoch_rows.copy()
-        place = np.searchsorted(self.group_starts, epoch_rows, side="right") - 1
-        place = np.clip(place, 0, len(self._file_starts) - 1)
-        rows = epoch_rows - self.group_starts[place] + self._file_starts[place]
-        return np.where(epoch_rows < 0, np.int64(-1), rows)
+        rows = np.empty(epoch_rows.size, dtype=np.int64)
+        _rows_in_file_order(epoch_rows.ravel(), self.group_starts, self._file_starts, rows)
+        return rows.reshape(epoch_rows.shape)
 
 
 def row_digest(epoch: int, partition: int, rows: IntArray) -> Digest:
@@ -273,12 +274,48 @@ def row_digest(epoch: int, partition: int, rows: IntArray) -> Digest:
         partition: which partition they belong to.
         rows: row numbers in the partition, in any order; -1 is skipped.
     """
-    valid = rows[rows >= 0].astype(np.uint64)
-    words = []
-    for salt in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F):
-        start = np.uint64((salt * (2 * (epoch * 65_537 + partition) + 1)) % 2**64)
-        words.append(int(_mixed(valid + start).sum(dtype=np.uint64)) if len(valid) else 0)
-    return words[0], words[1]
+    pass_number = 2 * (epoch * 65_537 + partition) + 1
+    first, second = (np.uint64(salt * pass_number % 2**64) for salt in (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F))
+    words = _sums_of_hashes(rows, first, second)
+    return int(words[0]), int(words[1])
+
+
+@compiled
+def _rows_in_file_order(epoch_rows: Any, group_starts: Any, file_starts: Any, rows: Any) -> None:
+    """Fills in the row number of each epoch row; most are of the same row group as the one before."""
+    place = 0
+    for at in range(len(epoch_rows)):
+        row = epoch_rows[at]
+        if row < 0:
+            rows[at] = -1
+            continue
+        if row < group_starts[place] or row >= group_starts[place + 1]:
+            place, last = 0, len(file_starts) - 1
+            while place < last:
+                middle = (place + last + 1) >> 1
+                if group_starts[middle] <= row:
+                    place = middle
+                else:
+                    last = middle - 1
+        rows[at] = row - group_starts[place] + file_starts[place]
+
+
+@compiled
+def _mixed(word: Any) -> Any:
+    word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return word ^ (word >> np.uint64(31))
+
+
+@compiled
+def _sums_of_hashes(rows: Any, first: Any, second: Any) -> Any:
+    of_first, of_second = np.uint64(0), np.uint64(0)
+    for place in range(len(rows)):
+        if rows[place] >= 0:
+            row = np.uint64(rows[place])
+            of_first += _mixed(row + first)
+            of_second += _mixed(row + second)
+    return of_first, of_second
 
 
 def sum_of_digests(digests: Iterable[Digest]) -> Digest:
@@ -287,9 +324,3 @@ def sum_of_digests(digests: Iterable[Digest]) -> Digest:
     for digest in digests:
         first, second = first + digest[0], second + digest[1]
     return first % 2**64, second % 2**64
-
-
-def _mixed(words: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    words = (words ^ (words >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    words = (words ^ (words >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return words ^ (words >> np.uint64(31))

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 __all__ = ["BatchReader"]
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
-from embedshard.data.columns import Buffers, Columns, concatenate, gather
+from embedshard.data.columns import Buffers, Columns, concatenate, gather, narrowed
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
@@ -27,7 +27,8 @@ from embedshard.data.windows import Windows
 from embedshard.stages import BESIDE, Laps
 
 _GATHER_ROWS = 65_536  # rows gathered at once from a cache
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD, _BATCHES_LEFT = 8, 2
+"""So many batches are made ahead, and made again when so few are left."""
 
 
 class _Rows(Protocol):
@@ -49,7 +50,9 @@ class _CachedRows:
     """A partition decoded once, in file order."""
 
     def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, laps: Laps) -> None:
-        self._columns = concatenate([source.read_row_group(i) for i in range(len(source.inventory.row_groups))])
+        types = source.least_types  # rows are gathered from all over the partition: of less memory, more is in the cache
+        groups = (source.read_row_group(i) for i in range(len(source.inventory.row_groups)))
+        self._columns = concatenate([narrowed(columns, types) for columns in groups])
         laps.lap("decode")
         self._lanes, self._laps, self._buffers = lanes, laps, Buffers()
         self._steps_at_once = max(1, _GATHER_ROWS // local_batch_size)
@@ -171,12 +174,16 @@ class BatchReader:
 
 
 class _ReadAhead:
-    """Runs an iterator in a thread, a few items ahead."""
+    """Runs an iterator in a thread, a few items ahead.
+
+    The thread rests from when it is far enough ahead until few are left: to wake it at each item costs both threads more.
+    """
 
     def __init__(self, produce: Iterator[Batch], laps: Laps) -> None:
         self._produce, self._laps = produce, laps
-        self._ready: queue.Queue[Batch | None] = queue.Queue(maxsize=_BATCHES_AHEAD)
-        self._closing = threading.Event()
+        self._ready: deque[Batch] = deque()
+        self._changed = threading.Condition()
+        self._rests = self._is_awaited = self._has_ended = self._is_closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="embedshard-reader", daemon=True)
         self._thread.start()
@@ -186,38 +193,48 @@ class _ReadAhead:
             self._laps.restart()
             for batch in self._produce:
                 if not self._put(batch):
-                    return
+                    break
                 self._laps.lap("ahead")
         except BaseException as error:
             self._error = error
-        self._put(None)
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify()
 
-    def _put(self, item: Batch | None) -> bool:
-        while not self._closing.is_set():
-            try:
-                self._ready.put(item, timeout=0.1)
-            except queue.Full:
-                if self._error is not None:  # the loop looks at the error first, no need to wait for a place
-                    return False
-                continue
-            return True
-        return False
+    def _put(self, batch: Batch) -> bool:
+        """Adds a batch, and waits until another one is wanted; returns whether it is."""
+        with self._changed:
+            self._ready.append(batch)
+            if self._is_awaited:
+                self._changed.notify()
+            if len(self._ready) >= _BATCHES_AHEAD:
+                self._rests = True
+                self._changed.wait_for(lambda: self._is_closing or len(self._ready) <= _BATCHES_LEFT)
+                self._rests = False
+            return not self._is_closing
 
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            if self._error is not None:
-                raise self._error
-            try:
-                batch = self._ready.get(timeout=0.1)
-            except queue.Empty:
-                continue
-            if self._error is not None:
-                raise self._error
-            if batch is None:
-                return
+        while (batch := self._take()) is not None:
             yield batch
+
+    def _take(self) -> Batch | None:
+        with self._changed:
+            if not self._ready and not self._has_ended:
+                self._is_awaited = True
+                self._changed.wait_for(lambda: self._ready or self._has_ended)
+                self._is_awaited = False
+            if self._error is not None:
+                raise self._error
+            if not self._ready:
+                return None
+            batch = self._ready.popleft()
+            if self._rests and len(self._ready) <= _BATCHES_LEFT:
+                self._changed.notify()
+            return batch
 
     def close(self) -> None:
         """Ends the thread."""
-        self._closing.set()
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify()
         self._thread.join()

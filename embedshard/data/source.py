@@ -295,6 +295,11 @@ class Source:
                     total += rows * 8 + kept * (12 if spec.second is not None else 8)
         return total * self.inventory.num_rows // max(self.inventory.num_file_rows, 1)
 
+    @property
+    def least_types(self) -> dict[str, np.dtype[Any]]:
+        """The least integer types that hold all ids of each decoded column and all row numbers, and -1."""
+        return {**self.decoder.integer_types, "row": np.min_scalar_type(-max(self.inventory.num_rows, 1))}
+
     def read_row_group(self, number: int) -> Columns:
         """Returns a row group, decoded.
 

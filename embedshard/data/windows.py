@@ -88,7 +88,7 @@ class Windows:
 
     def __init__(self, source: Source, lanes: tuple[int, int], limit_bytes: int, laps: Laps) -> None:
         self._source, self._lanes, self._laps = source, lanes, laps
-        self._types = {**source.decoder.integer_types, "row": _row_type(source)}
+        self._types = source.least_types
         self._shelf = Shelf(limit_bytes)
         self._buffers, self._in_order = (Buffers(), Buffers()), Buffers()
         self._epoch: EpochOrder | None = None
@@ -382,10 +382,6 @@ class _Lists:
             weights = buffers.whole(f"{self._name}/weights", self._size, np.float32)
             take_lists(self._weights, self._starts, index, weights, offsets)
         return Ragged(values, offsets, weights)
-
-
-def _row_type(source: Source) -> np.dtype[Any]:
-    return np.min_scalar_type(-max(source.inventory.num_rows, 1))
 
 
 class _Stream:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 
 from embedshard.data.batch import Pairs
+from embedshard.models.dots import row_dots
 
 
 class Output(Protocol):
@@ -115,7 +116,7 @@ class RetrievalOutput:
     @property
     def logits(self) -> torch.Tensor:
         """Each row's own score, (B,)."""
-        return (self.query_BD * self.candidate_BD).sum(dim=1)
+        return row_dots(self.query_BD, self.candidate_BD)
 
 
 @dataclass

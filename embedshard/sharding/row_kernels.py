@@ -8,7 +8,16 @@ Shapes: V ids, U distinct ids, R rows of the table, D numbers of a vector, G bag
 
 from __future__ import annotations
 
-__all__ = ["NO_STATE", "Rule", "State", "bags_of_ids", "count_rows", "group_rows", "move_rows"]
+__all__ = [
+    "NO_STATE",
+    "Rule",
+    "State",
+    "are_ascending",
+    "are_single",
+    "bags_of_ids",
+    "group_rows",
+    "move_rows",
+]
 
 from enum import IntEnum
 from typing import Any, Final
@@ -67,35 +76,28 @@ def group_rows(keys: Any, bits: int, places: Any, rows: Any, begins: Any) -> int
 
 
 @compiled
-def count_rows(ids: Any, counts: Any, places: Any, rows: Any, begins: Any) -> int:
-    """Sorts ids by counting each row's, which is quicker than any sort where there are not many more rows than ids.
+def are_single(begins: Any) -> bool:
+    """Returns whether bags have one id each.
 
     Args:
-        ids: (V,) int64, from 0 to R - 1.
-        counts: (R,) int64, zeros; it is used up.
-        places: (V,) int64; it becomes the places of the ids, ascending by id and then by place.
-        rows: (V,) int64; it begins with the distinct ids, then.
-        begins: (V + 1,) int64; it begins with where those of each distinct id begin, and V.
-
-    Returns:
-        How many ids are distinct.
+        begins: where the ids of each bag begin, and the last one's end, (G + 1,) int64.
     """
-    for place in range(len(ids)):
-        counts[ids[place]] += 1
-    total, distinct = 0, 0
-    for row in range(len(counts)):
-        met = counts[row]
-        if met > 0:
-            rows[distinct], begins[distinct] = row, total
-            distinct += 1
-            counts[row] = total
-            total += met
-    begins[distinct] = total
-    for place in range(len(ids)):
-        at = counts[ids[place]]
-        places[at] = place
-        counts[ids[place]] = at + 1
-    return distinct
+    count = len(begins) - 1
+    if begins[count] - begins[0] != count:
+        return False
+    others = 0
+    for bag in range(count):
+        others += begins[bag + 1] - begins[bag] != 1
+    return others == 0
+
+
+@compiled
+def are_ascending(ids: Any) -> bool:
+    """Returns whether each id, (V,) int64, is larger than the one before."""
+    place = 1
+    while place < len(ids) and ids[place - 1] < ids[place]:
+        place += 1
+    return place >= len(ids)
 
 
 @compiled
@@ -135,27 +137,27 @@ def move_rows(
     """
     dim = weights.shape[1]
     lr, eps, new_mean, old_square, new_square = numbers[0], numbers[1], numbers[2], numbers[3], numbers[4]
+    # Row and column at once: a row by itself (`weights[slot]`) is counted like an object, which takes longer than moving it.
     for at in range(first, last):
-        row, weight, total = rows[at], weights[slots[at]], gradient[at]
+        row, slot = rows[at], slots[at]
         if rule == Rule.SGD:
             for column in range(dim):
-                weight[column] -= lr * total[column]
+                weights[slot, column] -= lr * gradient[at, column]
         elif rule == Rule.ADAGRAD:
-            square = squares[row]
             for column in range(dim):
-                square[column] += total[column] * total[column]
-                weight[column] -= lr * (total[column] / (np.sqrt(square[column]) + eps))
+                squares[row, column] += gradient[at, column] * gradient[at, column]
+                weights[slot, column] -= lr * (gradient[at, column] / (np.sqrt(squares[row, column]) + eps))
         elif rule == Rule.ROWWISE_ADAGRAD:
             squared = np.float32(0)
             for column in range(dim):
-                squared += total[column] * total[column]
+                squared += gradient[at, column] * gradient[at, column]
             sums[row] += squared / np.float32(dim)
             size = lr / (np.sqrt(sums[row]) + eps)
             for column in range(dim):
-                weight[column] -= size * total[column]
+                weights[slot, column] -= size * gradient[at, column]
         else:
-            square, mean = squares[row], means[row]
             for column in range(dim):
-                mean[column] += new_mean * (total[column] - mean[column])
-                square[column] = square[column] * old_square + new_square * total[column] * total[column]
-                weight[column] -= lr * (mean[column] / (np.sqrt(square[column]) + eps))
+                means[row, column] += new_mean * (gradient[at, column] - means[row, column])
+                square = squares[row, column] * old_square
+                squares[row, column] = square + new_square * gradient[at, column] * gradient[at, column]
+                weights[slot, column] -= lr * (means[row, column] / (np.sqrt(squares[row, column]) + eps))

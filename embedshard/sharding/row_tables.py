@@ -20,7 +20,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_common import PoolingMode
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import SplitTableBatchedEmbeddingBagsCodegen
@@ -28,7 +27,17 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from embedshard.sharding.row_kernels import NO_STATE, Rule, State, bags_of_ids, count_rows, group_rows, move_rows
+from embedshard.counting import sort_by_counting
+from embedshard.sharding.row_kernels import (
+    NO_STATE,
+    Rule,
+    State,
+    are_ascending,
+    are_single,
+    bags_of_ids,
+    group_rows,
+    move_rows,
+)
 from embedshard.sharding.shards import fused_kernels
 
 Ids = NDArray[np.int64]
@@ -62,6 +71,7 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
             first = self.feature_table_map.index(table)
             self._features.append((first, first + self.feature_table_map.count(table)))
         self._dims = [int(end - begin) for begin, end in pairwise(self.D_offsets.tolist())]
+        self._is_float32 = all(weight.dtype == torch.float32 for weight in self._weights_of_tables)
 
     def forward(
         self, indices: torch.Tensor, offsets: torch.Tensor, per_sample_weights: torch.Tensor | None = None
@@ -86,30 +96,29 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
         self, indices: torch.Tensor, offsets: torch.Tensor, weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, ...]:
         """Returns for each feature what `forward` returns for all, side by side or one after the other; no backward pass."""
-        batch_size = (len(offsets) - 1) // len(self.feature_table_map)
+        all_begins = offsets.numpy()
+        batch_size = (len(all_begins) - 1) // len(self.feature_table_map)
         is_pooled = self.pooling_mode != PoolingMode.NONE
         if not batch_size:
             return tuple(torch.empty(0, dim) for dim in self._dims)
-        if any(weight.dtype != torch.float32 for weight in self._weights_of_tables):
+        if not self._is_float32:
             found = super().forward(indices, offsets, weights)
             cuts = self._dims if is_pooled else offsets[::batch_size].diff().tolist()
             return tuple(part.contiguous() for part in torch.split(found, cuts, dim=1 if is_pooled else 0))
         parts: list[torch.Tensor] = []
         for name, weight, (first, last) in zip(self._names, self._weights_of_tables, self._features, strict=True):
-            bags = offsets[first * batch_size : last * batch_size + 1]
-            begins = bags.numpy()
+            begins = all_begins[first * batch_size : last * batch_size + 1]
             span = slice(int(begins[0]), int(begins[-1]))
             cuts = [batch_size] * (last - first) if is_pooled else begins[::batch_size].tolist()
             if not is_pooled:
                 cuts = [end - begin for begin, end in pairwise(cuts)]
             try:
-                if not is_pooled or (weights is None and _are_single(begins)):
+                if not is_pooled or (weights is None and are_single(begins)):
                     vectors = weight.index_select(0, indices[span])
                 else:
-                    vectors = F.embedding_bag(
-                        indices[span], weight, bags - span.start if span.start else bags, mode="sum",
-                        per_sample_weights=None if weights is None else weights[span].float(), include_last_offset=True,
-                    )  # fmt: skip
+                    of_weights = None if weights is None else weights[span].float()
+                    bags = torch.from_numpy(begins - span.start if span.start else begins)
+                    vectors = _sums(weight, indices[span], bags, of_weights)
             except (IndexError, RuntimeError) as error:
                 _check_rows(name, indices[span], weight, error)
                 raise
@@ -125,7 +134,7 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
         A gradient that is None is zeros: a row that was looked up is moved, which Adam does by its moments alone.
         """
         begins = offsets.numpy()
-        batch_size = (len(offsets) - 1) // len(self.feature_table_map)
+        batch_size = (len(begins) - 1) // len(self.feature_table_map)
         is_pooled = self.pooling_mode != PoolingMode.NONE
         if not batch_size:
             return
@@ -146,12 +155,10 @@ class RowTables(SplitTableBatchedEmbeddingBagsCodegen):
             vectors, stride = _as_rows(parts[0]) if len(parts) == 1 else (torch.cat(parts), 1)
             rows_U, sources, ends = _grouped(ids_V, len(self._weights_of_tables[table]))
             of_weights = None if weights is None or not is_pooled else weights[span][torch.from_numpy(sources)].float()
-            if is_pooled and not _are_single(bags):
+            if is_pooled and not are_single(bags):
                 sources = bags_of_ids(bags)[sources]
-            gradient_UD = F.embedding_bag(
-                torch.from_numpy(sources if stride == 1 else sources * stride), vectors, torch.from_numpy(ends),
-                mode="sum", include_last_offset=True, per_sample_weights=of_weights,
-            )  # fmt: skip
+            places = torch.from_numpy(sources if stride == 1 else sources * stride)
+            gradient_UD = _sums(vectors, places, torch.from_numpy(ends), of_weights)
             self._move(table, rows_U, gradient_UD.numpy())
 
     def state(self, table: int) -> State:
@@ -274,15 +281,16 @@ def _in_threes(tensors: Sequence[torch.Tensor | None]) -> list[tuple[Any, Any, A
     return [(tensors[at], tensors[at + 1], tensors[at + 2]) for at in range(0, len(tensors), 3)]
 
 
-def _are_single(begins: Ids) -> bool:
-    """Returns whether bags that begin there have one id each."""
-    return int(begins[-1] - begins[0]) == len(begins) - 1 and bool((begins[1:] - begins[:-1] == 1).all())
+def _sums(rows: torch.Tensor, places_V: torch.Tensor, ends: torch.Tensor, weights_V: torch.Tensor | None) -> torch.Tensor:
+    """Returns sums of the rows at some places, from each of `ends` to the next, without the checks of torch's `F`."""
+    found: torch.Tensor = torch.embedding_bag(rows, places_V, ends, False, 0, False, weights_V, True)[0]
+    return found
 
 
 def _is_one_a_row(begins: Ids, ids_V: Ids) -> bool:
     """Returns whether the first bags have an id each, all different and ascending, and further ones none."""
     count = len(ids_V)
-    return bool((ids_V[1:] > ids_V[:-1]).all()) and count < len(begins) and _are_single(begins[: count + 1])
+    return are_ascending(ids_V) and count < len(begins) and are_single(begins[: count + 1])
 
 
 def _as_rows(part: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -317,7 +325,7 @@ def _grouped(ids_V: Ids, num_rows: int) -> tuple[Ids, Ids, Ids]:
     if is_counted or num_rows < 2 ** (62 - bits):
         places, rows, begins = np.empty_like(ids_V), np.empty_like(ids_V), np.empty(len(ids_V) + 1, np.int64)
         if is_counted:
-            count = count_rows(ids_V, np.zeros(num_rows, np.int64), places, rows, begins)
+            count = sort_by_counting(ids_V, np.zeros(num_rows, np.int64), places, rows, begins)
         else:
             keys = ids_V << bits
             keys |= np.arange(len(ids_V))

@@ -113,6 +113,9 @@ class Ledger:
         self._last_step = position.step
         rows = batch.rows.numpy()
         self._digest = sum_of_digests([self._digest, row_digest(*key, rows)])
+        if batch.is_full:
+            self._rows += len(rows)
+            return
         valid = rows >= 0
         self._rows += int(valid.sum())
         self._weightless_rows += int(np.count_nonzero(valid & (batch.weights.cpu().numpy() == 0)))

@@ -129,22 +129,17 @@ class Stepper:
         losses = self._objective(output, batch)
         if self._penalties:
             losses = losses + l2_penalty(output.lookups, self._penalties)
-        weights = getattr(output, "weights", batch.weights)
-        weighted = torch.where(weights > 0, losses * weights, 0.0)
-        loss_sum, weight_sum = weighted.sum(), weights.sum()
-        local = [loss_sum.detach(), weight_sum, (batch.rows >= 0).sum().to(weight_sum.device)]
+        weighted, weight_sum, rows_here = _weighted(losses, getattr(output, "weights", None), batch)
+        loss_sum = weighted.sum()
         lap("loss")
-        told = torch.tensor([stop_asked, save_asked, bytes_read], dtype=torch.float64, device=weight_sum.device)
-        numbers = torch.cat([torch.stack([value.double() for value in local]), told])
-        if batch.tally is not None and len(batch.tally):
-            numbers = torch.cat([numbers, batch.tally.to(numbers)])
-        agreed = self._world.begin_sum(numbers)
+        told = [stop_asked, save_asked, bytes_read, *([] if batch.tally is None else batch.tally.tolist())]
+        agreed = self._world.begin_sum(_in_a_row([loss_sum.detach(), weight_sum, rows_here, *told], loss_sum.device))
         lap("agree")
         self._ahead.send_ids()
         lap("input_dist")
         # As if all rows weighed 1: what they weigh is known when the others have answered, and mostly it is that.
         places = batch.size * self._world.world_size
-        torch.autograd.backward(loss_sum * (self._world.world_size / places))
+        torch.autograd.backward(loss_sum, torch.full_like(loss_sum, self._world.world_size / places))
         lap("dense_backward")
         total_loss, total_weight, rows, stops, saves, read, *tally = agreed().tolist()
         lap("agree")
@@ -206,6 +201,36 @@ def _seed_generator(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+
+
+def _weighted(
+    losses: torch.Tensor, own_weights: torch.Tensor | None, batch: Batch
+) -> tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | int]:
+    """Returns losses times their weights, the sum of these, and how many rows there are.
+
+    Args:
+        losses: of rows, or of what a model's output has weights for.
+        own_weights: of the latter; None where there are none.
+        batch: the rows.
+    """
+    if own_weights is None and batch.is_full:
+        return losses, batch.size, batch.size
+    weights = batch.weights if own_weights is None else own_weights
+    rows = batch.size if batch.is_full else (batch.rows >= 0).sum()
+    return torch.where(weights > 0, losses * weights, 0.0), weights.sum(), rows
+
+
+def _in_a_row(numbers: Sequence[torch.Tensor | float], device: torch.device) -> torch.Tensor:
+    """Returns numbers as one tensor of a device, (n,) float64. Those that are there already are not waited for."""
+    if device.type == "cpu":
+        return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
+    is_there = [isinstance(number, torch.Tensor) and number.device == device for number in numbers]
+    known = [0.0 if there else float(number) for number, there in zip(numbers, is_there, strict=True)]
+    row = torch.tensor(known, dtype=torch.float64).to(device)
+    for at, number in enumerate(numbers):
+        if is_there[at]:
+            row[at] = number
+    return row
 
 
 def _of_rows(weighted: torch.Tensor, output: object, batch: Batch) -> torch.Tensor:

@@ -7,7 +7,9 @@ import pytest
 from embedshard.config import table_specs
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import open_dataset
-from embedshard.data.reader import BatchReader
+from embedshard.data.reader import BatchReader, _ReadAhead
+from embedshard.errors import DataError
+from embedshard.stages import Laps
 from embedshard.world import World, open_world
 
 
@@ -82,6 +84,48 @@ def test_each_row_travels_with_its_own_values(make_config, interactions):
             assert batch.dense[place, 0].item() == pytest.approx((row["age"] - mean) / deviation, abs=1e-5)
             assert batch.ids["item_id"][place] == row["item_id"]
     assert sorted(met) == sorted([*range(203)] * 2)
+
+
+@pytest.mark.parametrize("weight", [None, "weight"])
+def test_batches_say_whether_all_their_rows_weigh_1(make_config, weight):
+    config = make_config({"data": {"weight": weight}}).config
+    batches = read(config)[1]
+    assert [batch.is_full for batch in batches] == [weight is None and not batch.position.is_epoch_end for batch in batches]
+    assert all(bool((batch.rows >= 0).all() and (batch.weights == 1).all()) for batch in batches if batch.is_full)
+
+
+def test_an_error_comes_ahead_of_batches_that_are_ready():
+    def produce():
+        yield "first"
+        raise DataError("the second")
+
+    ahead = _ReadAhead(produce(), Laps(["ahead"]))
+    ahead._thread.join()
+    with pytest.raises(DataError, match="the second"):
+        next(iter(ahead))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5, 40])
+def test_the_reader_is_a_few_batches_ahead_and_ends_when_it_is_closed(taken):
+    made = []
+
+    def produce():
+        for number in range(1_000):
+            made.append(number)
+            yield number
+
+    ahead = _ReadAhead(produce(), Laps(["ahead"]))
+    batches = iter(ahead)
+    assert [next(batches) for _ in range(taken)] == list(range(taken))
+    ahead.close()
+    assert not ahead._thread.is_alive()
+    assert taken <= len(made) <= taken + 9
+
+
+def test_all_batches_are_handed_on():
+    ahead = _ReadAhead(iter(range(100)), Laps(["ahead"]))
+    assert list(ahead) == list(range(100))
+    ahead.close()
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])

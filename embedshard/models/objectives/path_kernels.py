@@ -14,28 +14,21 @@ __all__ = ["begins_of_decisions", "by_context", "path_gradients", "path_logits",
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from embedshard.compiled import compiled
+from embedshard.counting import sort_by_counting
 
 
-@compiled
-def by_context(contexts: Any, places: int) -> Any:
+def by_context(contexts: NDArray[np.int64], places: int) -> NDArray[np.int64]:
     """Returns the pairs in the order of their contexts, and among those of a context in their own, (P,) int64.
 
     Args:
         contexts: places, (P,) int64.
         places: V.
     """
-    begins = np.zeros(places + 1, np.int64)
-    for pair in range(len(contexts)):
-        begins[contexts[pair] + 1] += 1
-    for place in range(places):
-        begins[place + 1] += begins[place]
-    order = np.empty(len(contexts), np.int64)
-    for pair in range(len(contexts)):
-        context = contexts[pair]
-        order[begins[context]] = pair
-        begins[context] += 1
+    order, met, begins = np.empty_like(contexts), np.empty_like(contexts), np.empty(len(contexts) + 1, np.int64)
+    sort_by_counting(contexts, np.zeros(places, np.int64), order, met, begins)
     return order
 
 

@@ -15,7 +15,6 @@ import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +31,10 @@ from losses import LOSSES
 from embedshard.storage import locate
 from embedshard.train.checkpoint_reader import newest_intact
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from bound import finished  # noqa: E402
+
 NOT_REPEATED_S = 60
 COLUMNS = (
     "model, ids",
@@ -73,28 +75,6 @@ class Side:
         return f"{self.optimizer.kind} {self.optimizer.lr:g}{dense}{no_xla}"
 
 
-def finished(command, cpu, log, **environment):
-    """Runs a command to its end on one core; returns its output, seconds and greatest resident size in bytes."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment}
-    begin = time.monotonic()
-    with log.open("w+") as output, (log.parent / f"{log.name}.err").open("w") as errors:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdout=output,
-            stderr=errors,
-            env=variables,
-            preexec_fn=lambda: os.sched_setaffinity(0, {cpu}),
-        )
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.monotonic() - begin
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} ended with {process.returncode}; see {log}.err")
-    return text, seconds, usage.ru_maxrss * 1024
-
-
 def train_keras(case, optimizer, data, scratch, cpu, python, rows, seed):
     weights = scratch / "keras.npz"
     command = [
@@ -107,11 +87,11 @@ def train_keras(case, optimizer, data, scratch, cpu, python, rows, seed):
         optimizer.lr,
     ]
     command += [data, weights, "--seed", seed, *([] if optimizer.xla else ["--no-xla"])]
-    text, seconds, memory = finished(command, cpu, scratch / "keras.log")
-    measured = json.loads(text.strip().splitlines()[-1])
+    ended = finished(command, {cpu})
+    measured = json.loads(ended.text.strip().splitlines()[-1])
     with np.load(weights) as arrays:
         loss = held_out_loss(case, data, lambda name: arrays[name])
-    return measured["steps_per_second"] * case.batch, memory, seconds, loss
+    return measured["steps_per_second"] * case.batch, ended.memory, ended.seconds, loss
 
 
 def train_embedshard(case, optimizer, data, scratch, cpu, seed):
@@ -123,7 +103,7 @@ def train_embedshard(case, optimizer, data, scratch, cpu, seed):
     settings |= {"train.global_batch_size": case.batch, "train.log_every_steps": STEPS_AT_ONCE}
     command = [sys.executable, "-m", "embedshard.cli", "train", HERE / f"{case.model}.yaml", "--run-dir", run]
     command += [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
-    _, seconds, memory = finished(command, cpu, scratch / "embedshard.log", DATA=str(data))
+    ended = finished(command, {cpu}, DATA=str(data))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # A line tells the mean speed since the beginning: rows divided by it are the seconds so far.
     speeds = {line["step"]: line["train/samples_per_second"] for line in lines if "train/samples_per_second" in line}
@@ -131,7 +111,7 @@ def train_embedshard(case, optimizer, data, scratch, cpu, seed):
     last = max(spent)
     speed = (last - WARM_UP_STEPS) * case.batch / (spent[last] - spent[WARM_UP_STEPS])
     checkpoint = newest_intact(locate(run / "checkpoints"))
-    return speed, memory, seconds, held_out_loss(case, data, lambda name: whole(checkpoint, name))
+    return speed, ended.memory, ended.seconds, held_out_loss(case, data, lambda name: whole(checkpoint, name))
 
 
 def whole(checkpoint, name):

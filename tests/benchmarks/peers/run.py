@@ -16,23 +16,21 @@ import platform
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from bound import finished  # noqa: E402
 from data import criteo_tree, towers_tree, write  # noqa: E402
 
 BATCH, TRAIN_BATCH = 8_192, 4_096
 WARM_UP_STEPS = 40
 MARKS = "<!-- peers: begin -->", "<!-- peers: end -->"
-LIMIT_S = 1_200
 
 
 @dataclass
@@ -56,48 +54,6 @@ class Side:
         return statistics.median(self.speeds)
 
 
-def finished(command: list[str], cpus: set[int], scratch: Path, until: Path | None = None) -> tuple[str, float, int]:
-    """Runs a command to its end; returns what it printed, its seconds and the greatest resident bytes of a process of it.
-
-    The seconds are those until a file has its first line, if one is named.
-    """
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "RAY_DEDUP_LOGS": "0"}
-    begin = time.perf_counter()
-    with (scratch / "out").open("w+") as output, (scratch / "err").open("w") as errors:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=errors, env=variables, preexec_fn=lambda: os.sched_setaffinity(0, cpus)
-        )
-        most, reached = 0, None
-        while process.poll() is None:
-            if until is None:
-                most = max(most, resident(process.pid))
-            elif reached is None and until.exists() and until.stat().st_size:
-                reached = time.perf_counter() - begin
-            time.sleep(0.05 if until is None else 0.01)
-            if time.perf_counter() - begin > LIMIT_S:
-                process.kill()
-        seconds = time.perf_counter() - begin if reached is None else reached
-        output.seek(0)
-        text = output.read()
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {process.returncode}:\n{(scratch / 'err').read_text()[-2000:]}")
-    return text, seconds, most
-
-
-def resident(pid: int) -> int:
-    """Returns the resident bytes of a process and all below it, shared pages counted for each."""
-    total = 0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmRSS:"):
-                total = int(line.split()[1]) * 1024
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            total += sum(resident(int(child)) for child in (task / "children").read_text().split())
-    except OSError:
-        pass
-    return total
-
-
 def measure(sides: list[Side], repeats: int, cpus: list[int], scratch: Path) -> None:
     """Measures contenders in turns."""
     for number in range(repeats):
@@ -106,8 +62,8 @@ def measure(sides: list[Side], repeats: int, cpus: list[int], scratch: Path) -> 
             if isinstance(side.command, dict):
                 speed, memory = trained(side, bound, scratch)
             else:
-                text, _, memory = finished(side.command, bound, scratch)
-                told = json.loads(text.strip().splitlines()[-1])
+                ended = finished(side.command, bound, counts_children=True)
+                memory, told = ended.memory, json.loads(ended.text.strip().splitlines()[-1])
                 speed = told.get("rows_per_second") or told["samples_per_second"]
             side.speeds.append(speed)
             side.memory = max(side.memory, memory)
@@ -122,7 +78,8 @@ def trained(side: Side, cpus: set[int], scratch: Path) -> tuple[float, int]:
     shutil.rmtree(run, ignore_errors=True)
     config.write_text(json.dumps(side.command))
     command = [sys.executable, "-m", "embedshard.cli", "train", str(config), "--run-dir", str(run)]
-    _, _, memory = finished([*command, *(["--workers", str(side.workers)] if side.workers > 1 else [])], cpus, scratch)
+    command += ["--workers", str(side.workers)] if side.workers > 1 else []
+    memory = finished(command, cpus, counts_children=True).memory
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     # A line tells the mean speed since the beginning: rows divided by it are the seconds so far.
     batch = side.command["train"]["global_batch_size"]
@@ -251,7 +208,9 @@ def start(arguments: argparse.Namespace, scratch: Path) -> list[str]:
         seconds = []
         for _ in range(arguments.repeats + 1):
             shutil.rmtree(run, ignore_errors=True)
-            seconds.append(finished([sys.executable, "-m", "embedshard.cli", *command], {arguments.cpu}, scratch, until)[1])
+            seconds.append(
+                finished([sys.executable, "-m", "embedshard.cli", *command], {arguments.cpu}, until=until).seconds
+            )
         seconds = seconds[1:]  # the first finds nothing in the page cache
         middle = statistics.median(seconds)
         lines.append(f"| {name} | {middle:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {most} |")

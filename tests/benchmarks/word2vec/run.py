@@ -15,35 +15,25 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from bound import finished  # noqa: E402
+
 CONFIGS = HERE.parents[2] / "pipelines" / "words"
 CASES = ("negative_sampling", "hierarchical_softmax")
-
-
-def finished(command, cpu, **environment):
-    """Runs a command to its end on one core and returns its output."""
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **environment}
-    command = [str(part) for part in command]
-    ended = subprocess.run(
-        command, env=variables, capture_output=True, text=True, preexec_fn=lambda: os.sched_setaffinity(0, {cpu})
-    )
-    if ended.returncode:
-        raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}: {ended.stderr[-2000:]}")
-    return ended.stdout
 
 
 def ours(case, arguments, scratch):
     run = scratch / "run"
     shutil.rmtree(run, ignore_errors=True)
     command = [sys.executable, "-m", "embedshard.cli", "train", CONFIGS / f"{case}.yaml", "--run-dir", run]
-    finished([*command, "--set", "train.epochs=1"], arguments.cpu, EMBEDSHARD_DATA=str(arguments.data))
+    finished([*command, "--set", "train.epochs=1"], {arguments.cpu}, EMBEDSHARD_DATA=str(arguments.data))
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     reviews = [line["train/samples_per_second"] for line in lines if "train/samples_per_second" in line][-1]
     lists = pq.read_table(arguments.data / "words" / "train", columns=["words"])["words"]
@@ -53,7 +43,7 @@ def ours(case, arguments, scratch):
 def gensim(case, arguments, scratch):
     command = [arguments.gensim, HERE / "gensim_words.py", arguments.data / "words", "--out", scratch / "vectors.parquet"]
     flags = ["--hierarchical-softmax"] if case == "hierarchical_softmax" else []
-    said = finished([*command, "--epochs", 1, *flags], arguments.cpu)
+    said = finished([*command, "--epochs", 1, *flags], {arguments.cpu}).text
     return float(re.search(r"([\d,]+) words/s", said).group(1).replace(",", ""))
 
 
