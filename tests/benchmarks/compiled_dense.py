@@ -14,11 +14,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
 
-from data import criteo_tree, towers_tree, write  # noqa: E402
+from data import criteo_tree, towers_tree, write
 
-from embedshard.config import build_config  # noqa: E402
-from embedshard.train.assembly import assemble  # noqa: E402
-from embedshard.world import open_world  # noqa: E402
+from embedshard.config import build_config
+from embedshard.train.assembly import assemble
+from embedshard.world import open_world
 
 BATCH, DIM, IN_TURN, WARM = 4096, 16, 5, 8
 

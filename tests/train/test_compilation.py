@@ -8,6 +8,7 @@ from torch import nn
 
 from embedshard.config import build_config
 from embedshard.errors import ConfigError, TrainingError
+from embedshard.launch.export import export_here
 from embedshard.models.dlrm import DLRM as Model
 from embedshard.sharding.shards import weight_shards
 from embedshard.train import compilation
@@ -78,13 +79,15 @@ def test_a_compiled_dense_part_gives_the_same(make_config, case):
 
 
 def test_a_run_that_resumes_is_computed_by_the_same_graphs(
-    make_config, tmp_path, run_tree, saved_tensors, assert_same_tensors
+    make_config, tmp_path, run_tree, saved_tensors, assert_same_tensors, monkeypatch
 ):
     tree = make_config({**REPEATS, "train": {"compile": True}, "checkpoint": {"every_steps": 5, "keep": 9}}).tree
     run_tree(tree, tmp_path / "whole")
     run_tree(tree, tmp_path / "resumed")
     run_tree(tree, tmp_path / "resumed", resume_step=5)
     assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / "resumed"))
+    monkeypatch.setattr(torch, "compile", None)  # whoever exports or evaluates a run needs no compiler
+    assert export_here(tmp_path / "whole", tmp_path / "export", {}).manifest is not None
 
 
 def test_more_kinds_of_batches_than_torch_compiles_are_told_of_and_trained(make_config):
