@@ -31,6 +31,7 @@ __all__ = [
     "BagFeature",
     "BpeVocabulary",
     "CheckpointConfig",
+    "CompileConfig",
     "ConvEncoder",
     "CosineContrastiveConfig",
     "CrossEntropyConfig",
@@ -1200,6 +1201,23 @@ class EarlyStoppingConfig(Strict):
     """What counts as an improvement."""
 
 
+class CompileConfig(Strict):
+    """The dense part through `torch.compile`."""
+
+    mode: Literal["default", "reduce-overhead"] = "default"
+    """`reduce-overhead` also records CUDA graphs, on CUDA alone."""
+
+
+def _form_of_compile(value: Any) -> str:
+    """Returns which form is meant, in words that the errors of `load.py` leave out of a path."""
+    return "dict[compile]" if isinstance(value, Mapping | CompileConfig) else "literal[switch]"
+
+
+Compile = Annotated[
+    Annotated[bool, Tag("literal[switch]")] | Annotated[CompileConfig, Tag("dict[compile]")], Discriminator(_form_of_compile)
+]
+
+
 class TrainConfig(Strict):
     """How long and in what portions."""
 
@@ -1221,8 +1239,18 @@ class TrainConfig(Strict):
     precision: Literal["fp32", "bf16"] = "fp32"
     """What products of the dense part are computed in, in training; `bf16` is torch's autocast to bfloat16, for CUDA.
     Tables, weights, sums and the objective stay in float32, and so does evaluation."""
+    compile: Compile = False
+    """Whether the dense part, from the looked-up vectors to the model's output, goes through `torch.compile` in training;
+    `{mode: reduce-overhead}` for CUDA graphs. It needs a C++ compiler on a CPU, Triton on CUDA."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
+
+    @property
+    def compiles(self) -> CompileConfig | None:
+        """How the dense part is compiled; None if it is not."""
+        if isinstance(self.compile, bool):
+            return CompileConfig() if self.compile else None
+        return self.compile
 
     @property
     def window_rows(self) -> int:

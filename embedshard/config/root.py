@@ -10,6 +10,7 @@ from typing import Final
 
 from pydantic import Field, model_validator
 
+from embedshard.config.compilation import check_compile
 from embedshard.config.memory import check_table_memory
 from embedshard.config.parts import (
     BagFeature,
@@ -164,6 +165,7 @@ class Config(Strict):
         self._check_metrics()
         self._check_hashed_item()
         self._check_baselines()
+        check_compile(self)
         return self
 
     def _check_batch(self) -> None:

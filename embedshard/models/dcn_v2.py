@@ -49,7 +49,10 @@ class DCNv2(nn.Module):
 
     def forward(self, batch: Batch) -> LabelOutput:
         """Returns the logit of each row. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        return self.dense(self.embeddings(batch), batch)
+
+    def dense(self, lookups: dict[str, torch.Tensor], batch: Batch) -> LabelOutput:
+        """Returns the same of what was looked up."""
         vectors, numbers_BF = self.fields(lookups, batch)
         joined_BN = torch.cat([*vectors, numbers_BF], dim=1)
         crossed_BN = self.cross(joined_BN)

@@ -61,7 +61,10 @@ class DeepFM(nn.Module):
 
     def forward(self, batch: Batch) -> LabelOutput:
         """Returns the logit of each row. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        return self.dense(self.embeddings(batch), batch)
+
+    def dense(self, lookups: dict[str, torch.Tensor], batch: Batch) -> LabelOutput:
+        """Returns the same of what was looked up."""
         vectors, numbers_BF = self.fields(lookups, batch)
         deep_B = self.head(self.mlp(torch.cat([*vectors, numbers_BF], dim=1), batch))[:, 0]
         vectors_BFD = torch.stack(vectors, dim=1)

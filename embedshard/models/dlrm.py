@@ -48,7 +48,10 @@ class DLRM(nn.Module):
 
     def forward(self, batch: Batch) -> LabelOutput:
         """Returns the logit of each row. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        return self.dense(self.embeddings(batch), batch)
+
+    def dense(self, lookups: dict[str, torch.Tensor], batch: Batch) -> LabelOutput:
+        """Returns the same of what was looked up."""
         vectors, numbers_BF = self.fields(lookups, batch)
         if self.dense_mlp is not None:
             numbers_BD = self.dense_mlp(numbers_BF, batch)

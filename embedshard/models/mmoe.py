@@ -46,7 +46,10 @@ class MMoE(nn.Module):
 
     def forward(self, batch: Batch) -> LabelOutput:
         """Returns each label's logit of each row. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        return self.dense(self.embeddings(batch), batch)
+
+    def dense(self, lookups: dict[str, torch.Tensor], batch: Batch) -> LabelOutput:
+        """Returns the same of what was looked up."""
         vectors, numbers_BF = self.fields(lookups, batch)
         joined = torch.cat([*vectors, numbers_BF], dim=1)
         experts_BEH = torch.stack([expert(joined, batch) for expert in self.experts], dim=1)

@@ -74,7 +74,7 @@ class Repeats:
 
     def spread(self, vectors_UD: torch.Tensor) -> torch.Tensor:
         """Returns each row's vector, (B, D), of those of the kinds. With gradient."""
-        return _apply(vectors_UD, self)
+        return _apply(vectors_UD, self.kinds, self.order, self.begins)
 
 
 def _sorted(codes: NDArray[np.int64]) -> Repeats | None:
@@ -149,18 +149,19 @@ class _Spread(torch.autograd.Function):
     """Rows by their kind. The backward pass sums by torch's `embedding_bag`, several times as fast as `index_add_`."""
 
     @staticmethod
-    def forward(ctx: Any, vectors_UD: torch.Tensor, repeats: Repeats) -> torch.Tensor:
-        ctx.repeats = repeats
-        return vectors_UD.index_select(0, repeats.kinds)
+    def forward(
+        ctx: Any, vectors_UD: torch.Tensor, kinds: torch.Tensor, order: torch.Tensor, begins: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(order, begins)
+        return vectors_UD.index_select(0, kinds)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BD: torch.Tensor) -> tuple[torch.Tensor, None]:
-        repeats, dtype = ctx.repeats, gradient_BD.dtype
+    def backward(ctx: Any, gradient_BD: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (order, begins), dtype = ctx.saved_tensors, gradient_BD.dtype
         gradient_BD = gradient_BD.contiguous() if dtype != torch.bfloat16 else gradient_BD.float()
-        return F.embedding_bag(repeats.order, gradient_BD, repeats.begins, mode="sum", include_last_offset=True).to(
-            dtype
-        ), None
+        sums_UD = F.embedding_bag(order, gradient_BD, begins, mode="sum", include_last_offset=True)
+        return sums_UD.to(dtype), None, None, None
 
 
 _apply: Callable[..., torch.Tensor] = _Spread.apply

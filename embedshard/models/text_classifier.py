@@ -9,6 +9,7 @@ __all__ = ["TextClassifier", "make_encoder"]
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from embedshard.config import Config, TableSpec
@@ -80,7 +81,10 @@ class TextClassifier(nn.Module):
 
     def forward(self, batch: Batch) -> ClassOutput:
         """Returns the logits of the batch's rows. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        return self.dense(self.embeddings(batch), batch)
+
+    def dense(self, lookups: dict[str, torch.Tensor], batch: Batch) -> ClassOutput:
+        """Returns the same of what was looked up."""
         parts = []
         if self.encoder is not None and self._text is not None:
             parts.append(self.encoder(lookups[self._text], batch.sequence_lengths(self._text)))

@@ -77,8 +77,17 @@ class TwoTower(nn.Module):
 
     def forward(self, batch: Batch) -> RetrievalOutput:
         """Returns the vectors of the batch's rows and of what was drawn. Collective where tables are sharded."""
-        shorter, (of_user, of_item) = self._shortened(batch)
-        lookups = self.embeddings(shorter)
+        shorter, repeats = self._shortened(batch)
+        return self.dense(self.embeddings(shorter), batch, *repeats)
+
+    def dense(
+        self,
+        lookups: dict[str, torch.Tensor],
+        batch: Batch,
+        of_user: Repeats | None = None,
+        of_item: Repeats | None = None,
+    ) -> RetrievalOutput:
+        """Returns the same of what was looked up, and of what repeats there."""
         return RetrievalOutput(
             query_BD=_spread(of_user, lookups, lambda found: self._queries(found, batch)),
             candidate_BD=_spread(of_item, lookups, lambda found: self._candidates(found, batch.dense, None)),

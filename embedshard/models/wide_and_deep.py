@@ -48,7 +48,10 @@ class WideAndDeep(nn.Module):
 
     def forward(self, batch: Batch) -> LabelOutput:
         """Returns the logit of each row. Collective where tables are sharded."""
-        lookups = self.embeddings(batch)
+        return self.dense(self.embeddings(batch), batch)
+
+    def dense(self, lookups: dict[str, torch.Tensor], batch: Batch) -> LabelOutput:
+        """Returns the same of what was looked up."""
         vectors, numbers_BF = self.fields(lookups, batch)
         logits_B = self.head(self.mlp(torch.cat([*vectors, numbers_BF], dim=1), batch))[:, 0]
         logits_B = logits_B + first_order_sum(lookups, self._wide)

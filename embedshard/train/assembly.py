@@ -35,6 +35,7 @@ from embedshard.sharding.recorded import RecordedPlan, record_plan
 from embedshard.sharding.shard import shard_model
 from embedshard.stages import STEP_STAGES, Laps
 from embedshard.storage import Location
+from embedshard.train.compilation import CompiledDense
 from embedshard.train.snapshot import table_shards
 from embedshard.train.step import Stepper
 from embedshard.world import World
@@ -59,6 +60,7 @@ class Assembly:
     laps: Laps
     streaming: StreamingMetrics | None = None
     managed: ManagedTables | None = None
+    compiled: CompiledDense | None = None
 
     @property
     def num_steps(self) -> int:
@@ -147,6 +149,7 @@ def assemble(
     managed = _manage(config, world, specs, model, optimizers)
     laps = Laps(STEP_STAGES)
     mark_lookups(model, laps)
+    compiles = config.train.compiles
     tally = Tally(dataset.train[0].decoder)
     collator = Collator(config, specs, tally, dataset.pair_maker, dataset.tree)
     return Assembly(
@@ -176,6 +179,7 @@ def assemble(
         laps=laps,
         managed=managed,
         streaming=streaming,
+        compiled=None if compiles is None else CompiledDense(model, world, compiles),
     )
 
 

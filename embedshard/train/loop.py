@@ -291,6 +291,8 @@ class _Training:
             self.reporter.counted(self.state.samples_seen, bad_rows)
         self.reporter.stepped(step, position.epoch, result.loss, self.samples_per_second)
         if due(step, self.parts.config.train.log_every_steps, False) or step == self.num_steps:
+            for news in self.parts.compiled.news() if self.parts.compiled is not None else ():
+                self.reporter.said(news)
             watched = self.parts.streaming.measure() if self.parts.streaming is not None else {}
             own = self.stopwatch.means(self.steps, self.checkpointer.background_seconds)
             means = over_ranks(own, self.parts.world)

@@ -151,6 +151,16 @@ def test_rows_that_are_mapped_once_change_no_result_under_any_plan(lab, world, s
     assert_same_result(lab.run(world, optimizer, f"{IDS_ALONE}{sharding}"), reference, optimizer)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "sharding"), [(1, "table_wise"), (2, "table_wise"), (2, "row_wise")])
+def test_a_compiled_dense_part_changes_no_result(lab, world, sharding):
+    reference = lab.run(1, "rowwise_adagrad", f"{IDS_ALONE}table_wise")
+    tree = lab.make_tree("rowwise_adagrad", f"{IDS_ALONE}{sharding}")
+    tree["train"]["compile"] = True
+    found = lab.groups[world].run(Rehearsal(build_config(tree, {}, "test"), last=STEPS, notes_state=True))
+    assert_same_result(found, reference, "rowwise_adagrad")
+
+
 @pytest.mark.parametrize(("world", "optimizer", "sharding"), [case(world, *one) for one in CASES for world in (2, 4)])
 def test_no_plan_and_no_world_changes_the_result(lab, world, optimizer, sharding):
     reference = lab.run(1, optimizer, "table_wise")
