@@ -13,9 +13,11 @@ __all__ = [
     "concatenate",
     "gather",
     "good_rows",
+    "load_loops",
     "narrowed",
     "num_rows",
     "padding_of",
+    "put_values",
     "rebased",
     "repeated",
     "slice_rows",
@@ -201,6 +203,22 @@ def _take(values: Array, index: IntArray, padding: Any, out: Array) -> None:
             out[place] = padding
         else:
             out[place] = values[row]
+
+
+@compiled
+def put_values(values: Array, places: IntArray, out: Array) -> None:
+    """Puts values into places of another array, which may be of a smaller type that holds them all."""
+    for at in range(len(places)):
+        out[places[at]] = values[at]
+
+
+def load_loops() -> None:
+    """Loads the loops that rows go through, about half a second once in a process, if they are not loaded yet."""
+    index = np.zeros(1, dtype=np.int64)
+    for kind in (np.int8, np.int16, np.int32, np.int64, np.float32):
+        out = np.zeros(1, dtype=kind)
+        _take(out.copy(), index, out.dtype.type(0), out)
+        put_values(np.zeros(1, dtype=np.float32 if kind == np.float32 else np.int64), index, out)
 
 
 def _gather_ragged(name: str, column: Ragged, index: IntArray, buffers: Buffers) -> Ragged:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
-from embedshard.data.columns import Buffers, Columns, concatenate, gather, narrowed
+from embedshard.data.columns import Buffers, Columns, concatenate, gather, load_loops, narrowed
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
@@ -111,6 +111,7 @@ class BatchReader:
         self._partition = -1
         self._rows: _Rows | None = None
         self.laps = Laps(BESIDE)
+        load_loops()
 
     @contextmanager
     def batches(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:

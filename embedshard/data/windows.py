@@ -26,6 +26,7 @@ from embedshard.data.columns import (
     gather,
     num_rows,
     padding_of,
+    put_values,
     slice_rows,
     take_lists,
 )
@@ -265,7 +266,7 @@ class _Window:
                 held = self._flat.get(name)
                 if held is None:
                     held = self._flat[name] = self._empty(name, column)
-                held[places] = column.values.astype(held.dtype, copy=False)
+                put_values(column.values, places, held)
             else:
                 if name not in self._lists:
                     self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)

@@ -60,9 +60,10 @@ def by_embedshard(folder: Path, is_list: bool, setting: str, batch: int) -> int:
     with open_world("cpu") as world:
         parts = assemble(load_config(str(config_file), os.environ, []).config, world)
         assert not any(parts.dataset.cached), "the data are to be larger than the cache"
+        reader = parts.reader()
         started()
         rows = 0
-        with parts.reader().batches(0, parts.num_steps) as batches:
+        with reader.batches(0, parts.num_steps) as batches:
             for one in batches:
                 rows += one.size
     return rows
