@@ -17,6 +17,7 @@ import mmap
 import os
 import secrets
 import select
+import sys
 import time
 import weakref
 from collections import deque
@@ -299,6 +300,8 @@ def open_post(rank: int, count: int, timeout_s: float, gather: Callable[[Any], l
         own: int | None = None
         offer: Offer | str
         try:
+            if sys.platform != "linux":
+                raise OSError(errno.ENOSYS, f"{sys.platform} has no anonymous files")
             own = _new_segment(count)
             opened.callback(os.close, own)
             token = secrets.token_bytes(_TOKEN_BYTES)
@@ -375,8 +378,9 @@ class _TimeSpec(ctypes.Structure):
 
 
 def _function(library: ctypes.CDLL, name: str, *types: Any) -> Any:
-    found = getattr(library, name)
-    found.argtypes, found.restype = types, ctypes.c_int
+    found = getattr(library, name, None)  # macOS has not all
+    if found is not None:
+        found.argtypes, found.restype = types, ctypes.c_int
     return found
 
 
