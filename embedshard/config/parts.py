@@ -1073,6 +1073,9 @@ class SampledSoftmaxConfig(MasksHits):
     """Logits are divided by it."""
     log_q: Literal["off", "on"] = "on"
     """Whether logits are corrected by the log of the probability with which a candidate turns up."""
+    mask_list: bool = False
+    """`sasrec`: whether candidates that are anywhere in the row's list are left out, too: each place then learns what comes
+    next among what the list does not have, before it or after."""
 
 
 class BPRConfig(MasksHits):

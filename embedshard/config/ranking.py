@@ -138,3 +138,7 @@ def check_sasrec(config: Config, model: SASRecConfig) -> None:
             f"objective '{config.objective.kind}' is not for a sasrec, which tells at each place which of some items comes "
             f"next. Choose 'sampled_softmax', without 'mixed'"
         )
+    if config.objective.mask_list and not config.objective.mask_accidental_hits:
+        raise ValueError(
+            "objective.mask_list leaves out what comes next, too: leave objective.mask_accidental_hits on, or mask_list out"
+        )

@@ -400,6 +400,8 @@ class Config(Strict):
                 f"{self.data.lanes}, so that every world can share them out. "
                 f"Choose {math.ceil(objective.num_negatives / self.data.lanes) * self.data.lanes}"
             )
+        if getattr(objective, "mask_list", False) and not isinstance(self.model, SASRecConfig):
+            raise ValueError("objective.mask_list is for a model of kind 'sasrec'. Leave it out")
         if isinstance(self.model, ItemEmbeddingConfig):
             return
         if getattr(objective, "drawn_for", "batch") != "batch":

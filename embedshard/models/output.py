@@ -80,6 +80,7 @@ class NextItemOutput:
 
     Attributes:
         query_VD: what is known at each place.
+        item_V: the item of each, its row of the table, int64.
         target_VD: the item that comes next.
         target_V: its row of the table, int64.
         negative_ND: this rank's share of the drawn items.
@@ -89,6 +90,7 @@ class NextItemOutput:
     """
 
     query_VD: torch.Tensor
+    item_V: torch.Tensor
     target_VD: torch.Tensor
     target_V: torch.Tensor
     negative_ND: torch.Tensor

@@ -105,10 +105,12 @@ class SASRec(nn.Module):
         rows_V, last = places_of(lengths_B)[0], _last_places(lengths_B)
         target_VD = lookups[self._sequence].roll(-1, dims=0).index_copy(0, last, lookups[self._item_id][lengths_B > 0])
         own_B = batch.ids[self._item_id]
-        target_V = batch.sequences[self._sequence].values().roll(-1).index_copy(0, last, own_B[lengths_B > 0])
+        item_V = batch.sequences[self._sequence].values()
+        target_V = item_V.roll(-1).index_copy(0, last, own_B[lengths_B > 0])
         drawn = [lookups[negative_key(self._item_id, slot)] for slot in range(self._num_slots)]
         return NextItemOutput(
             query_VD=self._hidden(lookups[self._sequence], lengths_B, batch),
+            item_V=item_V,
             target_VD=target_VD,
             target_V=target_V,
             negative_ND=torch.cat(drawn)[: len(batch.draws.ids)],

@@ -34,7 +34,8 @@ _FREE_TO_CHANGE: Final = (
     "optimizer.tables.lr", "optimizer.tables.eps", "optimizer.tables.betas",
     "optimizer.dense.lr", "optimizer.dense.clip_norm", "optimizer.schedule",
     "objective.temperature", "objective.num_negatives", "objective.distribution", "objective.alpha", "objective.margin",
-    "objective.negative_weight", "objective.mask_accidental_hits", "objective.negatives", "objective.label_smoothing",
+    "objective.negative_weight", "objective.mask_accidental_hits", "objective.mask_list",
+    "objective.negatives", "objective.label_smoothing",
 )  # fmt: skip
 """What may differ from the run that is continued: weights, state and vocabularies mean the same under all of it."""
 

@@ -30,6 +30,7 @@ from sklearn.model_selection import KFold
 from sklearn.preprocessing import TargetEncoder
 
 from embedshard.data.hashing import hash_integers
+from embedshard.evaluate.label_metrics import LabelSums
 from embedshard.evaluate.label_rows import LabelRows
 
 BITS = 18
@@ -60,13 +61,19 @@ def main() -> None:
         sys.exit(f"baselines.py: {error}. First: python pipelines/criteo/prepare.py")
     trees = (arguments.rate, arguments.trees, arguments.leaves)
     for name, logits in (("logistic", logistic(train, test, arguments.c)), ("trees", boosted(train, test, *trees))):
-        rows = LabelRows(METRICS, "sigmoid")
+        sums, rows = make_sums(), LabelRows(METRICS, make_sums)
         labels = torch.from_numpy(test["label"].to_numpy().astype(np.float64))
-        rows.update(torch.from_numpy(logits), labels, torch.ones(len(labels), dtype=torch.float64), None)
-        values, intervals = rows.values(), rows.intervals(RESAMPLES, SEED)
+        for kept in (sums, rows):
+            kept.update(torch.from_numpy(logits)[:, None], labels[:, None], torch.ones(len(labels), dtype=torch.float64))
+        values, intervals = sums.result(), rows.intervals(RESAMPLES, SEED)
         print(
             f"{name}: " + ", ".join(f"{m} {values[m]:.4f} [{low:.4f}, {high:.4f}]" for m, (low, high) in intervals.items())
         )
+
+
+def make_sums() -> LabelSums:
+    """Returns sums of the one label, without a row."""
+    return LabelSums(METRICS, "sigmoid", ["label"])
 
 
 def read(files: Sequence[Path]) -> pa.Table:

@@ -223,6 +223,9 @@ def test_other_features_and_models_are_refused(make_tree):
     tree["objective"] = {"kind": "negative_sampling", "drawn_for": "lane"}
     with pytest.raises(ConfigError, match=r"objective\.drawn_for: 'lane' is for a model of kind 'item_embedding'"):
         build_config(tree, {}, "test")
+    tree["objective"] = {"kind": "sampled_softmax", "mask_list": True}
+    with pytest.raises(ConfigError, match=r"objective\.mask_list is for a model of kind 'sasrec'"):
+        build_config(tree, {}, "test")
 
 
 def test_a_softmax_over_a_large_vocabulary_is_refused(run_tree, make_tree, tmp_path):

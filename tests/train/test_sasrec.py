@@ -96,5 +96,7 @@ def test_what_looks_at_users_needs_to_know_them(tree):
         build_config(tree, {}, "test")
 
 
-def test_no_world_changes_what_is_trained(tree, groups):
+@pytest.mark.parametrize("mask_list", [False, True])
+def test_no_world_changes_what_is_trained(tree, groups, mask_list):
+    tree["objective"]["mask_list"] = mask_list
     assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"], groups=groups)

@@ -122,20 +122,38 @@ def test_each_place_is_to_tell_the_next_item_and_the_last_the_rows_own(made):
     assert output.negative_ND.equal(table[batch.draws.ids])
 
 
-def test_the_loss_is_a_softmax_over_the_next_and_the_drawn(made):
-    config, specs, model, table, batch = made
+@pytest.mark.parametrize("mask_list", [False, True])
+def test_the_loss_is_a_softmax_over_the_next_and_the_drawn(made, mask_list):
+    _, specs, model, table, batch = made
+    tree = make_tree(blocks=2, heads=2)
+    tree["objective"]["mask_list"] = mask_list
+    config = build_config(tree, {}, "test")
+    drawn = batch.draws.ids
+    drawn[:4] = torch.stack([*batch.sequences["history"].values()[[0, 8]], *batch.ids["item_id"][[0, 3]]])
+    model.embeddings.vectors |= {
+        f"item_id:negative{slot}": table[ids]
+        for slot, ids in enumerate(torch.cat([drawn, torch.zeros(2, dtype=torch.int64)]).chunk(2))
+    }
     output = model(batch)
     output.query_VD = output.query_VD.detach()
     losses = build_objective(config, specs, ALONE)(output, batch)
+    lists = [
+        {*history.tolist(), own.item()}
+        for history, own in zip(batch.sequences["history"].values().split(LENGTHS), batch.ids["item_id"], strict=True)
+    ]
+    left_out = 0
     for place in range(len(losses)):
         own = output.target_V[place].item()
         total = math.exp(output.query_VD[place] @ table[own])
-        for item in batch.draws.ids.tolist():
-            if item != own:
+        for item in drawn.tolist():
+            if item in (lists[output.rows[place]] if mask_list else {own}):
+                left_out += 1
+            else:
                 total += math.exp(output.query_VD[place] @ table[item]) * ITEMS / 6
         assert losses[place].item() == pytest.approx(
             math.log(total) - (output.query_VD[place] @ table[own]).item(), rel=1e-4
         )
+    assert left_out > 12 if mask_list else left_out >= 2
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["row by row", "padded"])
@@ -206,6 +224,11 @@ def test_dropout_of_places_drops_its_share_of_each_column_and_pair_of_columns(ma
         (("features", "history", "keep"), "first", "'keep: last'"),
         (("objective",), {"kind": "in_batch_softmax"}, "Choose 'sampled_softmax'"),
         (("objective", "mixed"), True, "without 'mixed'"),
+        (
+            ("objective",),
+            {"kind": "sampled_softmax", "mask_list": True, "mask_accidental_hits": False},
+            r"leave objective\.mask_accidental_hits on",
+        ),
     ],
 )
 def test_what_a_sasrec_cannot_be_is_refused(path, value, words):

@@ -11,7 +11,7 @@ import torch
 
 from embedshard.config.parts import SampledSoftmaxConfig
 from embedshard.data.batch import Batch
-from embedshard.models.objectives.objective import Objective
+from embedshard.models.objectives.objective import Hits, ListHits, Objective, OwnHits
 from embedshard.models.objectives.softmax import softmax_losses
 from embedshard.models.output import NextItemOutput
 from embedshard.world import World
@@ -39,8 +39,15 @@ class NextItem(Objective):
         offset_N = torch.zeros(len(ids_N), device=ids_N.device)
         if config.log_q == "on":
             offset_N = -torch.log(config.num_negatives * world.gather(batch.draws.log_q).double().exp()).float()
-        # What is nobody's own is never left out.
-        own_V = output.target_V if config.mask_accidental_hits else torch.full_like(output.target_V, -1)
         query_VD = output.query_VD / config.temperature
         positive_V = (query_VD * output.target_VD).sum(dim=1)
-        return softmax_losses(positive_V, query_VD, candidate_ND, offset_N, own_V, ids_N)
+        return softmax_losses(positive_V, query_VD, candidate_ND, offset_N, self._hits(output, batch, ids_N))
+
+    def _hits(self, output: NextItemOutput, batch: Batch, ids_N: torch.Tensor) -> Hits:
+        """Returns which of the drawn items are left out at which places."""
+        if self._config.mask_list:
+            items_I, list_I = torch.cat([output.item_V, output.target_V]), torch.cat([output.rows, output.rows])
+            return ListHits(batch.size, output.rows, items_I, list_I, ids_N)
+        # What is nobody's own is never left out.
+        own_V = output.target_V if self._config.mask_accidental_hits else torch.full_like(output.target_V, -1)
+        return OwnHits(own_V, ids_N)

@@ -6,10 +6,10 @@ are the same for all; so are the penalties on looked-up vectors, since they do n
 
 from __future__ import annotations
 
-__all__ = ["KEPT_ELEMENTS", "Objective", "OwnHits", "l2_penalty", "row_blocks", "valid_ids"]
+__all__ = ["KEPT_ELEMENTS", "Hits", "ListHits", "Objective", "OwnHits", "l2_penalty", "row_blocks", "valid_ids"]
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -65,6 +65,14 @@ def row_blocks(num_rows: int, num_candidates: int) -> Iterator[slice]:
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 
+class Hits(Protocol):
+    """Which candidates are left out of which rows."""
+
+    def leave_out(self, scores_RN: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Fills the scores of a block of rows with -inf where the candidate is left out, and returns them."""
+        ...
+
+
 class OwnHits:
     """Which candidates are a row's own item: few, so they are found by sorting and not by comparing all with all.
 
@@ -83,8 +91,37 @@ class OwnHits:
 
     def leave_out(self, scores_RN: torch.Tensor, rows: slice) -> torch.Tensor:
         """Fills the scores of a block of rows with -inf where the candidate is the row's own, and returns them."""
+        rows_H, candidates_H = self.pairs(rows)
+        scores_RN.view(-1).index_fill_(0, rows_H * scores_RN.shape[1] + candidates_H, -torch.inf)
+        return scores_RN
+
+    def pairs(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns places of rows, from the block's first on, and those of the candidates that are their own, (H,) each."""
         first_R, count_R = self._first_B[rows], self.count_B[rows]
         rows_H = torch.repeat_interleave(count_R)
         places_H = torch.arange(len(rows_H), device=rows_H.device) + (first_R - count_R.cumsum(0) + count_R)[rows_H]
-        scores_RN.view(-1).index_fill_(0, rows_H * scores_RN.shape[1] + self._order_N[places_H], -torch.inf)
-        return scores_RN
+        return rows_H, self._order_N[places_H]
+
+
+class ListHits:
+    """Which candidates are an item of a place's list, wherever in it.
+
+    Args:
+        lists: how many lists there are.
+        list_V: the list of each place.
+        item_I: items of lists.
+        list_I: whose they are.
+        candidate_N: the candidates.
+    """
+
+    def __init__(
+        self, lists: int, list_V: torch.Tensor, item_I: torch.Tensor, list_I: torch.Tensor, candidate_N: torch.Tensor
+    ) -> None:
+        items_H, candidates_H = OwnHits(item_I, candidate_N).pairs(slice(None))
+        self._is_hit_LN = torch.zeros(lists, len(candidate_N), dtype=torch.bool, device=candidate_N.device)
+        self._is_hit_LN[list_I[items_H], candidates_H] = True
+        self._list_V = list_V
+
+    def leave_out(self, scores_RN: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Fills the scores of a block of places with -inf where the candidate is in the list, and returns them."""
+        return scores_RN.masked_fill_(self._is_hit_LN[self._list_V[rows]], -torch.inf)

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
 from embedshard.models.objectives.frequency import FrequencyEstimate
-from embedshard.models.objectives.objective import KEPT_ELEMENTS, Objective, OwnHits, row_blocks, valid_ids
+from embedshard.models.objectives.objective import KEPT_ELEMENTS, Hits, Objective, OwnHits, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
 from embedshard.world import World
 
@@ -34,8 +34,7 @@ def softmax_losses(
     query_BD: torch.Tensor,
     candidate_ND: torch.Tensor,
     offset_N: torch.Tensor,
-    own_B: torch.Tensor,
-    candidate_N: torch.Tensor,
+    hits: Hits,
 ) -> torch.Tensor:
     """Returns the cross entropy of each row's own logit against candidates, (B,) in nats. Not collective.
 
@@ -46,11 +45,10 @@ def softmax_losses(
         query_BD: query vectors, divided by the temperature.
         candidate_ND: vectors of the other candidates.
         offset_N: added to each candidate's logits; -inf leaves it out. Without gradient.
-        own_B: what a row is, int64.
-        candidate_N: what a candidate is, int64; it is left out for the rows that are the same.
+        hits: which candidates are left out of which rows.
     """
     log_sum: Any = _OthersLogSum.apply  # torch gives it no type
-    others_B: torch.Tensor = log_sum(query_BD, candidate_ND, offset_N, own_B, candidate_N)
+    others_B: torch.Tensor = log_sum(query_BD, candidate_ND, offset_N, hits)
     return F.softplus(others_B - positive_B)  # log(exp(own) + exp(others)) - own
 
 
@@ -68,10 +66,8 @@ class _OthersLogSum(torch.autograd.Function):
         query_BD: torch.Tensor,
         candidate_ND: torch.Tensor,
         offset_N: torch.Tensor,
-        own_B: torch.Tensor,
-        candidate_N: torch.Tensor,
+        hits: Hits,
     ) -> torch.Tensor:
-        hits = OwnHits(own_B, candidate_N)
         most_B, sums_B = query_BD.new_empty(len(query_BD)), query_BD.new_empty(len(query_BD))
         keeps = len(query_BD) * len(candidate_ND) <= KEPT_ELEMENTS
         ctx.hits, ctx.kept = hits, []
@@ -103,11 +99,11 @@ class _OthersLogSum(torch.autograd.Function):
             torch.mm(slopes_RN, candidate_ND, out=for_queries[rows])
             for_candidates.addmm_(slopes_RN.T, query_BD[rows])
         ctx.kept = []
-        return for_queries, for_candidates, None, None, None
+        return for_queries, for_candidates, None, None
 
 
 def _logits(
-    query_BD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor, hits: OwnHits, rows: slice
+    query_BD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor, hits: Hits, rows: slice
 ) -> torch.Tensor:
     return hits.leave_out(torch.addmm(offset_N, query_BD[rows], candidate_ND.T), rows)
 
@@ -157,7 +153,7 @@ class InBatchSoftmax(Objective):
             own_B = candidate_N[first : first + batch.size]
         query_BD = output.query_BD / config.temperature
         positive_B = (query_BD * output.candidate_BD).sum(dim=1)
-        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, own_B, candidate_N)
+        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, OwnHits(own_B, candidate_N))
 
 
 class SampledSoftmax(Objective):
@@ -209,4 +205,4 @@ class SampledSoftmax(Objective):
             own_B = torch.arange(batch.size, device=ids_N.device) + config.num_negatives + world.rank * batch.size
         query_BD = output.query_BD / config.temperature
         positive_B = (query_BD * output.candidate_BD).sum(dim=1)
-        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, own_B, candidate_N)
+        return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, OwnHits(own_B, candidate_N))
