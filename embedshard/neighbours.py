@@ -117,6 +117,11 @@ class Neighbours(dist.ProcessGroup):
         cpu = torch.device("cpu")
         self._register_backend(cpu, dist.ProcessGroup.BackendType.GLOO, gloo._get_backend(cpu))
 
+    @property
+    def sent_bytes(self) -> int:
+        """The bytes that this rank has sent to others through memory, so far."""
+        return self._post.sent_bytes
+
     def exchange(self, parts: Sequence[torch.Tensor], places: Sequence[torch.Tensor]) -> dist.Work:
         """Sends each rank a tensor, and puts what it sends here into a place.
 

@@ -143,12 +143,15 @@ class Post:
         segments: of all processes, in rank order, its own too.
         processes: by which it is known whether each other process lives; None of its own.
         timeout_s: how long a wait may take.
+
+    Attributes:
+        sent_bytes: to others, so far.
     """
 
     def __init__(
         self, rank: int, descriptor: int, segments: Sequence[Segment], processes: Sequence[int | None], timeout_s: float
     ) -> None:
-        self.rank, self.count = rank, len(segments)
+        self.rank, self.count, self.sent_bytes = rank, len(segments), 0
         self._segments, self._own, self._descriptor = segments, segments[rank], descriptor
         self._processes, self._timeout_s = processes, timeout_s
         self._others = [other for other in range(self.count) if other != rank]
@@ -191,6 +194,7 @@ class Post:
             self._areas.append((self._num_sent, first, first + end))
         for other in self._others:
             _post(self._own.sent[other])
+            self.sent_bytes += sizes[0 if is_for_all else other]
         letter = Letter(self._num_sent, take)
         self._under_way.append(letter)
         self._num_sent += 1

@@ -15,6 +15,7 @@ from embedshard.bench.computing import OWN_LOOKUP, lookup_of, take_batches
 from embedshard.bench.machine import copied_memory
 from embedshard.bench.measure import Limit, Measure, Timer, waiting
 from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.neighbours import Neighbours
 from embedshard.train.assembly import Assembly
 from embedshard.world import World
 
@@ -25,23 +26,31 @@ _RAW: Final = "plain all-to-all"
 class SentBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's base is untyped
     """Counts the bytes that this rank gives to collectives for other ranks, whatever calls them.
 
-    Attributes:
-        total: so far.
-
     Args:
         world: whose rank this is.
     """
 
     def __init__(self, world: World) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0.0
+        self._by_torch = 0.0
         self._rank, self._world_size = world.rank, world.world_size
+        self._neighbours = world.group if isinstance(world.group, Neighbours) else None
+        self._before = self._by_memory
+
+    @property
+    def total(self) -> float:
+        """The bytes so far."""
+        return self._by_torch + self._by_memory - self._before
+
+    @property
+    def _by_memory(self) -> int:
+        return 0 if self._neighbours is None else self._neighbours.sent_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts a collective and lets it go on."""
         name = func.name().partition("::")
         if name[0] in ("c10d", "_c10d_functional"):
-            self.total += self._sent(name[2].partition(".")[0], args)
+            self._by_torch += self._sent(name[2].partition(".")[0], args)
         return func(*args, **(kwargs or {}))
 
     def _sent(self, name: str, args: Any) -> float:

@@ -42,6 +42,7 @@ RANK = textwrap.dedent(
     set_process_environment()
     import torch.distributed as dist
     from embedshard.config import load_config
+    from embedshard.neighbours import Neighbours
     from embedshard.sharding.lazy_adam import lazy_adam_shards
     from embedshard.sharding.recorded import read_plan
     from embedshard.sharding.shards import optimizer_shards, weight_shards
@@ -49,7 +50,16 @@ RANK = textwrap.dedent(
 
     sent = {"ids": 0, "vectors": 0}
     all_to_all = dist.all_to_all_single
+    exchange = Neighbours.exchange
+    def exchanging(group, parts, places):
+        for rank, part in enumerate(parts):
+            if rank != group.rank():
+                sent["vectors" if part.dtype.is_floating_point else "ids"] += part.numel() * part.element_size()
+        return exchange(group, parts, places)
+
     def counting(output, input, output_split_sizes=None, input_split_sizes=None, group=None, async_op=False):
+        if isinstance(group, Neighbours):
+            return all_to_all(output, input, output_split_sizes, input_split_sizes, group, async_op)
         size, own = dist.get_world_size(group), dist.get_rank(group)
         splits = input_split_sizes or [len(input) // size] * size
         numbers = input.numel() * (sum(splits) - splits[own]) // max(sum(splits), 1)
@@ -68,9 +78,9 @@ RANK = textwrap.dedent(
                 batch = next(batches)
                 parts.optimizers.set_learning_rates(0, 10)
                 sent.update(ids=0, vectors=0)
-                dist.all_to_all_single = counting
+                dist.all_to_all_single, Neighbours.exchange = counting, exchanging
                 parts.stepper.take(batch, stop_asked=False)
-                dist.all_to_all_single = all_to_all
+                dist.all_to_all_single, Neighbours.exchange = all_to_all, exchange
             found[name] = {
                 "weights": sum(shard.tensor.nbytes for shard in weight_shards(parts.model)),
                 "state": sum(shard.tensor.nbytes for shard in state()),
