@@ -124,7 +124,8 @@ COLLECTIVES = """
     # A gradient goes through torch's own functional collectives.
     from embedshard.world import World
     weight = torch.ones(2, requires_grad=True)
-    World(rank, size, rank, size, torch.device("cpu"), group).gather(weight * (rank + 1)).sum().backward()
+    gathered = World(rank, size, rank, size, torch.device("cpu"), group).gather(weight * (rank + 1))
+    (gathered * torch.ones(2 * size)).sum().backward()
     told["gradient"] = weight.grad.tolist()
     told["backend"] = str(dist.get_backend(group))
     told["memory"] = group._post._memory_bytes
