@@ -305,11 +305,19 @@ class TextFeature(Strict):
     """Words kept of a text; all where absent."""
     truncation: Literal["pre", "post"] = "pre"
     """Which end of a longer text is cut off: `pre` the first words, `post` the last."""
+    distinct: bool = False
+    """Whether each different row that a text looks up counts once, however often it occurs in what is kept of the text."""
     unknown: Literal["oov", "empty"] = "oov"
     """What a word outside the vocabulary does: look up the table's row for unknown ids (`oov`), or fall out of the text
     before it is cut (`empty`)."""
     null: Literal["error", "empty"] = "error"
     """What a null does: what `data.on_bad_row` says (`error`), or count as an empty text (`empty`)."""
+
+    @model_validator(mode="after")
+    def _what_is_distinct_has_no_order(self) -> TextFeature:
+        if self.distinct and self.pooling is None:
+            raise ValueError("'distinct' leaves no order of words, which a text without 'pooling' has. Give it a pooling")
+        return self
 
 
 class DenseFeature(Strict):

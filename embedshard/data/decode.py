@@ -54,6 +54,8 @@ IntArray = npt.NDArray[np.int64]
 Role = Literal["train", "evaluation", "catalogue"]
 
 _BYTES_PER_WORD = 4
+_SORTED_LISTS = 64
+"""How many lists are sorted together: what is sorted stays in a cache."""
 
 
 @dataclass(frozen=True)
@@ -434,6 +436,8 @@ class Decoder:
         if feature.max_length is not None and len(lengths) and int(lengths.max()) > feature.max_length:
             places, lengths = _kept(lengths, feature.max_length, keeps_first=feature.truncation == "post")
             values = values[places]
+        if feature.distinct:
+            values, lengths = _distinct(values, lengths)
         columns: Columns = {spec.name: Ragged(values, offsets_of(lengths))}
         if feature.null == "empty":
             is_null = np.zeros(len(lengths), dtype=np.int32)
@@ -518,6 +522,21 @@ def _kept(lengths: IntArray, most: int, keeps_first: bool) -> tuple[IntArray, In
     starts = offsets[:-1] if keeps_first else offsets[1:] - kept
     ends = offsets_of(kept)
     return np.repeat(starts - ends[:-1], kept) + np.arange(ends[-1]), kept
+
+
+def _distinct(values: IntArray, lengths: IntArray) -> tuple[IntArray, IntArray]:
+    """Returns the different values of each list, ascending, and how many each has. Values are from 0 to 2**56."""
+    ends, counts = np.cumsum(lengths), np.zeros(len(lengths), dtype=np.int64)
+    parts = [values[:0]]
+    for first in range(0, len(lengths), _SORTED_LISTS):
+        last = min(first + _SORTED_LISTS, len(lengths))
+        own = values[ends[first] - lengths[first] : ends[last - 1]]
+        step = int(own.max()) + 1 if len(own) else 1
+        found = np.unique(own + step * np.repeat(np.arange(last - first), lengths[first:last]))
+        rows, kept = np.divmod(found, step)
+        parts.append(kept)
+        counts[first:last] = np.bincount(rows, minlength=last - first)
+    return np.concatenate(parts), counts
 
 
 def _emptied(column: Flat | Ragged, rows: npt.NDArray[np.bool_]) -> Flat | Ragged:

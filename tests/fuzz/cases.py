@@ -225,6 +225,8 @@ def _add_texts(draw: random.Random, features: dict[str, Any], tables: dict[str, 
             "unknown": draw.choice(["oov", "empty"]),
             "null": draw.choice(["error", "empty"]),
         } | length
+        if features[name]["pooling"] is not None:
+            features[name]["distinct"] = draw.random() < 0.3
     if "runs" in features:
         tables["runs"] = {"dim": 4, "vocabulary": runs}
 

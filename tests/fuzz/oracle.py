@@ -169,6 +169,8 @@ def _text(case: Case, feature: dict[str, Any], text: str | None, words: dict[str
     length = feature.get("max_length")
     if length is not None:
         rows = rows[:length] if feature["truncation"] == "post" else rows[-length:]
+    if feature.get("distinct"):
+        rows = sorted(set(rows))
     return [(row, None) for row in rows]
 
 

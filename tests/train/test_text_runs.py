@@ -55,7 +55,7 @@ def loaded(root, **changes):
         "data": {"train": f"{root}/train", "test": f"{root}/test", "label": "label", "lanes": 4},
         "features": {
             "words": {"kind": "text", "table": "words", "column": "text", "pooling": "mean", "max_length": 8},
-            "pairs": {"kind": "text", "table": "pairs", "column": "text", "pooling": "sum"},
+            "pairs": {"kind": "text", "table": "pairs", "column": "text", "pooling": "sum", "distinct": True},
         },
         "tables": {
             "words": {"dim": 4, "vocabulary": {"kind": "words", "num_words": 50}},

@@ -297,21 +297,23 @@ texts_or_nulls = st.lists(
     st.integers(1, 5),
     st.sampled_from(["pre", "post"]),
     st.sampled_from(["oov", "empty"]),
+    st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
-def test_every_type_slice_cut_unknown_word_and_null(trained, rows, kind, skip, most, end, unknown):
+@settings(max_examples=200, deadline=None)
+def test_every_type_slice_cut_unknown_word_and_null(trained, rows, kind, skip, most, end, unknown, distinct):
     decode, words = trained
     texts = [None if row is None else " ".join(row) for row in rows]
     whole = pa.array(["the cat"] * skip + texts, pa.string()).cast(kind)
     array = pa.chunked_array([whole.slice(skip, len(texts) // 2), whole.slice(skip + len(texts) // 2)])
-    options = {"max_length": most, "truncation": end, "null": "empty", "unknown": unknown}
+    options = {"max_length": most, "truncation": end, "null": "empty", "unknown": unknown, "distinct": distinct}
     got = decode({name: options for name in "fpr"}, array)
     number = {word: row for row, word in enumerate(words)}
     ids = [[number.get(word, 6) for word in naive_words(text or "", strip_html=True)] for text in texts]
     kept = [[one for one in each if unknown == "oov" or one < 6] for each in ids]
 
     def cut(each):
-        return each[:most] if end == "post" else each[-most:]
+        left = each[:most] if end == "post" else each[-most:]
+        return sorted(set(left)) if distinct else left
 
     assert as_lists(got["f"]) == [cut(each) for each in kept]
     assert got["null:f"].values.tolist() == [int(text is None) for text in texts]
@@ -345,6 +347,16 @@ def test_nothing_but_nulls_and_no_rows(trained):
     options = {name: {"null": "empty"} for name in "fpr"}
     assert as_lists(decode(options, pa.nulls(2))["f"]) == [[], []]
     assert as_lists(decode(options, pa.array([], pa.string()))["p"]) == []
+
+
+def test_what_is_distinct_is_so_in_each_of_many_texts_by_itself(trained):
+    decode, _ = trained
+    draw = np.random.default_rng(3)
+    texts = [" ".join(draw.choice(["the", "cat", "mat", "xyzzy"], draw.integers(0, 9))) for _ in range(300)]
+    got = decode({name: {"distinct": True} for name in "fpr"}, pa.array(texts))
+    plain = decode({}, pa.array(texts))
+    for name in "fpr":
+        assert as_lists(got[name]) == [sorted(set(each)) for each in as_lists(plain[name])]
 
 
 def test_texts_longer_than_a_slice_are_put_together(trained, monkeypatch):
@@ -443,6 +455,7 @@ def test_words_that_are_divided_already_are_looked_up_as_they_stand(tmp_path):
 @pytest.mark.parametrize(
     ("feature", "table", "words"),
     [
+        ({"pooling": None, "distinct": True}, words_table(), "'distinct' leaves no order of words"),
         ({"kind": "id"}, words_table(path="x"), "is of kind 'id'.*'words', which is looked up by texts"),
         ({"kind": "bag"}, {"dim": 4, "vocabulary": {"kind": "bpe", "path": "x"}}, "is of kind 'bag'.*'bpe'"),
         ({}, {"dim": 4, "vocabulary": "hash", "rows": 9}, "is a text, but table 't' has the vocabulary 'hash'"),
