@@ -41,7 +41,9 @@ _SEGMENT_BYTES: Final = 2**36
 """Addresses of a segment. Memory is taken as it is first needed."""
 _LEAST_TAKEN: Final = 2**22
 _KEPT_BYTES: Final = 2**26
-"""Of a segment's memory that stays when nothing is under way."""
+"""Of a segment's memory that stays however long no more is wanted."""
+_IDLE_MESSAGES: Final = 1_000
+"""After so many that want no more than that, memory beyond it goes back to the kernel."""
 _SPINS: Final = 50
 _SLICE_S: Final = 0.2
 """How long a wait lasts until it looks whether the other process lives, and lets signals be handled."""
@@ -159,7 +161,7 @@ class Post:
         self._areas: deque[tuple[int, int, int]] = deque()  # number, begin, end of what is not known to be taken
         self._num_sent, self._num_done = 0, 0
         self._arrived, self._taken = [0] * self.count, [0] * self.count
-        self._memory_bytes = 0
+        self._memory_bytes = self._last_large = 0
 
     def send(
         self, parts: Sequence[torch.Tensor | None], take: Callable[[Sequence[torch.Tensor]], None], is_for_all: bool = False
@@ -246,7 +248,8 @@ class Post:
         num_free = min(self._num_done, *(self._taken[other] for other in self._others))
         while self._areas and self._areas[0][0] < num_free:
             self._areas.popleft()
-        if not self._areas and self._memory_bytes > _KEPT_BYTES:
+        is_idle = self._num_sent - self._last_large > _IDLE_MESSAGES
+        if not self._areas and is_idle and self._memory_bytes > _KEPT_BYTES:
             self._own.release(_KEPT_BYTES, self._memory_bytes)
             self._memory_bytes = _KEPT_BYTES
         place = 0
@@ -256,6 +259,8 @@ class Post:
             place = max(place, end)
         if place + size > self._memory_bytes:
             self._take_memory(place + size)
+        if place + size > _KEPT_BYTES:
+            self._last_large = self._num_sent
         return place
 
     def _take_memory(self, size: int) -> None:

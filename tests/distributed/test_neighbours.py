@@ -33,7 +33,8 @@ COLLECTIVES = """
     group = as_neighbours(gloo, {}, timedelta(seconds=60))
     assert isinstance(group, Neighbours), group
     if size == 3:
-        shared_memory._KEPT_BYTES = 2**16  # memory goes back to the kernel, and is taken again
+        # Memory goes back to the kernel, and is taken again.
+        shared_memory._KEPT_BYTES, shared_memory._IDLE_MESSAGES = 2**16, 3
     draws, told = random.Random(5), {"waits": 0}
     dtypes = [torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8, torch.float16, torch.bool]
 
@@ -121,6 +122,8 @@ COLLECTIVES = """
     large = torch.full((300_000,), float(rank))
     dist.all_reduce(large, group=group)
     assert bool((large == size * (size - 1) / 2).all())
+    for _ in range(shared_memory._IDLE_MESSAGES + 300 if size == 3 else 0):
+        dist.all_reduce(torch.ones(1), group=group)
     # A gradient goes through torch's own functional collectives.
     from embedshard.world import World
     weight = torch.ones(2, requires_grad=True)
@@ -156,6 +159,8 @@ def test_collectives_give_what_they_should_in_any_order_of_waiting(size, tmp_pat
     assert [one["gradient"] for one in told] == [[(rank + 1.0) * size] * 2 for rank in range(size)]
     assert {one["backend"] for one in told} == {"neighbours"}
     assert min(one["waits"] for one in told) > 100
+    if size == 3:
+        assert {one["memory"] for one in told} == {2**16}
     assert all(len(one["files"]) == 1 for one in told), "the others' files are closed once they are mapped"
 
 
