@@ -37,7 +37,7 @@ def as_neighbours(
     """Returns a group of the same processes that shares memory, or the group itself where they cannot. Collective.
 
     Args:
-        group: all processes of this run; gloo's.
+        group: all processes of this run, of which there are several; gloo's.
         environment: may say that no memory is to be shared: the same on all ranks.
         timeout: of a collective.
 
@@ -50,8 +50,6 @@ def as_neighbours(
             f"{SHARE_MEMORY} is '{wish}'. It must be 1, by which workers of one machine exchange vectors in memory, or 0."
         )
     rank, size = dist.get_rank(group), dist.get_world_size(group)
-    if size == 1:
-        return group
 
     def gather(value: Any) -> list[Any]:
         values: list[Any] = [None] * size
@@ -130,16 +128,7 @@ class Neighbours(dist.ProcessGroup):
             places: for what each rank sends, of any strides; of the part's shape and dtype.
         """
         own = self._post.rank
-        with torch.no_grad():
-            places[own].copy_(parts[own])
-        sent = [None if rank == own else part.detach() for rank, part in enumerate(parts)]
-
-        def take(taken: Sequence[torch.Tensor]) -> None:
-            for rank, (place, part) in enumerate(zip(places, taken, strict=True)):
-                if rank != own:
-                    _copy(rank, place, part)
-
-        return self._send(sent, take, places)
+        return self._deliver([None if rank == own else part for rank, part in enumerate(parts)], parts[own], places)
 
     def all_to_all_single(
         self,
@@ -172,19 +161,19 @@ class Neighbours(dist.ProcessGroup):
         ):
             return self._gloo.allreduce(tensors, options, *more)
         (total,) = tensors
-        return self._send([total.detach()], lambda taken: _sum(total, taken), [total], is_for_all=True)
+        return self._send([total], lambda taken: _sum(total, taken), [total])
 
     def reduce_scatter(self, outputs: Any, given: Any, options: Any = None, *more: Any) -> Any:
         """Gives each rank the sum of all ranks' tensors for it."""
         if isinstance(outputs, torch.Tensor) or len(outputs) != 1 or not _is_sum(options):
             return self._gloo.reduce_scatter(outputs, given, options, *more)
-        return self._send([part.detach() for part in given[0]], lambda taken: _sum(outputs[0], taken), outputs)
+        return self._send(given[0], lambda taken: _sum(outputs[0], taken), outputs)
 
     def reduce_scatter_single(self, output: torch.Tensor, given: torch.Tensor, options: Any = None) -> dist.Work:
         """Gives each rank the sum of all ranks' rows for it."""
         return self.reduce_scatter([output], [_rows(given, [], self._post.count)], options)
 
-    # The names that torch has for the same up to 2.11, and that its own calls still have in 2.13.
+    # The names that torch 2.11 has for the same.
     alltoall_base = all_to_all_single  # type: ignore[assignment]
     _allgather_base = all_gather_single  # type: ignore[assignment]
     _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
@@ -194,22 +183,31 @@ class Neighbours(dist.ProcessGroup):
         return self._post.count > _MOST_READERS and tensor.numel() * tensor.element_size() > _LARGE_SUM_BYTES
 
     def _give_all(self, given: torch.Tensor, places: Sequence[torch.Tensor]) -> dist.Work:
+        return self._deliver([given], given, places)
+
+    def _deliver(
+        self, sent: Sequence[torch.Tensor | None], own_part: torch.Tensor, places: Sequence[torch.Tensor]
+    ) -> dist.Work:
+        """Puts what each rank sends into its place; this rank's own part at once, without a way through shared memory."""
+        own = self._post.rank
+        with torch.no_grad():
+            places[own].copy_(own_part)
+
         def take(taken: Sequence[torch.Tensor]) -> None:
             for rank, (place, part) in enumerate(zip(places, taken, strict=True)):
-                _copy(rank, place, part)
+                if rank != own:
+                    place.copy_(_like(rank, place, part))
 
-        return self._send([given.detach()], take, places, is_for_all=True)
+        return self._send(sent, take, places)
 
     def _send(
         self,
         parts: Sequence[torch.Tensor | None],
         take: Callable[[Sequence[torch.Tensor]], None],
         results: Sequence[torch.Tensor],
-        *,
-        is_for_all: bool = False,
     ) -> dist.Work:
         with torch.no_grad():
-            return _Delivery(self._post, self._post.send(parts, take, is_for_all), results)
+            return _Delivery(self._post, self._post.send(parts, take), results)
 
 
 def _of_gloo(name: str) -> Callable[..., Any]:
@@ -243,13 +241,6 @@ def _rows(tensor: torch.Tensor, sizes: Sequence[int], count: int) -> list[torch.
     if sum(sizes) != num_rows or len(sizes) != count:
         raise ValueError(f"rows for {count} ranks, {list(sizes)}, are not all rows of a tensor of {num_rows}.")
     return list(torch.split(tensor.detach(), list(sizes)))
-
-
-def _copy(rank: int, place: torch.Tensor, part: torch.Tensor) -> None:
-    if place.numel():
-        place.copy_(_like(rank, place, part))
-    else:
-        _like(rank, place, part)
 
 
 def _sum(total: torch.Tensor, taken: Sequence[torch.Tensor]) -> None:

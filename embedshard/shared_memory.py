@@ -163,16 +163,13 @@ class Post:
         self._arrived, self._taken = [0] * self.count, [0] * self.count
         self._memory_bytes = self._last_large = 0
 
-    def send(
-        self, parts: Sequence[torch.Tensor | None], take: Callable[[Sequence[torch.Tensor]], None], is_for_all: bool = False
-    ) -> Letter:
+    def send(self, parts: Sequence[torch.Tensor | None], take: Callable[[Sequence[torch.Tensor]], None]) -> Letter:
         """Sends a message; returns what `finish` waits for.
 
         Args:
-            parts: a tensor on the CPU for each process, of any strides; None for none.
+            parts: a tensor on the CPU for each process, of any strides, None for none; or a single one that all get.
             take: is given the bytes (uint8, one axis) that each process sent to this one, in rank order, in memory that is
                 another message's afterwards.
-            is_for_all: whether `parts` is one tensor that all get.
 
         Raises:
             MemoryError: if the machine has no memory for it.
@@ -190,13 +187,15 @@ class Post:
             if part is not None and size:
                 place = self._own.bytes[first + begin : first + begin + size]
                 place.view(part.dtype).view(part.shape).copy_(part)
-        table_P2[:, 0] = first if is_for_all else [first + begin for begin in begins]
-        table_P2[:, 1] = sizes[0] if is_for_all else sizes
+        if len(parts) == 1:
+            begins, sizes = begins * self.count, sizes * self.count
+        table_P2[:, 0] = [first + begin for begin in begins]
+        table_P2[:, 1] = sizes
         if end:
             self._areas.append((self._num_sent, first, first + end))
         for other in self._others:
             _post(self._own.sent[other])
-            self.sent_bytes += sizes[0 if is_for_all else other]
+            self.sent_bytes += sizes[other]
         letter = Letter(self._num_sent, take)
         self._under_way.append(letter)
         self._num_sent += 1

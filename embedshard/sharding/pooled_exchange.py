@@ -59,9 +59,7 @@ class _Exchange(nn.Module):
         """Sends vectors, pooled for all ranks' rows, in rank order; returns what waits for (B, D). Collective."""
         count = self._group.size()
         rows = batch_size_per_rank or [len(vectors_GL) // count] * count
-        under_way: list[dist.Work] = []
-        vectors_BD = _apply(vectors_GL, self._group, rows, self._columns, under_way)
-        coming = _Coming(vectors_BD, under_way[0])
+        coming = _Coming(*_apply(vectors_GL, self._group, rows, self._columns))
         coming.callbacks.extend(self._callbacks)
         return coming
 
@@ -83,26 +81,20 @@ class _Across(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        vectors_GL: torch.Tensor,
-        group: Neighbours,
-        rows: list[int],
-        columns: list[int],
-        under_way: list[dist.Work],
-    ) -> torch.Tensor:
+        ctx: Any, vectors_GL: torch.Tensor, group: Neighbours, rows: list[int], columns: list[int]
+    ) -> tuple[torch.Tensor, dist.Work]:
         ctx.group, ctx.rows, ctx.columns = group, rows, columns
         vectors_BD = vectors_GL.new_empty(rows[group.rank()], sum(columns))
-        under_way.append(group.exchange(torch.split(vectors_GL, rows), torch.split(vectors_BD, columns, dim=1)))
-        return vectors_BD
+        return vectors_BD, group.exchange(torch.split(vectors_GL, rows), torch.split(vectors_BD, columns, dim=1))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, gradient_BD: torch.Tensor, _of_work: None) -> tuple[torch.Tensor | None, ...]:
         gradient_GL = gradient_BD.new_empty(sum(ctx.rows), ctx.columns[ctx.group.rank()])
         ctx.group.exchange(torch.split(gradient_BD, ctx.columns, dim=1), torch.split(gradient_GL, ctx.rows)).wait()
         if get_gradient_division():
             gradient_GL.div_(len(ctx.rows))
-        return gradient_GL, None, None, None, None
+        return gradient_GL, None, None, None
 
 
-_apply: Callable[..., torch.Tensor] = _Across.apply
+_apply: Callable[..., tuple[torch.Tensor, dist.Work]] = _Across.apply
