@@ -11,6 +11,7 @@ import torch
 
 from embedshard.config.parts import SampledSoftmaxConfig
 from embedshard.data.batch import Batch
+from embedshard.models.dots import row_dots
 from embedshard.models.objectives.objective import Hits, ListHits, Objective, OwnHits
 from embedshard.models.objectives.softmax import softmax_losses
 from embedshard.models.output import NextItemOutput
@@ -40,7 +41,7 @@ class NextItem(Objective):
         if config.log_q == "on":
             offset_N = -torch.log(config.num_negatives * world.gather(batch.draws.log_q).double().exp()).float()
         query_VD = output.query_VD / config.temperature
-        positive_V = (query_VD * output.target_VD).sum(dim=1)
+        positive_V = row_dots(query_VD, output.target_VD)
         return softmax_losses(positive_V, query_VD, candidate_ND, offset_N, self._hits(output, batch, ids_N))
 
     def _hits(self, output: NextItemOutput, batch: Batch, ids_N: torch.Tensor) -> Hits:

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from embedshard.config.parts import InBatchSoftmaxConfig, SampledSoftmaxConfig
 from embedshard.data.batch import Batch
+from embedshard.models.dots import row_dots
 from embedshard.models.objectives.frequency import FrequencyEstimate
 from embedshard.models.objectives.objective import KEPT_ELEMENTS, Hits, Objective, OwnHits, row_blocks, valid_ids
 from embedshard.models.output import RetrievalOutput
@@ -152,7 +153,7 @@ class InBatchSoftmax(Objective):
             candidate_N = torch.arange(len(ids_N), device=ids_N.device)
             own_B = candidate_N[first : first + batch.size]
         query_BD = output.query_BD / config.temperature
-        positive_B = (query_BD * output.candidate_BD).sum(dim=1)
+        positive_B = row_dots(query_BD, output.candidate_BD)
         return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, OwnHits(own_B, candidate_N))
 
 
@@ -204,5 +205,5 @@ class SampledSoftmax(Objective):
             candidate_N = torch.arange(len(ids_N), device=ids_N.device)
             own_B = torch.arange(batch.size, device=ids_N.device) + config.num_negatives + world.rank * batch.size
         query_BD = output.query_BD / config.temperature
-        positive_B = (query_BD * output.candidate_BD).sum(dim=1)
+        positive_B = row_dots(query_BD, output.candidate_BD)
         return softmax_losses(positive_B, query_BD, candidate_ND, offset_N, OwnHits(own_B, candidate_N))
