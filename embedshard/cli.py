@@ -182,7 +182,9 @@ def train(
             f"workers and take them away."
         )
     elif workers is not None:
-        raise typer.Exit(run_workers(request.arguments(), most, os.environ, Console(stderr=True, soft_wrap=True)))
+        errors, place = Console(stderr=True, soft_wrap=True), request.resume or request.run_dir or "RUN_DIR"
+        after_death = f"Go on from the last checkpoint with: embedshard train --resume {place} --workers {workers}"
+        raise typer.Exit(run_workers(request.arguments(), most, os.environ, errors, after_death))
     else:
         with long_imports():
             from embedshard.launch.local import train_here

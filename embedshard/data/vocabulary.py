@@ -79,7 +79,7 @@ class _Identity:
 
     def map_integers(self, ids: IntArray | WordArray) -> IntArray:
         rows = ids.astype(np.int64, copy=False)
-        if not len(ids) or (ids.min() >= 0 and ids.max() < self.rows):
+        if not len(ids) or ids.view(np.uint64).max() < self.rows:  # a negative one is among the largest there
             return rows
         return np.where((ids >= 0) & (ids < self.rows), rows, -1)
 

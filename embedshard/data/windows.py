@@ -2,7 +2,8 @@
 
 Lanes are spread over the whole epoch, so a window takes rows from many places. Each row group that holds some of them is
 open as a stream, which is decoded no further than the window needs; lanes that share a row group share its stream. What a
-stream meets on its way for later windows waits on a shelf. The next window is decoded in a thread while one is trained.
+stream meets on its way for later windows waits on a shelf, but for the next one if nothing uses its memory yet. The next
+window is decoded in a thread while one is trained.
 """
 
 from __future__ import annotations
@@ -69,12 +70,16 @@ def window_steps(config: Config, decoded_bytes: int, rows: int) -> int:
 
 
 def rows_that_wait(epoch: EpochOrder, lanes: tuple[int, int]) -> int:
-    """Returns about how many rows are decoded with the first window of some lanes that are not in it."""
-    decoded = 0
+    """Returns about how many rows are decoded with the first window of some lanes that are not in it or the next."""
+    waiting = 0
     for place, last in _needed(epoch, 0, lanes).items():
         first, end = _first_needed(epoch, place, 0, lanes), _end(epoch, place, lanes)
-        decoded += (end if end - first <= _WHOLE_ROWS else min(last + _LANE_ROWS, end)) - first
-    return decoded - _num_rows(epoch, 0, lanes)
+        decoded = end if end - first <= _WHOLE_ROWS else min(last + _LANE_ROWS, end)
+        waiting += decoded - first
+        for lane in range(max(epoch.lane_of(first), lanes[0]), min(epoch.lane_of(end - 1) + 1, lanes[1])):
+            begin, stop = epoch.window_rows(lane, 0)[0], epoch.window_rows(lane, 1)[1]
+            waiting -= max(min(stop, decoded) - max(begin, first), 0)
+    return waiting
 
 
 class Windows:
@@ -98,6 +103,7 @@ class Windows:
         self._ended: set[int] = set()
         self._no_rows: Columns = {}
         self._current: _Window | None = None
+        self._following: _Window | None = None  # the next one to be read, if it has rows already
         self._ahead: tuple[EpochOrder, int, _Soon[_Window]] | None = None
 
     def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
@@ -126,7 +132,8 @@ class Windows:
         else:
             if ahead is not None:
                 ahead[2].wait()
-            found = self._read(epoch, window, self._laps)
+            self._current = None
+            found = self._read(epoch, window, self._laps, is_next_free=True)
         if epoch.steps(window + 1):
             laps = self._laps.beside()
             self._ahead = epoch, window + 1, _Soon(lambda: self._read(epoch, window + 1, laps))
@@ -143,13 +150,23 @@ class Windows:
         self._streams.clear()
         self._ended.clear()
         self._shelf.clear()
+        self._following = None
 
-    def _read(self, epoch: EpochOrder, window: int, laps: Laps) -> _Window:
+    def _read(self, epoch: EpochOrder, window: int, laps: Laps, is_next_free: bool = False) -> _Window:
+        """Decodes what a window needs.
+
+        Args:
+            epoch: the pass.
+            window: which.
+            laps: counts the seconds.
+            is_next_free: whether nothing uses the memory of the window after it, so that its rows need not wait.
+        """
         if epoch is not self._epoch or window != self._next:
             self._let_go()
             self._epoch = epoch
         self._next = window + 1
-        found = _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2])
+        found = self._following or self._empty_window(epoch, window)
+        self._following = self._empty_window(epoch, window + 1) if is_next_free and epoch.steps(window + 1) else None
         for piece in self._shelf.take(window):
             found.put(piece.lane, piece.first, piece.columns)
         for place, last in _needed(epoch, window, self._lanes).items():
@@ -172,6 +189,9 @@ class Windows:
         laps.lap("decode")
         return found
 
+    def _empty_window(self, epoch: EpochOrder, window: int) -> _Window:
+        return _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2])
+
     def _pattern(self) -> Columns:
         """Returns the columns of the data, without a row."""
         if not self._no_rows and self._source.inventory.row_groups:
@@ -190,6 +210,8 @@ class Windows:
                 part = slice_rows(columns, row - begin, stop - begin)
                 if of_row == window.number:
                     window.put(lane, row, part)
+                elif of_row == window.number + 1 and self._following is not None:
+                    self._following.put(lane, row, part)
                 elif of_row > window.number:
                     self._shelf.put(of_row, Piece(lane, row, part), self._types)
                 row = stop

@@ -42,7 +42,9 @@ _PEERS_MAY_END_S: Final = 300.0
 _STOPPED: Final = {143: signal.SIGTERM, 130: signal.SIGINT}
 
 
-def run_workers(arguments: Sequence[str], workers: int, environment: Mapping[str, str], console: Console) -> int:
+def run_workers(
+    arguments: Sequence[str], workers: int, environment: Mapping[str, str], console: Console, after_death: str = ""
+) -> int:
     """Runs this program's command line as so many workers; returns the exit code for all of them.
 
     SIGTERM and SIGINT are passed on; workers agree on a step then, save, and end.
@@ -54,6 +56,7 @@ def run_workers(arguments: Sequence[str], workers: int, environment: Mapping[str
             threads, unless OMP_NUM_THREADS is set, and runs on cores of its own, if there are enough, unless
             EMBEDSHARD_BIND_CORES is 0.
         console: where the error is shown.
+        after_death: what to do after a signal has ended a worker, told behind the error.
 
     Raises:
         ConfigError: if this process was started by a launcher itself, or the environment's EMBEDSHARD_BIND_CORES is wrong.
@@ -97,7 +100,7 @@ def run_workers(arguments: Sequence[str], workers: int, environment: Mapping[str
                 for process in processes:
                     process.kill()
                     process.wait()
-        return _verdict([process.returncode for process in processes], error_files, console)
+        return _verdict([process.returncode for process in processes], error_files, console, after_death)
 
 
 @contextmanager
@@ -128,7 +131,7 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], error_files: Sequence[Pa
         time.sleep(_POLL_S)
 
 
-def _verdict(codes: Sequence[int], error_files: Sequence[Path], console: Console) -> int:
+def _verdict(codes: Sequence[int], error_files: Sequence[Path], console: Console, after_death: str) -> int:
     """Returns the exit code of the run; shows the error that began its end."""
     if not any(codes):
         return 0
@@ -140,7 +143,7 @@ def _verdict(codes: Sequence[int], error_files: Sequence[Path], console: Console
     killed = [f"worker {rank} was ended by {_signal_name(-code)}" for rank, code in enumerate(codes) if code < 0]
     if killed and (not first or first[0]["lost_a_peer"]):
         more = " Was it out of memory?" if any("SIGKILL" in words for words in killed) else ""
-        _show(console, f"{'; '.join(killed)}.{more}")
+        _show(console, " ".join(filter(None, (f"{'; '.join(killed)}.{more}", after_death))))
         return 1
     if not first:
         ended = "; ".join(f"worker {rank} ended with exit code {code}" for rank, code in enumerate(codes) if code)
