@@ -250,8 +250,9 @@ class _Window:
     """A window: it is filled, then read some steps at a time.
 
     A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache. Step by
-    step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists
-    wait as they come. Both are put in order some steps at a time, so that a batch is made of what is in the cache.
+    step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists,
+    whose places are not known before all are there, wait in the order of those that came with them: then few places of
+    memory are read at a time. Both are put in order some steps at a time, so that a batch is made of what is in the cache.
 
     Args:
         epoch: the pass.
@@ -283,6 +284,10 @@ class _Window:
         """Puts rows of a lane, which begin at an epoch row, where they belong."""
         begin = first - self.epoch.window_rows(lane, self.number)[0]
         places = self._places_of(lane)[begin : begin + num_rows(columns)]
+        order = np.zeros(0, dtype=np.int32)
+        if any(isinstance(column, Ragged) for column in columns.values()):
+            order = np.argsort(places).astype(np.int32)
+            self._met.append(places[order])
         for name, column in columns.items():
             if isinstance(column, Flat):
                 held = self._flat.get(name)
@@ -292,9 +297,7 @@ class _Window:
             else:
                 if name not in self._lists:
                     self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)
-                self._lists[name].put(column)
-        if self._lists:
-            self._met.append(places)
+                self._lists[name].put(column, order)
 
     def finish(self, pattern: Columns) -> None:
         """Says that all rows are there.
@@ -312,8 +315,6 @@ class _Window:
             index = self._flat[_INDEX] = self._buffers.array(_INDEX, self._count, np.int32)
             index[:] = -1
             index[met] = np.arange(len(met), dtype=np.int32)
-        for lists in self._lists.values():
-            lists.finish()
 
     def columns(self, first: int, last: int, buffers: Buffers) -> Columns:
         """Returns the rows of the steps [first, last) as they are trained.
@@ -357,38 +358,36 @@ class _Window:
 
 
 class _Lists:
-    """Lists of a window as they came, one after the other; `_starts` has their lengths until they are finished."""
+    """Lists of a window, one piece after the other."""
 
     def __init__(self, name: str, rows: int, dtype: np.dtype[Any], pattern: Ragged, buffers: Buffers) -> None:
         self._name, self._buffers, self._rows, self._size = name, buffers, 0, 0
         lists = max(len(pattern.offsets) - 1, 1)
         expected = rows * int(pattern.offsets[-1] - pattern.offsets[0]) // lists * 17 // 16
         self._starts: Array = buffers.array(f"{name}/starts", rows + 1, np.int32)
+        self._starts[:1] = 0
         self._values = buffers.whole(name, expected, dtype)
         self._weights = None if pattern.weights is None else buffers.whole(f"{name}/weights", expected, np.float32)
 
-    def put(self, column: Ragged) -> None:
-        """Adds lists."""
-        begin, end, rows = int(column.offsets[0]), int(column.offsets[-1]), len(column.offsets) - 1
-        at, self._size = self._size, self._size + end - begin
+    def put(self, column: Ragged, order: Array) -> None:
+        """Adds lists.
+
+        Args:
+            column: the lists, (n,).
+            order: in which they are added, (n,) int32.
+        """
+        at, self._size = self._size, self._size + int(column.offsets[-1] - column.offsets[0])
+        if self._size > np.iinfo(self._starts.dtype).max:
+            self._starts = self._starts.astype(np.int64)
+        starts = self._starts[self._rows : self._rows + len(order) + 1]
+        self._rows += len(order)
         if self._size > len(self._values):
             self._values = self._buffers.grown(self._name, self._size, at)
-        self._values[at : self._size] = column.values[begin:end]
+        take_lists(column.values, column.offsets, order, self._values, starts, at)
         if self._weights is not None and column.weights is not None:
             if self._size > len(self._weights):
                 self._weights = self._buffers.grown(f"{self._name}/weights", self._size, at)
-            self._weights[at : self._size] = column.weights[begin:end]
-        lengths = self._starts[self._rows + 1 : self._rows + rows + 1]
-        np.subtract(column.offsets[1:], column.offsets[:-1], out=lengths, casting="same_kind")
-        self._rows += rows
-
-    def finish(self) -> None:
-        """Says that all lists are there."""
-        self._starts[0] = 0
-        is_short = self._size <= np.iinfo(np.int32).max
-        self._starts = np.cumsum(
-            self._starts, out=self._starts if is_short else None, dtype=np.int32 if is_short else np.int64
-        )
+            take_lists(column.weights, column.offsets, order, self._weights, starts, at)
 
     def taken(self, index: Array, buffers: Buffers) -> Ragged:
         """Returns lists in the order of an index; -1 gives an empty one.
@@ -399,11 +398,11 @@ class _Lists:
         """
         offsets = buffers.array(f"{self._name}/offsets", len(index) + 1, self._starts.dtype)
         values = buffers.whole(self._name, self._size, self._values.dtype)
-        take_lists(self._values, self._starts, index, values, offsets)
+        take_lists(self._values, self._starts, index, values, offsets, 0)
         weights = None
         if self._weights is not None:
             weights = buffers.whole(f"{self._name}/weights", self._size, np.float32)
-            take_lists(self._weights, self._starts, index, weights, offsets)
+            take_lists(self._weights, self._starts, index, weights, offsets, 0)
         return Ragged(values, offsets, weights)
 
 

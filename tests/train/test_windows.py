@@ -131,6 +131,19 @@ def test_what_waits_is_held_within_the_limit_and_let_go(data, monkeypatch):
     assert shelves[0].held_bytes == 0
 
 
+def test_rows_of_the_second_window_need_not_wait(data, monkeypatch):
+    def put(*given):
+        raise AssertionError("what is trained in the first two windows has a place")
+
+    monkeypatch.setattr(Shelf, "put", put)
+    dataset, reader = open_reader(data, 0, window_steps=40)
+    steps = dataset.order.epoch_steps
+    assert 40 < steps <= 80
+    with reader.batches(0, 2 * steps) as batches:
+        rows = np.stack(check(batches))
+    assert [sorted(epoch[epoch >= 0].tolist()) for epoch in rows.reshape(2, -1)] == [list(range(ROWS))] * 2
+
+
 def test_leaving_early_lets_go(data):
     dataset, reader = open_reader(data, 0, window_steps=10)
     with reader.batches(0, dataset.order.epoch_steps) as batches:

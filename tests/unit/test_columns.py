@@ -80,13 +80,14 @@ def test_rebased_lists_are_a_view_of_their_own_values():
     assert np.shares_memory(bag.values, data["bag"].values)
 
 
-@given(rows, st.data(), st.integers(0, 6))
+@given(rows, st.data(), st.integers(0, 6), st.integers(0, 3), st.sampled_from([np.int16, np.int64]))
 @settings(deadline=None)
-def test_lists_are_taken_in_the_order_of_an_index(lists, data, more):
+def test_lists_are_taken_in_the_order_of_an_index(lists, data, more, first, dtype):
     starts = np.append(0, np.cumsum([len(numbers) for numbers in lists])).astype(np.int32)
     values = np.array([number for numbers in lists for number in numbers], dtype=np.int64)
     index = np.array(data.draw(st.permutations([*range(len(lists)), -1, -1])), dtype=np.int32)
-    out, offsets = np.empty(len(values) + more, dtype=np.int64), np.empty(len(index) + 1, dtype=np.int32)
-    take_lists(values, starts, index, out, offsets)
+    out, offsets = np.full(first + len(values) + more, -5, dtype=dtype), np.empty(len(index) + 1, dtype=np.int32)
+    take_lists(values, starts, index, out, offsets, first)
+    assert (out[:first] == -5).all(), "what is before the first one is not touched"
     found = [out[begin:end].tolist() for begin, end in pairwise(offsets)]
     assert found == [[] if row < 0 else lists[row] for row in index]
