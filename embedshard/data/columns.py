@@ -24,7 +24,7 @@ __all__ = [
     "take_lists",
 ]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -212,13 +212,30 @@ def put_values(values: Array, places: IntArray, out: Array) -> None:
         out[places[at]] = values[at]
 
 
-def load_loops() -> None:
-    """Loads the loops that rows go through, about half a second once in a process, if they are not loaded yet."""
-    index = np.zeros(1, dtype=np.int64)
-    for kind in (np.int8, np.int16, np.int32, np.int64, np.float32):
+def load_loops(types: Iterable[np.dtype[Any]], is_cached: bool, has_lists: bool) -> None:
+    """Loads the loops that rows go through in training, some 40 ms each once in a process, if they are not loaded yet.
+
+    Args:
+        types: of ids and row numbers, the least that hold them.
+        is_cached: whether rows are gathered from a whole partition, and not put into windows.
+        has_lists: whether there are columns of lists.
+    """
+    index, short = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int32)
+    starts, short_starts = np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int32)
+    number = np.dtype(np.float32)
+    for kind in {*types, number}:
         out = np.zeros(1, dtype=kind)
-        _take(out.copy(), index, out.dtype.type(0), out)
-        put_values(np.zeros(1, dtype=np.float32 if kind == np.float32 else np.int64), index, out)
+        decoded, waiting = out.astype(number if kind == number else np.int64), out.copy()
+        if is_cached:
+            _take(waiting, index, out.dtype.type(0), out)
+        else:
+            put_values(decoded, index, out)
+            put_values(waiting, index, out)
+        if has_lists and kind != number and is_cached:
+            take_lists(waiting, starts, index, out, starts.copy(), 0)
+        elif has_lists and kind != number:
+            take_lists(decoded, starts, short, out, short_starts.copy(), 0)
+            take_lists(waiting, short_starts, short, out, short_starts.copy(), 0)
 
 
 def _gather_ragged(name: str, column: Ragged, index: IntArray, buffers: Buffers) -> Ragged:

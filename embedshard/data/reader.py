@@ -111,7 +111,9 @@ class BatchReader:
         self._partition = -1
         self._rows: _Rows | None = None
         self.laps = Laps(BESIDE)
-        load_loops()
+        for source, is_cached in zip(sources, cached, strict=True):
+            has_lists = any(spec.is_list or spec.is_text for spec in source.decoder.specs)
+            load_loops(source.least_types.values(), is_cached, has_lists)
 
     @contextmanager
     def batches(self, start: int, stop: int) -> Iterator[Iterator[Batch]]:
