@@ -22,6 +22,7 @@ __all__ = [
     "repeated",
     "slice_rows",
     "take_lists",
+    "take_values",
 ]
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -206,10 +207,17 @@ def _take(values: Array, index: IntArray, padding: Any, out: Array) -> None:
 
 
 @compiled
-def put_values(values: Array, places: IntArray, out: Array) -> None:
-    """Puts values into places of another array, which may be of a smaller type that holds them all."""
-    for at in range(len(places)):
-        out[places[at]] = values[at]
+def take_values(values: Array, order: Array, out: Array) -> None:
+    """Copies values in an order, (n,), to an array that may be of a smaller type that holds them all, (n,)."""
+    for place in range(len(order)):
+        out[place] = values[order[place]]
+
+
+@compiled
+def put_values(values: Array, order: Array, places: IntArray, out: Array) -> None:
+    """As `take_values`, to places (n,) of a larger array."""
+    for at in range(len(order)):
+        out[places[at]] = values[order[at]]
 
 
 def load_loops(types: Iterable[np.dtype[Any]], is_cached: bool, has_lists: bool) -> None:
@@ -229,8 +237,9 @@ def load_loops(types: Iterable[np.dtype[Any]], is_cached: bool, has_lists: bool)
         if is_cached:
             _take(waiting, index, out.dtype.type(0), out)
         else:
-            put_values(decoded, index, out)
-            put_values(waiting, index, out)
+            for values in (decoded, waiting):
+                take_values(values, short, out)
+                put_values(values, short, index, out)
         if has_lists and kind != number and is_cached:
             take_lists(waiting, starts, index, out, starts.copy(), 0)
         elif has_lists and kind != number:

@@ -45,6 +45,7 @@ from embedshard.data.parse import (
     row_of,
     words_of,
 )
+from embedshard.data.row_group import Rows
 from embedshard.data.statistics import Statistics
 from embedshard.data.text import TextVocabulary
 from embedshard.data.vocabulary import Vocabulary, unknown_number
@@ -214,6 +215,12 @@ class Decoder:
         return list(dict.fromkeys(names))
 
     @property
+    def shared_columns(self) -> set[str]:
+        """The Parquet columns that more than one decoded column is made of."""
+        names = [name for spec in self.specs for name in (spec.column, spec.second) if name is not None]
+        return {name for name in names if names.count(name) > 1}
+
+    @property
     def standardised(self) -> list[str]:
         """The features that need statistics."""
         features = {name: self._specs[name].feature for name in self._wanted}
@@ -298,7 +305,7 @@ class Decoder:
             policy = feature.missing
         return self._on_bad_row if policy == "error" else policy
 
-    def parse(self, spec: ColumnSpec, table: pa.Table | pa.RecordBatch, where: Where) -> Parsed:
+    def parse(self, spec: ColumnSpec, table: Rows, where: Where) -> Parsed:
         """Returns a column before the config's policies, and what is wrong with it.
 
         Raises:
@@ -311,7 +318,7 @@ class Decoder:
         try:
             if spec.is_text:
                 assert isinstance(vocabulary, TextVocabulary), "the config checks that texts look words up"
-                return parse_texts(spec.name, spec.column, self._words(spec.column, table, vocabulary), vocabulary)
+                return parse_texts(spec.name, spec.column, self._words(spec.column, table, array, vocabulary), vocabulary)
             if not spec.is_list:
                 return parse_ids(spec.name, spec.column, array, vocabulary)
             parsed = parse_lists(spec.name, spec.column, array, vocabulary, spec.masks_zero)
@@ -323,17 +330,17 @@ class Decoder:
             add_weights(parsed, spec.name, spec.column, spec.second, table.column(spec.second))
         return parsed
 
-    def _words(self, column: str, table: pa.Table | pa.RecordBatch, vocabulary: TextVocabulary) -> Words:
+    def _words(self, column: str, table: Rows, array: pa.ChunkedArray | pa.Array, vocabulary: TextVocabulary) -> Words:
         """Returns the words of a column of texts. Where several features read it, they are found once."""
         last = self._last_words
         if last is not None and last[0] is table and last[1] == column and last[2] is vocabulary.encoder:
             return last[3]
-        words = words_of(table.column(column), vocabulary)
+        words = words_of(array, vocabulary)
         if column in self._shared_texts:
             self._last_words = (table, column, vocabulary.encoder, words)
         return words
 
-    def find(self, table: pa.Table | pa.RecordBatch, where: Where) -> list[Finding]:
+    def find(self, table: Rows, where: Where) -> list[Finding]:
         """Returns every value that does not fit, whatever the config does about it, in the order of the columns.
 
         Raises:
@@ -341,7 +348,7 @@ class Decoder:
         """
         return [finding for spec in self.specs for finding in self.parse(spec, table, where).findings]
 
-    def looked_up(self, spec: ColumnSpec, table: pa.Table | pa.RecordBatch, where: Where) -> pa.Array:
+    def looked_up(self, spec: ColumnSpec, table: Rows, where: Where) -> pa.Array:
         """Returns the ids of a column, as Arrow has them, that are looked up in training, each as often as it is.
 
         Nulls and padding are none, and neither is what a list has beyond its `max_length`. Of a column of ids, not of texts.
@@ -362,7 +369,7 @@ class Decoder:
             ids = ids.take(pa.array(places))
         return ids.dictionary_decode() if pa.types.is_dictionary(ids.type) else ids
 
-    def decode(self, table: pa.Table | pa.RecordBatch, where: Where) -> Columns:
+    def decode(self, table: Rows, where: Where) -> Columns:
         """Returns the wanted columns decoded; `row`, the rows' numbers in the data set; `bad` where rows can be set aside.
 
         Raises:

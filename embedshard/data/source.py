@@ -40,6 +40,7 @@ from embedshard.data.columns import Columns
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
 from embedshard.data.parse import is_list
+from embedshard.data.row_group import RowsByColumn
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
@@ -211,6 +212,7 @@ class Source:
         self._locations, self._metadata = tuple(locations), tuple(metadata)
         self.inventory, self.decoder, self.skipped = inventory, decoder, tuple(skipped)
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._places: dict[int, dict[str, int | None]] = {}
         self._lock = threading.Lock()
 
     def narrowed(self, names: Sequence[str]) -> Source:
@@ -307,14 +309,33 @@ class Source:
             DataError: if it cannot be read or holds what the config does not allow.
         """
         group = self.inventory.row_groups[number]
+        if self._locations[group.file].is_local:
+            return self._read_by_column(group)
+        table = self._read_columns(group, self.decoder.columns)
+        rows = self.inventory.selected_rows(group)
+        return self.decoder.decode(_taken(table, rows), self._where(group, 0, rows))
+
+    def _read_by_column(self, group: RowGroup, skip: int = 0) -> Columns:
+        """Returns a row group from a row on, decoded. An object store would be asked for each column: not for its files."""
+        rows = self.inventory.selected_rows(group)
+        found = RowsByColumn(
+            lambda name: self._read_columns(group, [name])[name],
+            self.decoder.shared_columns,
+            group.num_file_rows,
+            rows,
+            skip,
+        )
+        return self.decoder.decode(found, self._where(group, skip, None if rows is None else rows[skip:]))
+
+    def _read_columns(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
+        """Returns columns of a whole row group, as Arrow has them."""
         try:
-            self._count_bytes(group, self.decoder.columns)
-            table = self._file(group.file).read_row_group(group.index, columns=self.decoder.columns, use_threads=False)
+            self._count_bytes(group, columns)
+            table = self._file(group.file).read_row_group(group.index, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
         self._check_rows(group, table.num_rows)
-        rows = self.inventory.selected_rows(group)
-        return self.decoder.decode(_taken(table, rows), self._where(group, 0, rows))
+        return table
 
     def find(self, number: int, names: Sequence[str], rows: IntArray) -> list[Finding]:
         """Reads rows of a row group again, for what is wrong with some of their columns whatever the config does about it.
@@ -350,6 +371,10 @@ class Source:
             DataError: if it cannot be read or holds what the config does not allow.
         """
         group = self.inventory.row_groups[number]
+        if self._locations[group.file].is_local and group.num_file_rows <= batch_rows:
+            if skip_rows < group.num_rows:
+                yield self._read_by_column(group, skip_rows)
+            return
         for batch, where in self.iter_tables(number, batch_rows):
             skip = max(skip_rows - where.first_row, 0)
             if skip < batch.num_rows:
@@ -411,21 +436,24 @@ class Source:
             stream: whether a row group is to be read a little at a time. Of a local file then no more is in memory than the
                 pages that are read; of an object store, where each request takes long, its chunks as they are compressed.
         """
-        little = stream and self._locations[number].is_local
+        is_local = self._locations[number].is_local
         return pq.ParquetFile(
             self._locations[number].open_input(),
             metadata=self._metadata[number],
-            buffer_size=_STREAM_BYTES if little else 0,
-            pre_buffer=not little,
+            buffer_size=_STREAM_BYTES if stream and is_local else 0,
+            pre_buffer=not is_local,
             page_checksum_verification=True,
         )
 
     def _count_bytes(self, group: RowGroup, columns: Sequence[str]) -> None:
         """Counts a row group's chunks of some columns: pyarrow reads each whole."""
-        metadata = self._metadata[group.file]
-        chunks = metadata.row_group(group.index)
-        places = [place for column in columns if (place := _place_of(metadata, column)) is not None]
-        self.byte_count.add(sum(chunks.column(place).total_compressed_size for place in places))
+        chunks = self._metadata[group.file].row_group(group.index)
+        places = self._places.setdefault(group.file, {})
+        for column in columns:
+            if column not in places:
+                places[column] = _place_of(self._metadata[group.file], column)
+        found = [place for column in columns if (place := places[column]) is not None]
+        self.byte_count.add(sum(chunks.column(place).total_compressed_size for place in found))
 
     def _check_rows(self, group: RowGroup, rows: int) -> None:
         if rows != group.num_file_rows:

@@ -30,6 +30,7 @@ from embedshard.data.columns import (
     put_values,
     slice_rows,
     take_lists,
+    take_values,
 )
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf
@@ -37,6 +38,7 @@ from embedshard.data.source import Source
 from embedshard.stages import Laps
 
 IntArray = npt.NDArray[np.int64]
+IndexArray = npt.NDArray[np.int32]
 Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
@@ -177,6 +179,8 @@ class Windows:
                 first = _first_needed(epoch, place, window, self._lanes)
                 at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
                 rows = _DECODE_ROWS if at_once else _LANE_ROWS
+                if epoch.group_starts[place + 1] - epoch.group_starts[place] <= _WHOLE_ROWS:
+                    rows = _WHOLE_ROWS
                 self._streams[place] = _Stream(self._source, epoch, place, first, rows)
             stream = self._streams[place]
             for first, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
@@ -249,8 +253,8 @@ def _num_rows(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> int:
 class _Window:
     """A window: it is filled, then read some steps at a time.
 
-    A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache. Step by
-    step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists,
+    A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache, and are
+    written one after the other. Step by step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists,
     whose places are not known before all are there, wait in the order of those that came with them: then few places of
     memory are read at a time. Both are put in order some steps at a time, so that a batch is made of what is in the cache.
 
@@ -275,6 +279,7 @@ class _Window:
         self._rows = _num_rows(epoch, number, lanes)
         self._shape = lanes[1] - lanes[0], epoch.steps(number), epoch.rows_per_lane
         self._count = math.prod(self._shape)
+        self._orders: dict[int, IndexArray] = {}
         self._places: dict[int, IntArray] = {}
         self._flat: dict[str, Array] = {}
         self._lists: dict[str, _Lists] = {}
@@ -282,22 +287,22 @@ class _Window:
 
     def put(self, lane: int, first: int, columns: Columns) -> None:
         """Puts rows of a lane, which begin at an epoch row, where they belong."""
-        begin = first - self.epoch.window_rows(lane, self.number)[0]
-        places = self._places_of(lane)[begin : begin + num_rows(columns)]
-        order = np.zeros(0, dtype=np.int32)
-        if any(isinstance(column, Ragged) for column in columns.values()):
-            order = np.argsort(places).astype(np.int32)
-            self._met.append(places[order])
+        order, places = self._in_order(lane, first, num_rows(columns))
         for name, column in columns.items():
             if isinstance(column, Flat):
                 held = self._flat.get(name)
                 if held is None:
                     held = self._flat[name] = self._empty(name, column)
-                put_values(column.values, places, held)
+                if isinstance(places, slice):
+                    take_values(column.values, order, held[places])
+                else:
+                    put_values(column.values, order, places, held)
             else:
                 if name not in self._lists:
                     self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)
                 self._lists[name].put(column, order)
+        if self._lists:
+            self._met.append(np.arange(places.start, places.stop) if isinstance(places, slice) else places)
 
     def finish(self, pattern: Columns) -> None:
         """Says that all rows are there.
@@ -336,16 +341,28 @@ class _Window:
             columns |= {name: lists.taken(index, buffers) for name, lists in self._lists.items()}
         return columns
 
-    def _places_of(self, lane: int) -> IntArray:
-        """Returns the place, lane by lane, of each of a lane's rows, as the epoch has them."""
+    def _in_order(self, lane: int, first: int, count: int) -> tuple[IndexArray, slice | IntArray]:
+        """Returns the order in which rows of a lane are trained, and their places, lane by lane, in this order.
+
+        Args:
+            lane: whose they are.
+            first: epoch row of the first one.
+            count: how many, which follow each other.
+        """
+        lane_first, lane_last = self.epoch.window_rows(lane, self.number)
+        begin = (lane - self._lanes[0]) * self._shape[1] * self._shape[2]
+        order = self._orders.get(lane)
+        if order is None:
+            order = self._orders[lane] = (self.epoch.lane_order(lane, self.number) - lane_first).astype(np.int32)
+        if count == lane_last - lane_first:
+            return order, slice(begin, begin + count)
         places = self._places.get(lane)
         if places is None:
-            order = self.epoch.lane_order(lane, self.number)
-            order -= self.epoch.window_rows(lane, self.number)[0]
-            begin = (lane - self._lanes[0]) * self._shape[1] * self._shape[2]
             places = self._places[lane] = np.empty(len(order), dtype=np.int64)
             places[order] = np.arange(begin, begin + len(order))
-        return places
+        own = places[first - lane_first : first - lane_first + count]
+        part = np.argsort(own).astype(np.int32)
+        return part, own[part]
 
     def _type(self, name: str, column: Flat | Ragged) -> np.dtype[Any]:
         return self._types.get(name, column.values.dtype)
