@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["ColumnSpec", "Decoder", "Where", "column_specs", "slice_column"]
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -375,10 +375,18 @@ class Decoder:
         Raises:
             DataError: naming file, row group, row, column and what to do.
         """
-        decoded: Columns = {
-            "row": Flat(np.arange(where.first_dataset_row, where.first_dataset_row + table.num_rows, dtype=np.int64))
-        }
+        return dict(self.decode_each(table, where))
+
+    def decode_each(self, table: Rows, where: Where) -> Iterator[tuple[str, Flat | Ragged]]:
+        """Yields what `decode` returns, one column after the other, each as soon as it can be told: see `RowsByColumn`.
+
+        Raises:
+            DataError: as `decode`, when it comes to the column.
+        """
+        numbers = np.arange(where.first_dataset_row, where.first_dataset_row + table.num_rows, dtype=np.int64)
+        yield "row", Flat(numbers)
         bad = np.zeros(table.num_rows, dtype=np.int16)
+        decoded: Columns = {}
         for spec in self.specs:
             parsed = self.parse(spec, table, where)
             for finding in parsed.findings:
@@ -387,14 +395,17 @@ class Decoder:
                     raise DataError(self._refusal(spec, parsed, finding, where))
                 if action == "quarantine":
                     bad[finding.rows] = np.where(bad[finding.rows], bad[finding.rows], self._codes[finding.problem])
-            if spec.name in self._wanted:
+            if spec.name not in self._wanted:
+                continue
+            if self.quarantines:  # a later column may set a row aside
                 decoded |= self._decoded(spec, parsed)
+            else:
+                yield from self._decoded(spec, parsed).items()
         self._last_words = None
         if self.quarantines:
-            if bad.any():
-                decoded = {name: _emptied(column, bad > 0) if name != "row" else column for name, column in decoded.items()}
-            decoded["bad"] = Flat(bad)
-        return decoded
+            is_bad = bad > 0
+            yield from ((name, _emptied(column, is_bad) if bad.any() else column) for name, column in decoded.items())
+            yield "bad", Flat(bad)
 
     # ------------------------------------------------------------------------------------------------------ policies
     def _decoded(self, spec: ColumnSpec, parsed: Parsed) -> Columns:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Piece", "Shelf"]
+__all__ = ["Piece", "Shelf", "own_copy"]
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -72,20 +72,13 @@ class Shelf:
     _windows: dict[int, list[Piece | _Written]] = field(default_factory=lambda: defaultdict(list), init=False)
     _file: _File | None = field(default=None, init=False)
 
-    def put(self, window: int, piece: Piece, types: Mapping[str, np.dtype[Any]]) -> None:
-        """Puts a piece down.
-
-        Args:
-            window: in which its rows are trained.
-            piece: the rows. Nothing of them is kept but copies.
-            types: of the ids of each column, the least integers that hold them.
+    def put(self, window: int, piece: Piece) -> None:
+        """Puts a piece down, whose columns are the shelf's own from then on (`own_copy`).
 
         Raises:
             DataError: if a file has no room.
         """
-        columns = {name: _copy(column, types.get(name, column.values.dtype)) for name, column in piece.columns.items()}
-        piece = Piece(piece.lane, piece.first, columns)
-        size = _size_bytes(columns)
+        size = _size_bytes(piece.columns)
         if self.held_bytes + size > self.limit_bytes:
             self._windows[window].append(self._write(piece, size))
             return
@@ -159,8 +152,8 @@ def _size_bytes(columns: Columns) -> int:
     return sum(array.nbytes for column in columns.values() for array in _arrays(column) if array is not None)
 
 
-def _copy(column: Flat | Ragged, dtype: np.dtype[Any]) -> Flat | Ragged:
-    """Returns a copy with values of a type; offsets begin at 0."""
+def own_copy(column: Flat | Ragged, dtype: np.dtype[Any]) -> Flat | Ragged:
+    """Returns a copy of a column with values of a type that holds them; offsets begin at 0."""
     if isinstance(column, Flat):
         return Flat(column.values.astype(dtype))
     first, last = int(column.offsets[0]), int(column.offsets[-1])

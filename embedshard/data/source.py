@@ -36,11 +36,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedshard.data.byte_count import ByteCount
-from embedshard.data.columns import Columns
+from embedshard.data.columns import Columns, Flat, Ragged
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
 from embedshard.data.parse import is_list
-from embedshard.data.row_group import RowsByColumn
+from embedshard.data.row_group import Rows, RowsByColumn
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
@@ -309,23 +309,17 @@ class Source:
             DataError: if it cannot be read or holds what the config does not allow.
         """
         group = self.inventory.row_groups[number]
+        rows = self.inventory.selected_rows(group)
         if self._locations[group.file].is_local:
-            return self._read_by_column(group)
-        table = self._read_columns(group, self.decoder.columns)
-        rows = self.inventory.selected_rows(group)
-        return self.decoder.decode(_taken(table, rows), self._where(group, 0, rows))
+            found: Rows = self._by_column(group, rows)
+        else:
+            found = _taken(self._read_columns(group, self.decoder.columns), rows)
+        return self.decoder.decode(found, self._where(group, 0, rows))
 
-    def _read_by_column(self, group: RowGroup, skip: int = 0) -> Columns:
-        """Returns a row group from a row on, decoded. An object store would be asked for each column: not for its files."""
-        rows = self.inventory.selected_rows(group)
-        found = RowsByColumn(
-            lambda name: self._read_columns(group, [name])[name],
-            self.decoder.shared_columns,
-            group.num_file_rows,
-            rows,
-            skip,
-        )
-        return self.decoder.decode(found, self._where(group, skip, None if rows is None else rows[skip:]))
+    def _by_column(self, group: RowGroup, rows: IntArray | None, skip: int = 0) -> RowsByColumn:
+        """Returns a row group of a local file; an object store would be asked for each column."""
+        read, shared = (lambda name: self._read_columns(group, [name])[name]), self.decoder.shared_columns
+        return RowsByColumn(read, shared, group.num_file_rows, rows, skip)
 
     def _read_columns(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Returns columns of a whole row group, as Arrow has them."""
@@ -364,22 +358,30 @@ class Source:
         found = decoder.find(_taken(_taken(table, selected), rows), self._where(group, 0))
         return [replace(finding, rows=rows[finding.rows]) for finding in found]
 
-    def iter_row_group(self, number: int, batch_rows: int, skip_rows: int = 0) -> Iterator[Columns]:
-        """Yields a row group from a row on, at most so many rows at once, decoded.
+    def iter_row_group(
+        self, number: int, batch_rows: int, skip_rows: int = 0
+    ) -> Iterator[tuple[int, Iterator[tuple[str, Flat | Ragged]]]]:
+        """Yields a row group from a row on, at most so many rows at once: how many, and their columns one after the other.
+
+        All columns of some rows are to be taken before the next rows are.
 
         Raises:
             DataError: if it cannot be read or holds what the config does not allow.
         """
         group = self.inventory.row_groups[number]
         if self._locations[group.file].is_local and group.num_file_rows <= batch_rows:
-            if skip_rows < group.num_rows:
-                yield self._read_by_column(group, skip_rows)
+            selected = self.inventory.selected_rows(group)
+            found = self._by_column(group, selected, skip_rows)
+            rows = None if selected is None else selected[skip_rows:]
+            if found.num_rows > 0:
+                yield found.num_rows, self.decoder.decode_each(found, self._where(group, skip_rows, rows))
             return
         for batch, where in self.iter_tables(number, batch_rows):
             skip = max(skip_rows - where.first_row, 0)
             if skip < batch.num_rows:
                 rows = None if where.rows is None else where.rows[skip:]
-                yield self.decoder.decode(batch.slice(skip), self._where(group, where.first_row + skip, rows))
+                part, where = batch.slice(skip), self._where(group, where.first_row + skip, rows)
+                yield part.num_rows, self.decoder.decode_each(part, where)
 
     def iter_tables(self, number: int, batch_rows: int) -> Iterator[tuple[pa.RecordBatch, Where]]:
         """Yields what is selected of a row group, as Arrow has it, at most so many rows at once, and where they are.

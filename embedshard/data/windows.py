@@ -27,13 +27,13 @@ from embedshard.data.columns import (
     gather,
     num_rows,
     padding_of,
+    part_of,
     put_values,
-    slice_rows,
     take_lists,
     take_values,
 )
 from embedshard.data.order import EpochOrder
-from embedshard.data.shelf import Piece, Shelf
+from embedshard.data.shelf import Piece, Shelf, own_copy
 from embedshard.data.source import Source
 from embedshard.stages import Laps
 
@@ -170,7 +170,9 @@ class Windows:
         found = self._following or self._empty_window(epoch, window)
         self._following = self._empty_window(epoch, window + 1) if is_next_free and epoch.steps(window + 1) else None
         for piece in self._shelf.take(window):
-            found.put(piece.lane, piece.first, piece.columns)
+            spot = found.spot(piece.lane, piece.first, num_rows(piece.columns))
+            for name, column in piece.columns.items():
+                spot.put(name, column)
         for place, last in _needed(epoch, window, self._lanes).items():
             if place in self._ended:
                 continue
@@ -183,9 +185,8 @@ class Windows:
                     rows = _WHOLE_ROWS
                 self._streams[place] = _Stream(self._source, epoch, place, first, rows)
             stream = self._streams[place]
-            for first, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
-                self._put(found, first, columns)
-                self._no_rows = self._no_rows or gather(columns, np.zeros(0, dtype=np.int64), None)
+            for first, count, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
+                self._put(found, first, count, columns)
             if stream.next >= end:
                 del self._streams[place]
                 self._ended.add(place)
@@ -202,23 +203,40 @@ class Windows:
             self._no_rows = gather(self._source.read_row_group(0), np.zeros(0, dtype=np.int64), None)
         return self._no_rows
 
-    def _put(self, window: _Window, first: int, columns: Columns) -> None:
-        """Puts the rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere."""
-        epoch, begin, end = window.epoch, first, first + num_rows(columns)
-        for lane in range(max(epoch.lane_of(begin), self._lanes[0]), min(epoch.lane_of(end - 1) + 1, self._lanes[1])):
+    def _put(self, window: _Window, first: int, count: int, columns: Iterator[tuple[str, Flat | Ragged]]) -> None:
+        """Puts rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere.
+
+        Args:
+            window: the one that is read.
+            first: epoch row of the first one.
+            count: how many.
+            columns: of these rows, each decoded when it is asked for.
+        """
+        epoch, end = window.epoch, first + count
+        spots: list[tuple[int, int, _Spot]] = []
+        waiting: list[tuple[int, int, int, Piece]] = []
+        for lane in range(max(epoch.lane_of(first), self._lanes[0]), min(epoch.lane_of(end - 1) + 1, self._lanes[1])):
             lane_first, lane_last = epoch.lane_span(lane)
-            row, last = max(begin, lane_first), min(end, lane_last)
+            row, last = max(first, lane_first), min(end, lane_last)
             while row < last:
                 of_row = epoch.window_of_row(lane, row)
                 stop = min(last, epoch.window_rows(lane, of_row)[1])
-                part = slice_rows(columns, row - begin, stop - begin)
                 if of_row == window.number:
-                    window.put(lane, row, part)
+                    spots.append((row - first, stop - first, window.spot(lane, row, stop - row)))
                 elif of_row == window.number + 1 and self._following is not None:
-                    self._following.put(lane, row, part)
+                    spots.append((row - first, stop - first, self._following.spot(lane, row, stop - row)))
                 elif of_row > window.number:
-                    self._shelf.put(of_row, Piece(lane, row, part), self._types)
+                    waiting.append((row - first, stop - first, of_row, Piece(lane, row, {})))
                 row = stop
+        for name, column in columns:
+            for row, stop, spot in spots:
+                spot.put(name, part_of(column, row, stop))
+            for row, stop, _, piece in waiting:
+                piece.columns[name] = own_copy(part_of(column, row, stop), self._types.get(name, column.values.dtype))
+            if name not in self._no_rows:
+                self._no_rows[name] = own_copy(part_of(column, 0, 0), column.values.dtype)
+        for _, _, of_row, piece in waiting:
+            self._shelf.put(of_row, piece)
 
 
 def _needed(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> Mapping[int, int]:
@@ -254,9 +272,10 @@ class _Window:
     """A window: it is filled, then read some steps at a time.
 
     A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache, and are
-    written one after the other. Step by step, as they are trained, a lane's places would be a batch apart, which for a cache are few lines again and again. Lists,
-    whose places are not known before all are there, wait in the order of those that came with them: then few places of
-    memory are read at a time. Both are put in order some steps at a time, so that a batch is made of what is in the cache.
+    written one after the other. Step by step, as they are trained, a lane's places would be a batch apart, which for a cache
+    are few lines again and again. Lists, whose places are not known before all are there, wait in the order in which those
+    that came together are trained: then they are read one after the other, too. Both are put in order some steps at a time,
+    so that a batch is made of what is in the cache.
 
     Args:
         epoch: the pass.
@@ -285,24 +304,28 @@ class _Window:
         self._lists: dict[str, _Lists] = {}
         self._met: list[IntArray] = []
 
-    def put(self, lane: int, first: int, columns: Columns) -> None:
-        """Puts rows of a lane, which begin at an epoch row, where they belong."""
-        order, places = self._in_order(lane, first, num_rows(columns))
-        for name, column in columns.items():
-            if isinstance(column, Flat):
-                held = self._flat.get(name)
-                if held is None:
-                    held = self._flat[name] = self._empty(name, column)
-                if isinstance(places, slice):
-                    take_values(column.values, order, held[places])
-                else:
-                    put_values(column.values, order, places, held)
-            else:
-                if name not in self._lists:
-                    self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)
-                self._lists[name].put(column, order)
-        if self._lists:
-            self._met.append(np.arange(places.start, places.stop) if isinstance(places, slice) else places)
+    def spot(self, lane: int, first: int, count: int) -> _Spot:
+        """Returns where so many rows of a lane, which begin at an epoch row, belong."""
+        return _Spot(self, *self._in_order(lane, first, count))
+
+    def flat(self, name: str, pattern: Flat) -> Array:
+        """Returns the values of a column, lane by lane."""
+        held = self._flat.get(name)
+        if held is None:
+            held = self._flat[name] = self._buffers.array(name, self._count, self._type(name, pattern))
+            if self._rows < self._count:
+                held[:] = padding_of(name, held.dtype)
+        return held
+
+    def lists(self, name: str, pattern: Ragged) -> _Lists:
+        """Returns the lists of a column."""
+        if name not in self._lists:
+            self._lists[name] = _Lists(name, self._rows, self._type(name, pattern), pattern, self._buffers)
+        return self._lists[name]
+
+    def lists_came(self, places: IntArray) -> None:
+        """Says where the next lists of all columns belong."""
+        self._met.append(places)
 
     def finish(self, pattern: Columns) -> None:
         """Says that all rows are there.
@@ -311,10 +334,10 @@ class _Window:
             pattern: the columns of the data, for a window that has none of this rank's rows.
         """
         for name, column in pattern.items():
-            if isinstance(column, Flat) and name not in self._flat:
-                self._flat[name] = self._empty(name, column)
-            elif isinstance(column, Ragged) and name not in self._lists:
-                self._lists[name] = _Lists(name, self._rows, self._type(name, column), column, self._buffers)
+            if isinstance(column, Flat):
+                self.flat(name, column)
+            else:
+                self.lists(name, column)
         if self._lists:
             met = np.concatenate([np.zeros(0, dtype=np.int64), *self._met])
             index = self._flat[_INDEX] = self._buffers.array(_INDEX, self._count, np.int32)
@@ -367,11 +390,34 @@ class _Window:
     def _type(self, name: str, column: Flat | Ragged) -> np.dtype[Any]:
         return self._types.get(name, column.values.dtype)
 
-    def _empty(self, name: str, column: Flat) -> Array:
-        held = self._buffers.array(name, self._count, self._type(name, column))
-        if self._rows < self._count:
-            held[:] = padding_of(name, held.dtype)
-        return held
+
+class _Spot:
+    """Where rows that came together belong in a window.
+
+    Args:
+        window: theirs.
+        order: in which they are trained, (n,).
+        places: in this order; a slice where they follow each other.
+    """
+
+    def __init__(self, window: _Window, order: IndexArray, places: slice | IntArray) -> None:
+        self._window, self._order, self._places = window, order, places
+        self._has_lists = False
+
+    def put(self, name: str, column: Flat | Ragged) -> None:
+        """Puts a column of the rows there."""
+        if isinstance(column, Flat):
+            held = self._window.flat(name, column)
+            if isinstance(self._places, slice):
+                take_values(column.values, self._order, held[self._places])
+            else:
+                put_values(column.values, self._order, self._places, held)
+            return
+        if not self._has_lists:
+            places = self._places
+            self._window.lists_came(np.arange(places.start, places.stop) if isinstance(places, slice) else places)
+            self._has_lists = True
+        self._window.lists(name, column).put(column, self._order)
 
 
 class _Lists:
@@ -435,12 +481,16 @@ class _Stream:
         self._pieces = source.iter_row_group(int(epoch.group_order[place]), rows, first - begin)
         self.next = first
 
-    def up_to(self, last: int) -> Iterator[tuple[int, Columns]]:
-        """Decodes on to an epoch row, or a little further; yields the first epoch row of each piece, and the piece."""
+    def up_to(self, last: int) -> Iterator[tuple[int, int, Iterator[tuple[str, Flat | Ragged]]]]:
+        """Decodes on to an epoch row, or a little further.
+
+        Yields:
+            The first epoch row of each piece, how many it has, and its columns, each decoded when it is asked for.
+        """
         while self.next < last:
-            piece = next(self._pieces)
-            first, self.next = self.next, self.next + num_rows(piece)
-            yield first, piece
+            count, columns = next(self._pieces)
+            first, self.next = self.next, self.next + count
+            yield first, count, columns
 
 
 class _Soon(Generic[_T]):

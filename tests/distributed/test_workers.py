@@ -167,7 +167,8 @@ def test_a_killed_worker_ends_the_run_and_it_resumes_to_the_same_weights(
     finally:
         process.kill()
     assert process.returncode == 1
-    assert "was ended by SIGKILL" in err and f"embedshard train --resume {path} --workers 2" in err
+    assert "was ended by SIGKILL" in err
+    assert f"embedshard train --resume {path} --workers 2" in err
     assert "Traceback" not in err
     assert not [pid for pid in workers if Path(f"/proc/{pid}").exists()], "the launcher waits for what it ends"
     assert "Resumes after step" in run_ranks(2, "train", "--run-dir", path, "--auto-resume")

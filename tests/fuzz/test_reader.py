@@ -286,7 +286,8 @@ class _Reading:
     def _check_pieces(self, number: int, group: RowGroup) -> None:
         batch_rows, skip = self.case.random.randint(1, 8), self.case.random.randint(0, group.num_rows)
         rows = self.expected[group.first_row + skip : group.first_row + group.num_rows]
-        pieces = self._outcome(lambda: list(self.source.iter_row_group(number, batch_rows, skip)), rows)
+        read = self.source.iter_row_group
+        pieces = self._outcome(lambda: [dict(columns) for _, columns in read(number, batch_rows, skip)], rows)
         if pieces is None:
             return
         assert all(num_rows(piece) <= batch_rows for piece in pieces)

@@ -66,8 +66,10 @@ def test_row_groups_of_any_size_and_files_of_any_width_are_one_data_set(decoder,
     assert "unread" not in whole
     for batch_rows in (1, 3, 100):
         for skip in (0, 2, 4):
-            parts = list(source.iter_row_group(0, batch_rows, skip))
-            assert sum(num_rows(part) for part in parts) == 5 - skip
+            pieces = [(count, dict(columns)) for count, columns in source.iter_row_group(0, batch_rows, skip)]
+            parts = [columns for _, columns in pieces]
+            assert [num_rows(part) for part in parts] == [count for count, _ in pieces]
+            assert sum(count for count, _ in pieces) == 5 - skip
             np.testing.assert_array_equal(concatenate(parts)["user"].values, expected[skip:5])
     assert source.describe_row(24).endswith("2.parquet, row group 0, row 1")
 
@@ -217,6 +219,8 @@ def test_a_damaged_row_group_is_refused_when_it_is_read(decoder, tmp_path):
         source.read_row_group(0)
     with pytest.raises(DataError, match=r"x\.parquet, row group 0: cannot be read"):
         list(source.iter_row_group(0, 100))
+    with pytest.raises(DataError, match=r"x\.parquet, row group 0: cannot be read"):
+        [dict(columns) for _, columns in source.iter_row_group(0, 1000)]
     assert num_rows(source.read_row_group(2)) == 1000
 
 
