@@ -7,8 +7,9 @@ any that is new; each round takes them pair by pair. There are about as many rou
 
 from __future__ import annotations
 
-__all__ = ["HuffmanTree", "VisitedPaths"]
+__all__ = ["LONGEST_WAY", "HuffmanTree", "VisitedPaths"]
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,9 @@ import numpy.typing as npt
 from embedshard.compiled import compiled
 
 IntArray = npt.NDArray[np.int64]
+
+LONGEST_WAY = 90
+"""Nodes on the way to a class, at most, however the classes are counted in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,9 @@ class HuffmanTree:
         self.num_classes = num_classes
         # Of each class, then of each inner node: its parent's number, times two, plus one for the right-hand side.
         self._up = np.zeros(2 * num_classes - 1, dtype=np.int32)
+        # Of each inner node, while ways are found: whether it was met, then its place among those that were. Else zeros.
+        self._places = np.zeros(num_classes - 1, dtype=np.int32)
+        self._places_are_free = threading.Lock()
         leaves = np.argsort(counts, kind="stable").astype(np.int64, copy=False)
         leaf_weights = counts[leaves]
         inner_weights = np.zeros(num_classes - 1, dtype=np.int64)
@@ -80,19 +87,23 @@ class HuffmanTree:
 
     def paths(self, classes: IntArray) -> VisitedPaths:
         """Returns the ways from the root to classes, (n,) int64."""
-        root, num_nodes = self.num_classes - 2, self.num_classes - 1
-        offsets, places = np.zeros(len(classes) + 1, dtype=np.int64), np.zeros(num_nodes, dtype=np.int32)
-        met = np.empty(num_nodes, dtype=np.int64)
-        visited = np.sort(met[: _meet(self._up, root, classes, offsets, places, met)])
-        nodes, signs = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.float32)
-        _walk(self._up, classes, offsets, places, visited, nodes, signs)
+        offsets = np.zeros(len(classes) + 1, dtype=np.int64)
+        met = np.empty(min(self.num_classes - 1, LONGEST_WAY * len(classes)), dtype=np.int64)
+        with self._places_are_free:
+            visited = np.sort(met[: _meet(self._up, classes, offsets, self._places, met)])
+            nodes, signs = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.float32)
+            _walk(self._up, classes, offsets, self._places, visited, nodes, signs)
         return VisitedPaths(offsets, nodes, signs, visited)
 
 
 @compiled
-def _meet(up: Any, root: int, classes: Any, offsets: Any, is_met: Any, met: Any) -> int:
-    """Fills in how long ways are, and which nodes are on any of them, in no order; returns how many these are."""
-    count, num_classes = 0, root + 2
+def _meet(up: Any, classes: Any, offsets: Any, is_met: Any, met: Any) -> int:
+    """Fills in how long ways are, and which nodes are on any of them, in no order; returns how many these are.
+
+    `is_met`, zeros, becomes 1 at these.
+    """
+    count, num_classes = 0, len(is_met) + 1
+    root = num_classes - 2
     for number in range(len(classes)):
         at, length, parent = np.int64(classes[number]), 0, np.int64(-1)
         while parent != root:
@@ -109,7 +120,7 @@ def _meet(up: Any, root: int, classes: Any, offsets: Any, is_met: Any, met: Any)
 
 @compiled
 def _walk(up: Any, classes: Any, offsets: Any, places: Any, visited: Any, nodes: Any, signs: Any) -> None:
-    """Fills in the ways, from the root on, by the nodes' places in `visited`."""
+    """Fills in the ways, from the root on, by the nodes' places in `visited`. `places` becomes zeros again."""
     for place in range(len(visited)):
         places[visited[place]] = place
     num_classes = len(places) + 1
@@ -120,3 +131,5 @@ def _walk(up: Any, classes: Any, offsets: Any, places: Any, visited: Any, nodes:
             nodes[step] = places[parent]
             signs[step] = 1 - 2 * side
             at = parent + num_classes
+    for node in visited:
+        places[node] = 0

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from embedshard.compiled import compiled
 from embedshard.counting import sort_by_counting
+from embedshard.data.huffman import LONGEST_WAY
 from embedshard.registers import no_numbers, numbers_at, plus_scaled, product_with, put_numbers
 
-_LONGEST = np.uint64(90)  # a way, however the classes are counted in 64 bits
+_LONGEST = np.uint64(LONGEST_WAY)
 _CENTRES = np.uint64(16)  # of a context at once
 _ONE, _TWO = np.uint64(1), np.uint64(2)
 
