@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["WordArray", "finalised", "hash_integers", "hash_ngrams", "hash_strings"]
+__all__ = ["GOLDEN", "WordArray", "finalised", "hash_integers", "hash_ngrams", "hash_strings"]
 
 from collections.abc import Collection
 
@@ -13,13 +13,14 @@ import pyarrow as pa
 IntArray = npt.NDArray[np.int64]
 WordArray = npt.NDArray[np.uint64]
 
-_GOLDEN = 0x9E3779B97F4A7C15
+GOLDEN = 0x9E3779B97F4A7C15
+"""What splitmix64 counts by."""
 _FNV_OFFSET, _FNV_PRIME = 0xCBF29CE484222325, 0x100000001B3
 
 
 def hash_integers(ids: IntArray | WordArray, seed: int) -> WordArray:
     """Returns a 64-bit hash of each id: splitmix64 (Steele et al. 2014) of id + (seed + 1) * its golden constant."""
-    return finalised(ids.astype(np.uint64) + np.uint64((seed + 1) * _GOLDEN % 2**64))
+    return finalised(ids.astype(np.uint64) + np.uint64((seed + 1) * GOLDEN % 2**64))
 
 
 def hash_strings(ids: pa.Array, seed: int) -> WordArray:
@@ -40,7 +41,7 @@ def hash_strings(ids: pa.Array, seed: int) -> WordArray:
         count = int(np.searchsorted(-sorted_lengths, -place, side="left"))  # strings longer than `place`
         hashed[:count] = (hashed[:count] ^ data[sorted_starts[:count] + place]) * np.uint64(_FNV_PRIME)
     words[by_length] = hashed
-    return finalised(words + np.uint64((seed + 1) * _GOLDEN % 2**64))
+    return finalised(words + np.uint64((seed + 1) * GOLDEN % 2**64))
 
 
 def hash_ngrams(ids: IntArray, lengths: IntArray, sizes: Collection[int], seed: int) -> tuple[WordArray, IntArray]:

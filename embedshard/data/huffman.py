@@ -7,14 +7,21 @@ any that is new; each round takes them pair by pair. There are about as many rou
 
 from __future__ import annotations
 
-__all__ = ["HuffmanTree", "VisitedPaths"]
+__all__ = ["LONGEST_WAY", "HuffmanTree", "VisitedPaths"]
 
+import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.compiled import compiled
+
 IntArray = npt.NDArray[np.int64]
+
+LONGEST_WAY = 90
+"""Nodes on the way to a class, at most, however the classes are counted in 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,9 @@ class HuffmanTree:
         self.num_classes = num_classes
         # Of each class, then of each inner node: its parent's number, times two, plus one for the right-hand side.
         self._up = np.zeros(2 * num_classes - 1, dtype=np.int32)
+        # Of each inner node, while ways are found: whether it was met, then its place among those that were. Else zeros.
+        self._places = np.zeros(num_classes - 1, dtype=np.int32)
+        self._places_are_free = threading.Lock()
         leaves = np.argsort(counts, kind="stable").astype(np.int64, copy=False)
         leaf_weights = counts[leaves]
         inner_weights = np.zeros(num_classes - 1, dtype=np.int64)
@@ -77,23 +87,49 @@ class HuffmanTree:
 
     def paths(self, classes: IntArray) -> VisitedPaths:
         """Returns the ways from the root to classes, (n,) int64."""
-        # Upwards all together; what has arrived at the root falls out.
-        walking, at = np.arange(len(classes), dtype=np.int64), classes
-        steps: list[tuple[IntArray, IntArray, npt.NDArray[np.float32]]] = []
-        root = self.num_classes - 2
-        lengths = np.zeros(len(classes), dtype=np.int64)
-        while len(walking):
-            up = self._up[at].astype(np.int64)
-            parents, signs = up >> 1, (1 - 2 * (up & 1)).astype(np.float32)
-            steps.append((walking, parents, signs))
-            lengths[walking] += 1
-            goes_on = parents != root
-            walking, at = walking[goes_on], parents[goes_on] + self.num_classes
         offsets = np.zeros(len(classes) + 1, dtype=np.int64)
-        np.cumsum(lengths, out=offsets[1:])
-        nodes, signs = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.float32)
-        for height, (walked, parents, turned) in enumerate(steps):
-            nodes[offsets[walked + 1] - 1 - height] = parents
-            signs[offsets[walked + 1] - 1 - height] = turned
-        visited, nodes = np.unique(nodes, return_inverse=True)
+        met = np.empty(min(self.num_classes - 1, LONGEST_WAY * len(classes)), dtype=np.int64)
+        with self._places_are_free:
+            visited = np.sort(met[: _meet(self._up, classes, offsets, self._places, met)])
+            nodes, signs = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1], dtype=np.float32)
+            _walk(self._up, classes, offsets, self._places, visited, nodes, signs)
         return VisitedPaths(offsets, nodes, signs, visited)
+
+
+@compiled
+def _meet(up: Any, classes: Any, offsets: Any, is_met: Any, met: Any) -> int:
+    """Fills in how long ways are, and which nodes are on any of them, in no order; returns how many these are.
+
+    `is_met`, zeros, becomes 1 at these.
+    """
+    count, num_classes = 0, len(is_met) + 1
+    root = num_classes - 2
+    for number in range(len(classes)):
+        at, length, parent = np.int64(classes[number]), 0, np.int64(-1)
+        while parent != root:
+            parent = np.int64(up[at]) >> 1
+            if is_met[parent] == 0:
+                is_met[parent] = 1
+                met[count] = parent
+                count += 1
+            length += 1
+            at = parent + num_classes
+        offsets[number + 1] = offsets[number] + length
+    return count
+
+
+@compiled
+def _walk(up: Any, classes: Any, offsets: Any, places: Any, visited: Any, nodes: Any, signs: Any) -> None:
+    """Fills in the ways, from the root on, by the nodes' places in `visited`. `places` becomes zeros again."""
+    for place in range(len(visited)):
+        places[visited[place]] = place
+    num_classes = len(places) + 1
+    for number in range(len(classes)):
+        at = np.int64(classes[number])
+        for step in range(offsets[number + 1] - 1, offsets[number] - 1, -1):
+            parent, side = np.int64(up[at]) >> 1, up[at] & 1
+            nodes[step] = places[parent]
+            signs[step] = 1 - 2 * side
+            at = parent + num_classes
+    for node in visited:
+        places[node] = 0

@@ -12,18 +12,22 @@ from __future__ import annotations
 __all__ = ["KeptPlaces", "PairMaker", "keep_probability"]
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.compiled import compiled
 from embedshard.config.parts import ItemEmbeddingConfig
 from embedshard.data.columns import Ragged
-from embedshard.data.hashing import WordArray, hash_integers
+from embedshard.data.hashing import GOLDEN, WordArray, finalised, hash_integers
 from embedshard.data.order import Position
 
 IntArray = npt.NDArray[np.int64]
 
 _STREAM = 4  # beside those of order.py and negatives.py
+_finalised = compiled(finalised)
+_GOLDEN = np.uint64(GOLDEN)
 
 
 @dataclass(frozen=True)
@@ -45,16 +49,24 @@ class KeptPlaces:
 
         Both are places in `column.values`.
         """
-        places = np.arange(len(self.rows), dtype=np.int64)
-        before = np.minimum(self.reach, places - self.column.offsets[self.rows])
-        after = np.minimum(self.reach, self.column.offsets[self.rows + 1] - 1 - places)
-        counts = before + after
-        ends = np.cumsum(counts)
-        centres = np.repeat(places, counts)
-        contexts = np.repeat(places - before - (ends - counts), counts)
-        contexts += np.arange(len(centres), dtype=np.int64)
-        contexts += contexts >= centres  # a centre is no context of its own
-        return centres, contexts
+        return _pairs(self.column.offsets, self.rows, self.reach)
+
+
+@compiled
+def _pairs(offsets: Any, rows: Any, reach: Any) -> Any:
+    total = 0
+    for place in range(len(rows)):
+        begin, end = offsets[rows[place]], offsets[rows[place] + 1]
+        total += min(reach[place], place - begin) + min(reach[place], end - 1 - place)
+    centres, contexts = np.empty(total, np.int64), np.empty(total, np.int64)
+    at = 0
+    for place in range(len(rows)):
+        begin, end = offsets[rows[place]], offsets[rows[place] + 1]
+        for context in range(max(begin, place - reach[place]), min(end, place + reach[place] + 1)):
+            if context != place:  # a centre is no context of its own
+                centres[at], contexts[at] = place, context
+                at += 1
+    return centres, contexts
 
 
 class PairMaker:
@@ -70,7 +82,9 @@ class PairMaker:
         self.feature = config.sequence
         self.window, self._is_dynamic, self._seed = config.window, config.dynamic_window, seed
         assert counts is not None or config.subsample is None, "ids are counted where they are sub-sampled"
-        self._keep = None if counts is None or config.subsample is None else keep_probability(counts, config.subsample)
+        self._keep = np.zeros(0, dtype=np.float32)
+        if counts is not None and config.subsample is not None:
+            self._keep = keep_probability(counts, config.subsample)
 
     def keep(self, column: Ragged, row_numbers: IntArray, position: Position) -> KeptPlaces:
         """Returns what is kept of some rows. A place that is left alone in its row has no pair, and falls out too.
@@ -80,28 +94,17 @@ class PairMaker:
             row_numbers: of the rows in their partition, (B,) int64; -1 for padding, whose list is empty.
             position: of the step.
         """
-        first, last = int(column.offsets[0]), int(column.offsets[-1])
-        values, starts = column.values[first:last], column.offsets[:-1] - first
-        lengths = np.diff(column.offsets)
-        rows = np.repeat(np.arange(len(lengths), dtype=np.int64), lengths)
-        words = self._words(row_numbers, position)[rows]
-        words += (np.arange(len(rows), dtype=np.int64) - starts[rows]).astype(np.uint64)
-        words = hash_integers(words, 0)
-        is_kept = np.ones(len(rows), dtype=np.bool_)
-        if self._keep is not None:
-            uniform = (words >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-            is_kept = uniform < self._keep[values]
-        alone = np.bincount(rows[is_kept], minlength=len(lengths)) == 1
-        if alone.any():
-            is_kept &= ~alone[rows]
-        rows, words = rows[is_kept], words[is_kept]
-        offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-        np.cumsum(np.bincount(rows, minlength=len(lengths)), out=offsets[1:])
-        reach = np.full(len(rows), self.window, dtype=np.int64)
-        if self._is_dynamic:
-            lower = words & np.uint64(0xFFFFFFFF)
-            reach = ((lower * np.uint64(self.window)) >> np.uint64(32)).astype(np.int64) + 1
-        return KeptPlaces(Ragged(values[is_kept], offsets), rows, reach)
+        offsets = np.zeros(len(column.offsets), dtype=np.int64)
+        values, rows, reach = _keep(
+            column.values,
+            column.offsets,
+            self._words(row_numbers, position),
+            self._keep,
+            self.window,
+            self._is_dynamic,
+            offsets,
+        )
+        return KeptPlaces(Ragged(values, offsets), rows, reach)
 
     def _words(self, row_numbers: IntArray, position: Position) -> WordArray:
         """Returns a word for each row, from which those of its places are counted on."""
@@ -109,6 +112,43 @@ class PairMaker:
         for number in (self._seed, position.epoch, position.partition):
             key = int(hash_integers(np.array([number], dtype=np.int64), key)[0])
         return hash_integers(row_numbers, key)
+
+
+@compiled
+def _keep(
+    values: Any, offsets: Any, words: Any, probabilities: Any, window: int, is_dynamic: bool, kept_offsets: Any
+) -> tuple[Any, Any, Any]:
+    """Fills in the offsets of what is kept of rows, and returns it: ids, rows and reaches.
+
+    Args:
+        values: of all rows, and maybe of others.
+        offsets: where each row begins in them, and the last one's end, (B + 1,) int64.
+        words: one for each row, (B,) uint64.
+        probabilities: of each id, (n,) float32; none where all are kept.
+        window: the farthest reach.
+        is_dynamic: whether reaches are drawn.
+        kept_offsets: (B + 1,) int64, zeros.
+    """
+    most, count = offsets[-1] - offsets[0], 0
+    kept, rows, reach = np.empty(most, values.dtype), np.empty(most, np.int64), np.empty(most, np.int64)
+    for row in range(len(words)):
+        first = offsets[row]
+        for place in range(offsets[row + 1] - first):
+            word = _finalised(words[row] + np.uint64(place) + _GOLDEN)
+            value = values[first + place]
+            kept[count], rows[count], reach[count] = value, row, window
+            if is_dynamic:
+                lower = word & np.uint64(0xFFFFFFFF)
+                reach[count] = np.int64((lower * np.uint64(window)) >> np.uint64(32)) + 1
+            if len(probabilities):
+                uniform = np.float32(word >> np.uint64(40)) * np.float32(2.0**-24)
+                count += uniform < probabilities[value]
+            else:
+                count += 1
+        if count - kept_offsets[row] == 1:  # alone
+            count -= 1
+        kept_offsets[row + 1] = count
+    return kept[:count], rows[:count], reach[:count]
 
 
 def keep_probability(counts: IntArray, threshold: float) -> npt.NDArray[np.float32]:

@@ -62,3 +62,15 @@ def test_the_nodes_of_several_ways_are_visited_once():
 def test_of_even_counts_all_ways_are_as_long_as_the_logarithm(num_classes):
     found = HuffmanTree(np.full(num_classes, 3, dtype=np.int64)).paths(np.arange(num_classes))
     assert (np.diff(found.offsets) == np.log2(num_classes)).all()
+
+
+def test_ways_are_the_same_whatever_was_asked_before():
+    generator = np.random.default_rng(3)
+    counts = generator.integers(0, 1000, 200)
+    tree = HuffmanTree(counts)
+    for size in (200, 0, 1, 30, 30):
+        classes = np.sort(generator.permutation(200)[:size])
+        found, anew = tree.paths(classes), HuffmanTree(counts).paths(classes)
+        for name in ("offsets", "nodes", "signs", "visited"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(anew, name))
+        np.testing.assert_array_equal(found.visited, np.unique(found.visited[found.nodes]))

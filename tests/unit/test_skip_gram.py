@@ -388,6 +388,36 @@ def test_loops_over_ways_equal_blocks_of_them(dtype):
     assert path_losses(centre.bfloat16(), nodes.bfloat16(), output.pairs).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dim", [1, 16, 31, 100, 128, 300])
+def test_loops_over_ways_have_the_gradients_of_autograd(dim, dtype):
+    """Rows of one piece and of several, whole and not; contexts with one centre and with more than are taken at once."""
+    generator = np.random.default_rng(dim)
+    for places, window, share in ((1, 3, 1.0), (2, 1, 0.5), (50, 3, 0.2), (50, 20, 0.9)):
+        tree = HuffmanTree(generator.integers(0, 1000, 40))
+        distinct, ids = np.unique(generator.integers(0, 40, places), return_inverse=True)
+        found = tree.paths(distinct)
+        paths = Paths(*map(torch.from_numpy, (found.offsets, found.nodes, found.signs)))
+        pairs = make_pairs(ids, near_pairs(generator, places, window, share), window, paths)
+        centre, nodes = (
+            torch.from_numpy(generator.normal(size=(rows, dim))).to(dtype).requires_grad_()
+            for rows in (places, len(found.visited))
+        )
+        way = pairs.ids[pairs.contexts]
+        taken = np.concatenate([np.arange(found.offsets[w], found.offsets[w + 1]) for w in way.tolist()] or [[]]).astype(int)
+        pair_of = torch.arange(len(way)).repeat_interleave(torch.from_numpy(np.diff(found.offsets))[way])
+        products = centre[pairs.centres[pair_of]].double() * nodes[paths.nodes[taken]].double()
+        decisions = -torch.nn.functional.logsigmoid(paths.signs[taken] * products.sum(dim=1))
+        expected = torch.zeros(len(way), dtype=torch.float64).index_add(0, pair_of, decisions)
+        losses = path_losses(centre, nodes, pairs)
+        scale = torch.linspace(-0.5, 2.0, len(way), dtype=dtype)
+        close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+        torch.testing.assert_close(losses.double(), expected, **close)
+        gradients = (torch.autograd.grad((x * scale).sum(), (centre, nodes)) for x in (losses, expected))
+        for got, wanted in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, wanted, **close)
+
+
 def test_loss_of_the_longest_way_is_not_lost():
     """Ninety decisions of even chance, and with one that is all but wrong."""
     paths = Paths(torch.tensor([0, 90]), torch.arange(90), torch.ones(90))

@@ -15,13 +15,21 @@ __all__ = ["HierarchicalSoftmax", "path_losses"]
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from embedshard.data.batch import Batch, Pairs, Paths
 from embedshard.models.objectives.objective import Objective
-from embedshard.models.objectives.path_kernels import begins_of_decisions, by_context, path_gradients, path_logits, path_sums
+from embedshard.models.objectives.path_kernels import (
+    begins_of_decisions,
+    by_context,
+    path_excesses,
+    path_gradients,
+    path_sums,
+)
 from embedshard.models.output import PairOutput
+from embedshard.registers import pieces
 
 _BLOCK_CONTEXTS = 256
 _LOOPED = (torch.float32, torch.float64)
@@ -54,11 +62,14 @@ class _LoopedPathLosses(torch.autograd.Function):
         centres, contexts, ids = pairs.centres.numpy(), pairs.contexts.numpy(), pairs.ids.numpy()
         offsets, nodes, signs = (part.numpy() for part in pairs.paths.tensors())
         begins = begins_of_decisions(ids, contexts, offsets)
-        ways = (by_context(contexts, len(centre_VD)), begins, centres, contexts, ids, offsets, nodes, signs)
-        logits_S, losses_P = centre_VD.new_empty(int(begins[-1])), centre_VD.new_empty(len(centres))
-        path_logits(centre_VD.detach().numpy(), node_UD.detach().numpy(), *ways, logits_S.numpy())
-        slopes_S = torch.sigmoid(-logits_S)
-        path_sums(logits_S.numpy(), torch.maximum(slopes_S, 1.0 - slopes_S).numpy(), begins, losses_P.numpy())
+        numbers = (*by_context(contexts, len(centre_VD)), begins, centres, contexts, ids, offsets, nodes)
+        ways = (*(part.view(np.uint64) for part in numbers), signs)
+        excesses_S, losses_P = centre_VD.new_zeros(int(begins[-1])), centre_VD.new_empty(len(centres))
+        parts: Any = (centre_VD.detach().numpy(), node_UD.detach().numpy(), *ways, excesses_S.numpy())
+        for piece in pieces(centre_VD.shape[1]):
+            path_excesses(*piece, *parts)
+        slopes_S = torch.sigmoid(excesses_S)
+        path_sums(excesses_S.numpy(), slopes_S.numpy(), begins, losses_P.numpy())
         ctx.ways = ways
         ctx.save_for_backward(centre_VD, node_UD, slopes_S)
         return losses_P
@@ -67,8 +78,9 @@ class _LoopedPathLosses(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         centre_VD, node_UD, slopes_S = (saved.detach() for saved in ctx.saved_tensors)
         for_centre, for_node = torch.zeros_like(centre_VD), torch.zeros_like(node_UD)
-        parts = (slopes_S, gradients[0].contiguous(), for_centre, for_node)
-        path_gradients(centre_VD.numpy(), node_UD.numpy(), *ctx.ways, *(part.numpy() for part in parts))
+        parts = slopes_S, gradients[0].contiguous(), for_centre, for_node
+        for piece in pieces(centre_VD.shape[1]):
+            path_gradients(*piece, centre_VD.numpy(), node_UD.numpy(), *ctx.ways, *(part.numpy() for part in parts))
         return for_centre, for_node, None
 
 
