@@ -247,8 +247,13 @@ def _pair_specs(config: Config, feature: str, words: TableSpec) -> list[TableSpe
             f"objective 'softmax' compares every place with every id, and table '{words.name}' has {words.rows:,}; it takes "
             f"{MOST_SOFTMAX_ROWS - 1:,} at most. Choose 'sampled_softmax' or 'hierarchical_softmax'."
         )
+    assert isinstance(config.model, ItemEmbeddingConfig), "nothing else has contexts"
     contexts = replace(
-        words, name=context_key(feature), init=zeros, lookups=_with_slot(config, context_key(feature), feature)
+        words,
+        name=context_key(feature),
+        dim=words.dim * (2 if config.model.by_side else 1),  # before centres, then after them
+        init=zeros,
+        lookups=_with_slot(config, context_key(feature), feature),
     )
     if not isinstance(objective, NCEConfig):
         return [contexts]

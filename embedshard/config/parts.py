@@ -857,6 +857,9 @@ class ItemEmbeddingConfig(Strict):
     subsample: float | None = Field(1e-3, gt=0)
     """Share of all ids above which an id is frequent: its places are kept with probability sqrt(t / f) + t / f, before
     windows are laid. None keeps all."""
+    by_side: bool = False
+    """Whether an id has one vector as a context before its centre and another as a context after it (Levy and Goldberg 2014,
+    Ling et al. 2015)."""
 
 
 class TargetAttention(Strict):

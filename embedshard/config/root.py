@@ -357,6 +357,11 @@ class Config(Strict):
                 f"objective '{objective.kind}' does not learn pairs of a list, which is all that an item_embedding has. "
                 f"Choose 'negative_sampling', 'nce', 'sampled_softmax', 'softmax' or 'hierarchical_softmax'"
             )
+        if model.by_side and isinstance(objective, HierarchicalSoftmaxConfig):
+            raise ValueError(
+                "model.by_side: 'hierarchical_softmax' compares centres with the nodes of a tree, which have no side. "
+                "Leave it out, or choose another objective"
+            )
         if isinstance(objective, SampledSoftmaxConfig) and objective.mixed:
             raise ValueError("objective.mixed takes the items of other rows, and an item_embedding has lists. Leave it out")
         others = [metric for metric in self.evaluate.metrics if metric != LOSS]

@@ -75,7 +75,7 @@ class Paths:
 
 @dataclass
 class Pairs:
-    """Pairs of a centre and a context of the rows' lists, by centre.
+    """Pairs of a centre and a context of the rows' lists, by centre; where contexts go by side, those before centres first.
 
     The ids of the lists, each once, travel in the batch's KeyedJaggedTensors, in the first row.
 
@@ -88,6 +88,7 @@ class Pairs:
         lanes: where the places of each of this rank's lanes begin, and V.
         window: how far a context may be from its centre.
         paths: to the contexts, where the objective goes down a tree.
+        before: how many pairs have their context before their centre, where contexts go by side; None where they do not.
     """
 
     ids: torch.Tensor
@@ -98,6 +99,12 @@ class Pairs:
     lanes: tuple[int, ...]
     window: int
     paths: Paths | None = None
+    before: int | None = None
+
+    @property
+    def sides(self) -> tuple[slice, ...]:
+        """Which pairs are on each side; one side has all where contexts do not go by side."""
+        return (slice(None),) if self.before is None else (slice(self.before), slice(self.before, None))
 
     def _tensors(self) -> tuple[torch.Tensor, ...]:
         return self.ids, self.centres, self.contexts, self.rows, self.weights
@@ -106,7 +113,7 @@ class Pairs:
         """Returns what a function makes of each tensor."""
         paths = None if self.paths is None else Paths(*map(move, self.paths.tensors()))
         ids, centres, contexts, rows, weights = map(move, self._tensors())
-        return Pairs(ids, centres, contexts, rows, weights, self.lanes, self.window, paths)
+        return Pairs(ids, centres, contexts, rows, weights, self.lanes, self.window, paths, self.before)
 
     def record_stream(self, stream: torch.Stream) -> None:
         """Keeps the tensors' memory until the stream is done with it."""

@@ -138,6 +138,11 @@ class Collator:
             columns[_NODES] = _in_first_row(found.visited, len(rows))
             paths = Paths(*map(torch.from_numpy, (found.offsets, found.nodes, found.signs)))
         centres, contexts = kept.pairs()
+        before = None
+        if maker.by_side:
+            is_after = contexts > centres
+            order = np.concatenate([np.flatnonzero(~is_after), np.flatnonzero(is_after)])
+            centres, contexts, before = centres[order], contexts[order], len(order) - int(is_after.sum())
         pair_rows = kept.rows[centres]
         return columns, Pairs(
             ids=torch.from_numpy(ids),
@@ -148,6 +153,7 @@ class Collator:
             lanes=tuple(kept.column.offsets[:: self._rows_per_lane].tolist()),
             window=maker.window,
             paths=paths,
+            before=before,
         )
 
     def _count(self, columns: Columns, first: int, last: int) -> torch.Tensor | None:

@@ -80,6 +80,7 @@ class PairMaker:
 
     def __init__(self, config: ItemEmbeddingConfig, seed: int, counts: IntArray | None) -> None:
         self.feature = config.sequence
+        self.by_side = config.by_side
         self.window, self._is_dynamic, self._seed = config.window, config.dynamic_window, seed
         assert counts is not None or config.subsample is None, "ids are counted where they are sub-sampled"
         self._keep = np.zeros(0, dtype=np.float32)

@@ -2,7 +2,7 @@
 
 Shapes: B rows on this rank, D dim, N drawn candidates on this rank, C classes, L labels; of
 lists, V places in all rows, I distinct
-ids, P pairs, U nodes of a tree.
+ids, P pairs, S sides of contexts (two where they go by side, else one), U nodes of a tree.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ class PairOutput:
         pairs: which centre meets which context.
         ids_I: rows of the table, int64, each once.
         centre_VD: each place as a centre.
-        context_VD: each place as a context; None where the way to it is what counts.
-        bias_I: of each id as a context, if there are biases.
-        candidate_ND: this rank's share of the drawn contexts, if there are any.
-        candidate_bias_N: of them, if there are biases.
+        context_VD: each place as a context, (V, S * D), its sides beside each other; None where a way is what counts.
+        bias_IS: of each id as a context, if there are biases.
+        candidate_ND: this rank's share of the drawn contexts, (N, S * D), if there are any.
+        candidate_bias_NS: of them, if there are biases.
         node_UD: the nodes on the ways to the contexts, if there are any.
         lookups: empty, since penalties are for pooled vectors.
     """
@@ -141,9 +141,9 @@ class PairOutput:
     ids_I: torch.Tensor
     centre_VD: torch.Tensor
     context_VD: torch.Tensor | None = None
-    bias_I: torch.Tensor | None = None
+    bias_IS: torch.Tensor | None = None
     candidate_ND: torch.Tensor | None = None
-    candidate_bias_N: torch.Tensor | None = None
+    candidate_bias_NS: torch.Tensor | None = None
     node_UD: torch.Tensor | None = None
     lookups: dict[str, torch.Tensor] = field(default_factory=dict)
 

@@ -81,10 +81,16 @@ def make_tree(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("objective", "drawn_for"), [("negative_sampling", "batch"), ("nce", "lane"), ("hierarchical_softmax", None)]
+    ("objective", "drawn_for", "by_side"),
+    [
+        ("negative_sampling", "batch", False),
+        ("negative_sampling", "batch", True),
+        ("nce", "lane", True),
+        ("hierarchical_softmax", None, False),
+    ],
 )
-def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn_for, groups):
-    tree = make_tree(objective)
+def test_no_world_and_no_cut_changes_what_is_trained(make_tree, objective, drawn_for, by_side, groups):
+    tree = make_tree(objective, by_side=by_side)
     if drawn_for is not None:
         tree["objective"]["drawn_for"] = drawn_for
     assert_plan_invariant(build_config(tree, {}, "test"), steps=6, worlds=(2,), types=["row_wise"], groups=groups)
@@ -170,6 +176,13 @@ def as_words(batch):
         ({"objective": {"kind": "bpr"}}, "'bpr' does not learn pairs of a list"),
         ({"objective": {"kind": "sampled_softmax", "mixed": True}}, "objective.mixed takes the items of other rows"),
         ({"objective": {"kind": "nce", "num_negatives": 6}}, "num_negatives=6 does not divide into data.lanes=4"),
+        (
+            {
+                "model": {"kind": "item_embedding", "sequence": "words", "by_side": True},
+                "objective": {"kind": "hierarchical_softmax"},
+            },
+            "model.by_side: 'hierarchical_softmax' compares centres with the nodes of a tree",
+        ),
         ({"evaluate": {"metrics": ["recall@5"]}}, "Choose 'loss'"),
         ({"evaluate": {"metrics": ["loss"], "baselines": ["popularity"]}}, "evaluate.baselines"),
     ],

@@ -40,7 +40,7 @@ def near_pairs(generator, places, window, share=0.6):
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 
-def make_pairs(places, pairs, window=WINDOW, paths=None, lanes=None):
+def make_pairs(places, pairs, window=WINDOW, paths=None, lanes=None, before=None):
     """Pairs of places, whose ids are looked up once; `places` says which of them each holds."""
     centres, contexts = (torch.from_numpy(np.ascontiguousarray(column)) for column in pairs.T)
     return Pairs(
@@ -52,6 +52,7 @@ def make_pairs(places, pairs, window=WINDOW, paths=None, lanes=None):
         lanes or (0, len(places)),
         window,
         paths,
+        before,
     )
 
 
@@ -63,14 +64,18 @@ def make_batch(draws=None):
 class Case:
     """A few places with ids, a table of class vectors, and contexts drawn from a distribution."""
 
-    def __init__(self, seed=0, places=23, drawn=15, drawn_for="batch"):
+    def __init__(self, seed=0, places=23, drawn=15, drawn_for="batch", sides=1):
         generator = np.random.default_rng(seed)
         self.ids = generator.integers(0, CLASSES, places)
         self.pairs = near_pairs(generator, places, WINDOW)
         self.lanes = (0, 9, 9, places) if drawn_for == "lane" else (0, places)
         self.pairs = self.pairs[self.lane_of(self.pairs[:, 0]) == self.lane_of(self.pairs[:, 1])]
-        self.centre, self.table = vectors(generator, places, DIM), vectors(generator, CLASSES, DIM)
-        self.bias = vectors(generator, CLASSES)
+        self.before = None
+        if sides == 2:
+            is_after = self.pairs[:, 1] > self.pairs[:, 0]
+            self.pairs, self.before = self.pairs[np.argsort(is_after, kind="stable")], int((~is_after).sum())
+        self.centre, self.table = vectors(generator, places, DIM), vectors(generator, CLASSES, sides * DIM)
+        self.bias = vectors(generator, CLASSES, sides)
         self.q = generator.random(CLASSES) + 0.2
         self.q /= self.q.sum()
         self.draw(generator, drawn)
@@ -88,14 +93,19 @@ class Case:
     def output(self, with_bias=False, window=WINDOW):
         distinct, places = np.unique(self.ids, return_inverse=True)
         return PairOutput(
-            pairs=make_pairs(places, self.pairs, window, lanes=self.lanes),
+            pairs=make_pairs(places, self.pairs, window, lanes=self.lanes, before=self.before),
             ids_I=torch.from_numpy(distinct),
             centre_VD=self.centre,
             context_VD=self.table[self.ids],
-            bias_I=self.bias[distinct] if with_bias else None,
+            bias_IS=self.bias[distinct] if with_bias else None,
             candidate_ND=self.table[self.drawn],
-            candidate_bias_N=self.bias[self.drawn] if with_bias else None,
+            candidate_bias_NS=self.bias[self.drawn] if with_bias else None,
         )
+
+    def of_side(self, pair, centre, table, bias):
+        """What a pair is compared with: all there is, or the vectors and biases of its side."""
+        number = int(self.before is not None and pair[1] > pair[0])
+        return centre, table[:, number * DIM : (number + 1) * DIM], bias[:, number]
 
     def batch(self):
         log_q = np.log(self.q).astype(np.float32)
@@ -111,7 +121,7 @@ class Case:
         scale = torch.linspace(0.5, 2.0, len(losses))
         (losses * scale).sum().backward()
         doubles = [leaf.detach().double().requires_grad_() for leaf in leaves]
-        expected = torch.stack([naive(int(centre), int(context), *doubles) for centre, context in self.pairs])
+        expected = torch.stack([naive(int(pair[0]), int(pair[1]), *self.of_side(pair, *doubles)) for pair in self.pairs])
         (expected * scale).sum().backward()
         torch.testing.assert_close(losses.detach().double(), expected.detach(), rtol=1e-5, atol=5e-5)
         for leaf, double in zip(leaves, doubles, strict=True):
@@ -131,6 +141,28 @@ def test_logits_of_pairs_are_dot_products(places, window):
     (found * slopes).sum().backward()
     c, o = (vector.detach().clone().requires_grad_() for vector in (centre, context))
     expected = (c[centres] * o[contexts]).sum(dim=1)
+    (expected * slopes).sum().backward()
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(centre.grad, c.grad)
+    torch.testing.assert_close(context.grad, o.grad)
+
+
+@pytest.mark.parametrize("places", [0, 1, 2, 15, 16, 17, 90])
+@pytest.mark.parametrize("window", [1, 5, 20])
+def test_logits_of_pairs_by_side_are_dot_products_with_their_side(places, window):
+    generator = np.random.default_rng(places + window)
+    pairs = near_pairs(generator, places, window)
+    is_after = pairs[:, 1] > pairs[:, 0]
+    pairs = pairs[np.argsort(is_after, kind="stable")]
+    before = int((~is_after).sum())
+    centre, context = vectors(generator, places, DIM), vectors(generator, places, 2 * DIM)
+    centres, contexts = torch.from_numpy(pairs[:, 0]), torch.from_numpy(pairs[:, 1])
+    found = pair_logits(centre, context, centres, contexts, window, before)
+    slopes = torch.linspace(-1.0, 1.0, len(pairs))
+    (found * slopes).sum().backward()
+    c, o = (vector.detach().clone().requires_grad_() for vector in (centre, context))
+    of_sides = torch.cat([o[:, :DIM][contexts[:before]], o[:, DIM:][contexts[before:]]])
+    expected = (c[centres] * of_sides).sum(dim=1)
     (expected * slopes).sum().backward()
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(centre.grad, c.grad)
@@ -173,12 +205,14 @@ def softplus(x):
 
 
 LANES = pytest.mark.parametrize("drawn_for", ["batch", "lane"])
+SIDES = pytest.mark.parametrize("sides", [1, 2], ids=["together", "by side"])
 
 
 @pytest.mark.parametrize("masked", [True, False])
 @LANES
-def test_negative_sampling_equals_a_loop_over_pairs_and_candidates(masked, drawn_for):
-    case = Case(drawn_for=drawn_for)
+@SIDES
+def test_negative_sampling_equals_a_loop_over_pairs_and_candidates(masked, drawn_for, sides):
+    case = Case(drawn_for=drawn_for, sides=sides)
     options = {"mask_accidental_hits": masked, "drawn_for": drawn_for}
     config = NegativeSamplingConfig(kind="negative_sampling", negative_weight=5.0, **options)
 
@@ -191,8 +225,9 @@ def test_negative_sampling_equals_a_loop_over_pairs_and_candidates(masked, drawn
 
 
 @LANES
-def test_noise_contrastive_estimation_equals_a_loop_over_pairs_and_candidates(drawn_for):
-    case = Case(drawn_for=drawn_for)
+@SIDES
+def test_noise_contrastive_estimation_equals_a_loop_over_pairs_and_candidates(drawn_for, sides):
+    case = Case(drawn_for=drawn_for, sides=sides)
 
     def naive(centre, context, c, table, bias):
         def logit(id_):
@@ -210,8 +245,9 @@ def test_noise_contrastive_estimation_equals_a_loop_over_pairs_and_candidates(dr
 @pytest.mark.parametrize("log_q", ["on", "off"])
 @pytest.mark.parametrize("temperature", [1.0, 0.3])
 @LANES
-def test_sampled_softmax_equals_a_loop_over_pairs_and_candidates(masked, log_q, temperature, drawn_for):
-    case = Case(drawn_for=drawn_for)
+@SIDES
+def test_sampled_softmax_equals_a_loop_over_pairs_and_candidates(masked, log_q, temperature, drawn_for, sides):
+    case = Case(drawn_for=drawn_for, sides=sides)
     options = {"mask_accidental_hits": masked, "drawn_for": drawn_for}
     config = SampledSoftmaxConfig(kind="sampled_softmax", log_q=log_q, temperature=temperature, **options)
 
@@ -254,8 +290,9 @@ def full_softmax(case, fill=0):
 
 
 @pytest.mark.parametrize("fill", [0, 3])
-def test_the_softmax_is_over_all_classes(fill):
-    case = Case()
+@SIDES
+def test_the_softmax_is_over_all_classes(fill, sides):
+    case = Case(sides=sides)
 
     def naive(centre, context, c, table, bias):
         logits = table @ c[centre]

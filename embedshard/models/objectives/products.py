@@ -26,79 +26,96 @@ _FACTORS = 64  # each from 1/2 to 1, whose product is no smaller than 2^-64
 
 
 def pair_logits(
-    centre_VD: torch.Tensor, context_VD: torch.Tensor, centres_P: torch.Tensor, contexts_P: torch.Tensor, window: int
+    centre_VD: torch.Tensor,
+    context_VD: torch.Tensor,
+    centres_P: torch.Tensor,
+    contexts_P: torch.Tensor,
+    window: int,
+    before: int | None = None,
 ) -> torch.Tensor:
     """Returns the dot product of each pair, (P,). Not collective.
 
     Args:
         centre_VD: vectors of places as centres.
-        context_VD: of the same places as contexts.
+        context_VD: of the same places as contexts; where contexts go by side, (V, 2 * D), what they are before a centre and
+            beside it what they are after one.
         centres_P: places of centres.
         contexts_P: places of contexts.
         window: how far a context may be from its centre.
+        before: where contexts go by side, how many pairs have their context before their centre; those come first.
     """
+    if before is None:
+        sides = [(slice(None), -window, window)]
+    else:
+        sides = [(slice(before), -window, -1), (slice(before, None), 1, window)]
+    bands = [_Band(window, first, last, centres_P[pairs], contexts_P[pairs]) for pairs, first, last in sides]
     logits: Any = _PairLogits.apply  # torch gives it no type
-    result: torch.Tensor = logits(
-        centre_VD, context_VD, _Band(len(centre_VD), centre_VD.shape[1], centres_P, contexts_P, window)
-    )
+    result: torch.Tensor = logits(centre_VD, context_VD, window, bands)
     return result
 
 
 class _Band:
-    """Blocks of centres, and for each block the contexts from `reach` before its first to `reach` after its last."""
+    """Blocks of centres, and for each block the contexts from `first` behind its first to `last` behind its last."""
 
-    def __init__(self, num_places: int, dim: int, centres_P: torch.Tensor, contexts_P: torch.Tensor, reach: int) -> None:
-        self.reach = reach
-        self.width = _CENTRES + 2 * self.reach
-        self.num_blocks = -(-num_places // _CENTRES)
-        self.num_places, self.dim = num_places, dim
+    def __init__(self, window: int, first: int, last: int, centres_P: torch.Tensor, contexts_P: torch.Tensor) -> None:
+        self.begin = window + first  # of the first block's contexts, the zeros before them counted
+        self.width = _CENTRES + last - first
         blocks_P = centres_P // _CENTRES
         # Of (block, centre in it, context in it): a context's place in the block is its distance to where that begins.
-        self.flat_P = centres_P * self.width + contexts_P - blocks_P * _CENTRES + self.reach
+        self.flat_P = centres_P * self.width + contexts_P - blocks_P * _CENTRES - first
 
-    def centres(self, centre_VD: torch.Tensor) -> torch.Tensor:
-        """Returns the blocks of centres, zeros after the last, (blocks, R, D)."""
-        missing = self.num_blocks * _CENTRES - self.num_places
-        return F.pad(centre_VD, (0, 0, 0, missing)).view(self.num_blocks, _CENTRES, self.dim)
+    def windows(self, padded: torch.Tensor, turn: int = 0, turns: int = 1) -> torch.Tensor:
+        """Returns what blocks' centres may have for contexts, (blocks, width, D): a view, whose parts overlap.
 
-    def padded_contexts(self, context_VD: torch.Tensor) -> torch.Tensor:
-        """Returns contexts with zeros before the first and after the last."""
-        missing = self.num_blocks * _CENTRES - self.num_places
-        return F.pad(context_VD, (0, 0, self.reach, missing + self.reach))
-
-    def windows(self, padded: torch.Tensor) -> torch.Tensor:
-        """Returns what each block's centres may have for contexts, (blocks, width, D): a view, whose parts overlap."""
-        return padded.as_strided((self.num_blocks, self.width, self.dim), (_CENTRES * self.dim, self.dim, 1))
+        Args:
+            padded: contexts with zeros before the first and after the last, (places, D), rows of which may be apart.
+            turn: the first block.
+            turns: the next is so many blocks on.
+        """
+        stride = padded.stride(0)
+        begin = self.begin + turn * _CENTRES
+        blocks = len(range(begin, len(padded) - self.width + 1, turns * _CENTRES))
+        return padded[begin:].as_strided((blocks, self.width, padded.shape[1]), (turns * _CENTRES * stride, stride, 1))
 
 
 class _PairLogits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, centre_VD: torch.Tensor, context_VD: torch.Tensor, band: _Band) -> torch.Tensor:
-        blocks, padded = band.centres(centre_VD), band.padded_contexts(context_VD)
-        logits = torch.bmm(blocks, band.windows(padded).transpose(1, 2))
-        ctx.band = band
+    def forward(
+        ctx: Any, centre_VD: torch.Tensor, context_VD: torch.Tensor, window: int, bands: Sequence[_Band]
+    ) -> torch.Tensor:
+        num_places, dim = centre_VD.shape
+        num_blocks = -(-num_places // _CENTRES)
+        missing = num_blocks * _CENTRES - num_places
+        blocks = F.pad(centre_VD, (0, 0, 0, missing)).view(num_blocks, _CENTRES, dim)
+        padded = F.pad(context_VD, (0, 0, window, missing + window))
+        ctx.bands, ctx.window, ctx.num_places = bands, window, num_places
         ctx.save_for_backward(blocks, padded)
-        return logits.view(-1)[band.flat_P]
+        logits = [
+            torch.bmm(blocks, band.windows(part)[:num_blocks].transpose(1, 2)).view(-1)[band.flat_P]
+            for band, part in zip(bands, padded.chunk(len(bands), dim=1), strict=True)
+        ]
+        return logits[0] if len(logits) == 1 else torch.cat(logits)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        band: _Band = ctx.band
+        bands: Sequence[_Band] = ctx.bands
         blocks, padded = ctx.saved_tensors
-        slopes = padded.new_zeros(band.num_blocks, _CENTRES, band.width)
-        slopes.view(-1)[band.flat_P] = gradients[0]
-        for_centres = torch.bmm(slopes, band.windows(padded)).view(-1, band.dim)[: band.num_places]
-        of_windows = torch.bmm(slopes.transpose(1, 2), blocks)
-        for_contexts = torch.zeros_like(padded)
-        # Neighbouring windows overlap, so they are added in two or more turns, none of whose windows do.
-        turns = -(-band.width // _CENTRES)
-        for turn in range(min(turns, band.num_blocks)):
-            mine = of_windows[turn::turns]
-            stride = turns * _CENTRES * band.dim
-            target = for_contexts.as_strided(
-                (len(mine), band.width, band.dim), (stride, band.dim, 1), turn * _CENTRES * band.dim
-            )
-            target += mine
-        return for_centres, for_contexts[band.reach : band.reach + band.num_places], None
+        num_blocks, _, dim = blocks.shape
+        for_blocks, for_contexts = torch.zeros_like(blocks), torch.zeros_like(padded)
+        given = torch.split(gradients[0], [len(band.flat_P) for band in bands])
+        parts = zip(padded.chunk(len(bands), dim=1), for_contexts.chunk(len(bands), dim=1), strict=True)
+        for band, gradient_P, (part, for_part) in zip(bands, given, parts, strict=True):
+            slopes = padded.new_zeros(num_blocks, _CENTRES, band.width)
+            slopes.view(-1)[band.flat_P] = gradient_P
+            for_blocks.baddbmm_(slopes, band.windows(part)[:num_blocks])
+            of_windows = torch.bmm(slopes.transpose(1, 2), blocks)
+            # Neighbouring windows overlap, so they are added in two or more turns, none of whose windows do.
+            turns = -(-band.width // _CENTRES)
+            for turn in range(min(turns, num_blocks)):
+                mine = of_windows[turn::turns]
+                band.windows(for_part, turn, turns)[: len(mine)].add_(mine)
+        for_centres = for_blocks.view(-1, dim)[: ctx.num_places]
+        return for_centres, for_contexts[ctx.window : ctx.window + ctx.num_places], None, None
 
 
 def softplus_sums(
@@ -106,8 +123,9 @@ def softplus_sums(
     candidate_ND: torch.Tensor,
     offset_N: torch.Tensor | None = None,
     groups: Sequence[int] | None = None,
+    sides: int = 1,
 ) -> torch.Tensor:
-    """Returns the sum over candidates of softplus(query . candidate + offset), (V,). Not collective.
+    """Returns the sum over candidates of softplus(query . candidate + offset), (V * sides,). Not collective.
 
     Args:
         query_VD: vectors of places.
@@ -115,9 +133,11 @@ def softplus_sums(
         offset_N: added to each candidate's products.
         groups: where each group of places begins, and V. Each meets its own candidates, as many and in the same order;
             None lets all places meet all candidates.
+        sides: into how many equal parts what a place meets is divided, each of which has a sum of its own. A place's sums
+            are one after the other.
     """
     sums: Any = _Sums.apply
-    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, groups, "softplus")
+    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, groups, sides, "softplus")
     return result
 
 
@@ -126,13 +146,14 @@ def log_sums(
     candidate_ND: torch.Tensor,
     offset_N: torch.Tensor | None = None,
     groups: Sequence[int] | None = None,
+    sides: int = 1,
 ) -> torch.Tensor:
-    """Returns the log of the sum over candidates of exp(query . candidate + offset), (V,). Not collective.
+    """Returns the log of the sum over candidates of exp(query . candidate + offset), (V * sides,). Not collective.
 
     The arguments are those of `softplus_sums`.
     """
     sums: Any = _Sums.apply
-    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, groups, "log")
+    result: torch.Tensor = sums(query_VD, candidate_ND, offset_N, groups, sides, "log")
     return result
 
 
@@ -146,23 +167,25 @@ class _Sums(torch.autograd.Function):
         candidate_ND: torch.Tensor,
         offset_N: torch.Tensor | None,
         groups: Sequence[int] | None,
+        sides: int,
         kind: Literal["softplus", "log"],
     ) -> torch.Tensor:
-        sums_V = query_VD.new_empty(len(query_VD))
+        sums_V = query_VD.new_empty(len(query_VD) * sides)
         blocks = list(_blocks(len(query_VD), len(candidate_ND), groups))
         keeps = sum((rows.stop - rows.start) * (met.stop - met.start) for rows, met in blocks) <= _KEPT_ELEMENTS
         kept = []
         for rows, met in blocks:
             logits_RN = _products(query_VD[rows], candidate_ND[met], offset_N if offset_N is None else offset_N[met])
+            logits_RN, mine = _by_side(logits_RN, sides), _sums_of(rows, sides)
             if kind == "softplus":
                 slopes_RN = torch.sigmoid(logits_RN)
-                sums_V[rows] = _softplus_sum(logits_RN, slopes_RN)
+                sums_V[mine] = _softplus_sum(logits_RN, slopes_RN)
             else:
-                sums_V[rows] = torch.logsumexp(logits_RN, dim=1)
-                slopes_RN = logits_RN.sub_(sums_V[rows, None]).exp_() if keeps else logits_RN
+                sums_V[mine] = torch.logsumexp(logits_RN, dim=1)
+                slopes_RN = logits_RN.sub_(sums_V[mine, None]).exp_() if keeps else logits_RN
             if keeps:
                 kept.append(slopes_RN)
-        ctx.kind, ctx.kept, ctx.blocks = kind, kept, blocks
+        ctx.kind, ctx.kept, ctx.blocks, ctx.sides = kind, kept, blocks, sides
         ctx.save_for_backward(query_VD, candidate_ND, offset_N, sums_V)
         return sums_V
 
@@ -172,17 +195,28 @@ class _Sums(torch.autograd.Function):
         for_queries, for_candidates = torch.empty_like(query_VD), torch.zeros_like(candidate_ND)
         for_offsets = torch.zeros_like(offset_N) if ctx.needs_input_grad[2] else None
         for number, (rows, met) in enumerate(ctx.blocks):
+            mine = _sums_of(rows, ctx.sides)
             if ctx.kept:
                 slopes_RN = ctx.kept[number]
             else:
                 slopes_RN = _products(query_VD[rows], candidate_ND[met], offset_N if offset_N is None else offset_N[met])
-                slopes_RN = slopes_RN.sigmoid_() if ctx.kind == "softplus" else slopes_RN.sub_(sums_V[rows, None]).exp_()
-            slopes_RN = slopes_RN * gradients[0][rows, None]
+                slopes_RN = _by_side(slopes_RN, ctx.sides)
+                slopes_RN = slopes_RN.sigmoid_() if ctx.kind == "softplus" else slopes_RN.sub_(sums_V[mine, None]).exp_()
+            slopes_RN = (slopes_RN * gradients[0][mine, None]).view(rows.stop - rows.start, met.stop - met.start)
             torch.mm(slopes_RN, candidate_ND[met], out=for_queries[rows])
             for_candidates[met].addmm_(slopes_RN.T, query_VD[rows])
             if for_offsets is not None:
                 for_offsets[met] += slopes_RN.sum(dim=0)
-        return for_queries, for_candidates, for_offsets, None, None
+        return for_queries, for_candidates, for_offsets, None, None, None
+
+
+def _by_side(logits_RN: torch.Tensor, sides: int) -> torch.Tensor:
+    """Returns a row for each sum."""
+    return logits_RN.view(len(logits_RN) * sides, logits_RN.shape[1] // sides)
+
+
+def _sums_of(rows: slice, sides: int) -> slice:
+    return slice(rows.start * sides, rows.stop * sides)
 
 
 def _products(query_RD: torch.Tensor, candidate_ND: torch.Tensor, offset_N: torch.Tensor | None) -> torch.Tensor:

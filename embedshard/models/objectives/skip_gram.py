@@ -4,8 +4,10 @@ What is summed over candidates depends on the centre alone, so it is computed on
 pairs. A candidate that happens to be the pair's own context has the logit that the pair has, so it is taken out of the
 centre's sum again without another product.
 
-Shapes: V places of lists, I distinct ids of them, D dim, P pairs, N candidates of the global batch, or of all this rank's
-lanes where each lane has its own.
+Where contexts go by side, a pair's context is looked for on its side, and so are those drawn: all of them, on each side.
+
+Shapes: V places of lists, I distinct ids of them, D dim, P pairs, S sides, N candidates of the global batch, or of all this
+rank's lanes where each lane has its own.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ class PairNegativeSampling(Objective):
         logits_P = _logits(output)
         drawn = _candidates(output, batch, self._world, self._config.drawn_for)
         as_positive_P = F.softplus(-logits_P)
-        others_P = softplus_sums(output.centre_VD, drawn.vectors_ND, groups=drawn.groups)[output.pairs.centres]
+        others_P = _of_centres(output, softplus_sums(output.centre_VD, drawn.vectors_ND, None, drawn.groups, drawn.sides))
         num_others_P: torch.Tensor | int = drawn.met
         if self._config.mask_accidental_hits:
             hits_P = _hits(output, drawn)
@@ -76,15 +78,15 @@ class PairNCE(Objective):
 
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
-        assert output.bias_I is not None, "the model looks biases up"
+        assert output.bias_IS is not None, "the model looks biases up"
         noise = self._config.negatives_per_pair
         drawn = _candidates(output, batch, self._world, self._config.drawn_for)
         assert drawn.bias_N is not None, "the model looks up what was drawn"
         offset_N = drawn.bias_N - math.log(noise) - drawn.log_q_N
-        own_I = output.bias_I - math.log(noise) - drawn.own_log_q_I
-        logits_P = _logits(output) + _of_contexts(output, own_I)
-        sums_V = softplus_sums(output.centre_VD, drawn.vectors_ND, offset_N, drawn.groups)
-        return F.softplus(-logits_P) + sums_V[output.pairs.centres] * (noise / drawn.met)
+        own_IS = output.bias_IS - math.log(noise) - drawn.own_log_q_I.unsqueeze(1)
+        logits_P = _logits(output) + _of_contexts(output, own_IS)
+        sums_V = softplus_sums(output.centre_VD, drawn.vectors_ND, offset_N, drawn.groups, drawn.sides)
+        return F.softplus(-logits_P) + _of_centres(output, sums_V) * (noise / drawn.met)
 
 
 class PairSampledSoftmax(Objective):
@@ -108,16 +110,17 @@ class PairSampledSoftmax(Objective):
         drawn = _candidates(output, batch, self._world, config.drawn_for)
         centre_VD = output.centre_VD / config.temperature
         logits_P = _logits(output) / config.temperature
-        offset_N, own_I = None, torch.zeros_like(drawn.own_log_q_I)
+        offset_N, own_I1 = None, torch.zeros_like(drawn.own_log_q_I).unsqueeze(1)
         if config.log_q == "on":
             log_met = math.log(drawn.met)
-            offset_N, own_I = -drawn.log_q_N - log_met, -drawn.own_log_q_I - log_met
-        excess_P = log_sums(centre_VD, drawn.vectors_ND, offset_N, drawn.groups)[output.pairs.centres] - logits_P
+            offset_N, own_I1 = -drawn.log_q_N - log_met, (-drawn.own_log_q_I - log_met).unsqueeze(1)
+        sums_V = log_sums(centre_VD, drawn.vectors_ND, offset_N, drawn.groups, drawn.sides)
+        excess_P = _of_centres(output, sums_V) - logits_P
         if not config.mask_accidental_hits:
             return F.softplus(excess_P)
         hits_P = _hits(output, drawn)
         # Never drawn means never hit, and has no finite weight.
-        counted_P = torch.where(hits_P > 0, hits_P * torch.exp(_of_contexts(output, own_I)), 0.0)
+        counted_P = torch.where(hits_P > 0, hits_P * torch.exp(_of_contexts(output, own_I1)), 0.0)
         return _log_of_one_plus(excess_P, counted_P)
 
 
@@ -137,14 +140,14 @@ class PairSoftmax(Objective):
     def forward(self, output: PairOutput, batch: Batch) -> torch.Tensor:
         """Returns (P,) losses."""
         drawn = _candidates(output, batch, self._world, "batch")
-        sums_V = log_sums(output.centre_VD, drawn.vectors_ND, -drawn.log_q_N)
-        return sums_V[output.pairs.centres] - _logits(output)
+        sums_V = log_sums(output.centre_VD, drawn.vectors_ND, -drawn.log_q_N, drawn.groups, drawn.sides)
+        return _of_centres(output, sums_V) - _logits(output)
 
 
 def _logits(output: PairOutput) -> torch.Tensor:
     assert output.context_VD is not None, "the model looks contexts up"
     pairs = output.pairs
-    return pair_logits(output.centre_VD, output.context_VD, pairs.centres, pairs.contexts, pairs.window)
+    return pair_logits(output.centre_VD, output.context_VD, pairs.centres, pairs.contexts, pairs.window, before=pairs.before)
 
 
 @dataclass
@@ -152,10 +155,13 @@ class _Candidates:
     """What the places of this rank meet.
 
     Attributes:
-        vectors_ND, bias_N, log_q_N, ids_N: of each candidate; biases if there are any.
+        vectors_ND, bias_N, log_q_N: of each candidate, as one of the contexts that a group meets before its places, then as
+            one of those after them, where contexts go by side; biases if there are any.
+        ids_N: of each candidate, once.
         own_log_q_I: the log of the probability of one draw, of the ids of the lists.
         groups: where the places that meet the same candidates begin, and V; None where all places meet all.
-        met: how many candidates a place meets.
+        met: how many candidates a place meets, on each side.
+        sides: 2 where contexts go by side, else 1.
     """
 
     vectors_ND: torch.Tensor
@@ -165,20 +171,30 @@ class _Candidates:
     own_log_q_I: torch.Tensor
     groups: tuple[int, ...] | None
     met: int
+    sides: int
 
 
 def _candidates(output: PairOutput, batch: Batch, world: World, drawn_for: Literal["batch", "lane"]) -> _Candidates:
     assert batch.draws is not None, "the reader draws what this objective asks for"
     assert output.candidate_ND is not None, "the model looks up what was drawn"
-    draws, bias_N = batch.draws, output.candidate_bias_N
+    draws, vectors_ND, bias_NS = batch.draws, output.candidate_ND, output.candidate_bias_NS
+    log_q_N, ids_N, groups = draws.log_q, draws.ids, None
     if drawn_for == "lane":  # this rank's draws are those for its lanes, in their order
         groups = output.pairs.lanes
-        met = len(draws.ids) // (len(groups) - 1)
-        return _Candidates(output.candidate_ND, bias_N, draws.log_q, draws.ids, draws.own_log_q, groups, met)
-    vectors_ND = world.gather(output.candidate_ND)
-    bias_N = None if bias_N is None else world.gather(bias_N)
-    log_q_N, ids_N = world.gather(draws.log_q), world.gather(draws.ids)
-    return _Candidates(vectors_ND, bias_N, log_q_N, ids_N, draws.own_log_q, None, len(vectors_ND))
+    else:
+        vectors_ND, log_q_N, ids_N = world.gather(vectors_ND), world.gather(log_q_N), world.gather(ids_N)
+        bias_NS = None if bias_NS is None else world.gather(bias_NS)
+    sides, met = len(output.pairs.sides), len(ids_N) // (1 if groups is None else len(groups) - 1)
+    if sides > 1:
+        log_q_N = log_q_N.view(-1, met).repeat(1, sides).flatten()
+        vectors_ND = _side_after_side(vectors_ND, met, sides)
+    bias_N = None if bias_NS is None else _side_after_side(bias_NS, met, sides).squeeze(1)
+    return _Candidates(vectors_ND, bias_N, log_q_N, ids_N, draws.own_log_q, groups, met, sides)
+
+
+def _side_after_side(of_N: torch.Tensor, met: int, sides: int) -> torch.Tensor:
+    """Returns (N * sides, D) of (N, sides * D), of each `met` candidates one side after the other."""
+    return of_N.reshape(-1, met, sides, of_N.shape[1] // sides).transpose(1, 2).flatten(0, 2)
 
 
 def _hits(output: PairOutput, drawn: _Candidates) -> torch.Tensor:
@@ -195,9 +211,23 @@ def _hits(output: PairOutput, drawn: _Candidates) -> torch.Tensor:
     return hits_V.to(output.centre_VD.dtype)[output.pairs.contexts]
 
 
-def _of_contexts(output: PairOutput, of_ids_I: torch.Tensor) -> torch.Tensor:
-    """Returns what there is of each id, for the context of each pair, (P,)."""
-    return of_ids_I[output.pairs.ids[output.pairs.contexts]]
+def _of_centres(output: PairOutput, sums_V: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of each pair's centre, of those of the pair's side, (P,)."""
+    pairs = output.pairs
+    if len(pairs.sides) == 1:
+        return sums_V[pairs.centres]
+    before_V, after_V = sums_V.view(-1, 2).unbind(dim=1)
+    before, after = pairs.sides
+    return torch.cat([before_V[pairs.centres[before]], after_V[pairs.centres[after]]])
+
+
+def _of_contexts(output: PairOutput, of_ids: torch.Tensor) -> torch.Tensor:
+    """Returns what there is of each id, (I, 1), or of each on each side, (I, sides), for the context of each pair, (P,)."""
+    pairs = output.pairs
+    ids_P = pairs.ids[pairs.contexts]
+    if of_ids.shape[1] == 1:
+        return of_ids[:, 0][ids_P]
+    return torch.cat([of_ids[:, number][ids_P[side]] for number, side in enumerate(pairs.sides)])
 
 
 def _log_of_one_plus(excess_P: torch.Tensor, counted_P: torch.Tensor) -> torch.Tensor:
