@@ -2,9 +2,9 @@
 
 From what `prepare.py` wrote. Words and runs are those of `ngram_bag.yaml`, each different one of a review once, the most
 frequent first; a run that fewer than `--min-reviews` training reviews have is left out. The weight of one is how far it
-tells favourable reviews from others, |log(p / q)|: p is one more than the training reviews of label 1 that have it, divided
-by the sum of that over all of its kind, and q the same of label 0. Those of a review and a kind are divided by the root of
-the sum of their squares.
+tells favourable reviews from others, |log(p / q)|: p is how many training reviews of label 1 have it, and `--smoothing`
+more, divided by the sum of that over all of its kind, and q the same of label 0. Those of a review and a kind are divided
+by the root of the sum of their squares.
 
 The test set's texts and labels count for nothing here. With `--hold-out` neither do those of the validation set, for tuning.
 
@@ -33,6 +33,7 @@ from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.errors import EmbedshardError
 
 MIN_REVIEWS = 2
+SMOOTHING = 10.0
 ROW_GROUP_ROWS = 2_500
 SETS = ("train", "validation", "test")
 CONFIG = Path(__file__).parent / "ngram_bag.yaml"
@@ -50,13 +51,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: nbsvm within the source)")
     reviews = "training reviews that have a run at least (default: %(default)s)"
     parser.add_argument("--min-reviews", type=int, default=MIN_REVIEWS, help=reviews)
+    smoothing = "reviews of either label by which a word or run has more than it was met in (default: %(default)s)"
+    parser.add_argument("--smoothing", type=float, default=SMOOTHING, help=smoothing)
     parser.add_argument("--hold-out", action="store_true", help="learn nothing from the validation set")
     arguments = parser.parse_args()
     out = arguments.out or arguments.source / "nbsvm"
+    if not arguments.smoothing > 0 or arguments.min_reviews < 1:
+        parser.error("--smoothing must be above 0, and --min-reviews at least 1")
     try:
         sets = {name: pq.read_table(arguments.source / name, columns=["text", "label"]) for name in SETS}
         learnt_from = SETS[:1] if arguments.hold_out else SETS[:2]
-        weighed, numbers = weigh(sets, learnt_from, arguments.source, arguments.min_reviews)
+        weighed, numbers = weigh(sets, learnt_from, arguments.source, arguments.min_reviews, arguments.smoothing)
         counts = write_sets(weighed, out, ROW_GROUP_ROWS)
     except (OSError, pa.ArrowInvalid, KeyError, ValueError, EmbedshardError) as error:
         sys.exit(f"weigh.py: {error}")
@@ -65,7 +70,7 @@ def main() -> None:
 
 
 def weigh(
-    sets: dict[str, pa.Table], learnt_from: Sequence[str], source: Path, min_reviews: int
+    sets: dict[str, pa.Table], learnt_from: Sequence[str], source: Path, min_reviews: int, smoothing: float
 ) -> tuple[dict[str, pa.Table], dict[str, int]]:
     """Returns each set with bags and weights in place of texts, and how many words and runs there are.
 
@@ -74,6 +79,7 @@ def weigh(
         learnt_from: the sets whose words, runs and labels count.
         source: the folder of the sets, whose words the tokenizer is made from.
         min_reviews: that have a run at least.
+        smoothing: what is added to the reviews of each label that have a key.
     """
     files = ", ".join(f"'{source / name}/*.parquet'" for name in learnt_from)
     config = load_config(CONFIG, os.environ, [f"data.train=[{files}]"]).config
@@ -89,7 +95,9 @@ def weigh(
     hashes, run_lengths = hash_ngrams(words, lengths, runs.n, runs.seed)
     columns, numbers = {}, {}
     for kind, keys, counts, least in (("words", words, lengths, 1), ("runs", hashes, run_lengths, min_reviews)):
-        columns[kind], columns[f"{kind}_weights"], numbers[kind] = weighed_bags(keys, counts, labels, is_learnt_from, least)
+        columns[kind], columns[f"{kind}_weights"], numbers[kind] = weighed_bags(
+            keys, counts, labels, is_learnt_from, least, smoothing
+        )
     columns["label"] = pa.array(labels.astype(np.int8))
     whole = pa.table(columns)
     ends = np.cumsum(list(rows.values()))
@@ -97,7 +105,7 @@ def weigh(
 
 
 def weighed_bags(
-    keys: KeyArray, lengths: IntArray, labels: BoolArray, is_learnt_from: BoolArray, min_reviews: int
+    keys: KeyArray, lengths: IntArray, labels: BoolArray, is_learnt_from: BoolArray, min_reviews: int, smoothing: float
 ) -> tuple[pa.ListArray, pa.ListArray, int]:
     """Returns the bag of each review, the weights in it, and how many ids there are.
 
@@ -107,6 +115,7 @@ def weighed_bags(
         labels: of the reviews, (n,).
         is_learnt_from: whether a review's keys and label count, (n,).
         min_reviews: reviews that count and have a key at least; keys of fewer are left out.
+        smoothing: what is added to the reviews of each label that have a key.
     """
     known, codes = _known(keys, np.repeat(is_learnt_from, lengths))
     pairs = np.unique(np.repeat(np.arange(len(lengths)), lengths)[codes >= 0] * len(known) + codes[codes >= 0])
@@ -118,7 +127,8 @@ def weighed_bags(
     by_number = by_number[is_kept[by_number]]
     ids = np.full(len(known), -1, dtype=np.int64)
     ids[by_number] = np.arange(len(by_number))
-    shares = [(of_label[by_number] + 1.0) / (of_label[by_number] + 1.0).sum() for of_label in having]
+    smoothed = [of_label[by_number] + smoothing for of_label in having]
+    shares = [of_label / of_label.sum() for of_label in smoothed]
     told = np.abs(np.log(shares[1] / shares[0]))
     reviews, bags = reviews[ids[codes] >= 0], ids[codes[ids[codes] >= 0]]
     squares = np.bincount(reviews, weights=told[bags] ** 2, minlength=len(lengths))

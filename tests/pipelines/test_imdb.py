@@ -81,7 +81,7 @@ def test_a_key_weighs_how_far_it_tells_labels_apart(weigh):
     lengths = np.array([3, 2, 1, 2, 0, 3])
     labels = np.array([True, True, False, False, True, False])
     learnt_from = np.array([True, True, True, True, True, False])
-    bags, weights, count = weigh.weighed_bags(keys, lengths, labels, learnt_from, 1)
+    bags, weights, count = weigh.weighed_bags(keys, lengths, labels, learnt_from, 1, 1.0)
     assert count == 4  # by number of reviews: 5, 7 and 9 have two each, 3 one; 1 is not learnt
     assert bags.to_pylist() == [[0, 2], [0, 2], [1], [3, 1], [], [0, 2]]
     # One more than the reviews of label 1: 3 of 5, 3 of 9, 1 of 7, 1 of 3, 8 in all; of label 0: 1, 1, 3, 2, 7 in all.
@@ -93,10 +93,10 @@ def test_a_key_weighs_how_far_it_tells_labels_apart(weigh):
 def test_a_key_of_few_reviews_is_left_out(weigh):
     keys, lengths = np.array([4, 4, 6, 4, 2], dtype=np.int64), np.array([3, 2])
     labels, learnt_from = np.array([True, False]), np.array([True, True])
-    bags, weights, count = weigh.weighed_bags(keys, lengths, labels, learnt_from, 2)
+    bags, weights, count = weigh.weighed_bags(keys, lengths, labels, learnt_from, 2, 1.0)
     assert (count, bags.to_pylist()) == (1, [[0], [0]])
     assert [len(given) for given in weights.to_pylist()] == [1, 1]
-    bags, _, count = weigh.weighed_bags(keys, lengths, labels, np.array([False, False]), 1)
+    bags, _, count = weigh.weighed_bags(keys, lengths, labels, np.array([False, False]), 1, 1.0)
     assert (count, bags.to_pylist()) == (0, [[], []])
 
 
@@ -117,6 +117,9 @@ def test_bags_take_the_place_of_texts(tmp_path):
     # "review" and the numbers; the run "review N" is one that two reviews have where validation counts too.
     assert "41 words, 8 runs" in told[()]
     assert "41 words, 0 runs" in told["--hold-out",]
+    done = run_python("pipelines/imdb/weigh.py", "--source", tmp_path, "--smoothing", "0", cwd=ROOT)
+    assert done.returncode == 2
+    assert "--smoothing must be above 0" in done.stderr
     done = run_python("pipelines/imdb/weigh.py", "--source", tmp_path / "none", cwd=ROOT)
     assert done.returncode == 1
     assert "weigh.py: " in done.stderr
