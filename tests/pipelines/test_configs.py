@@ -19,6 +19,7 @@ MEASURED = {
     "imdb/conv.yaml": {"accuracy"},
     "imdb/flatten.yaml": {"accuracy"},
     "imdb/lstm.yaml": {"accuracy"},
+    "imdb/nbsvm.yaml": {"accuracy"},
     "imdb/ngram_bag.yaml": {"accuracy"},
     "movielens/ctr.yaml": {"auc", "log_loss"},
     "movielens/ratings.yaml": {"rmse", "mae"},
