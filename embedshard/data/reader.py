@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
-from embedshard.data.columns import Buffers, Columns, concatenate, gather, load_loops, narrowed
+from embedshard.data.columns import Buffers, Columns, concatenate, gather, load_loops
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
@@ -51,8 +51,8 @@ class _CachedRows:
 
     def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, laps: Laps) -> None:
         types = source.least_types  # rows are gathered from all over the partition: of less memory, more is in the cache
-        groups = (source.read_row_group(i) for i in range(len(source.inventory.row_groups)))
-        self._columns = concatenate([narrowed(columns, types) for columns in groups])
+        groups = range(len(source.inventory.row_groups))
+        self._columns = concatenate([source.read_row_group(group, types) for group in groups])
         laps.lap("decode")
         self._lanes, self._laps, self._buffers = lanes, laps, Buffers()
         self._steps_at_once = max(1, _GATHER_ROWS // local_batch_size)

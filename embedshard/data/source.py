@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedshard.data.byte_count import ByteCount
-from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.columns import Columns, Flat, Ragged, narrowed
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
 from embedshard.data.parse import is_list
@@ -302,8 +302,12 @@ class Source:
         """The least integer types that hold all ids of each decoded column and all row numbers, and -1."""
         return {**self.decoder.integer_types, "row": np.min_scalar_type(-max(self.inventory.num_rows, 1))}
 
-    def read_row_group(self, number: int) -> Columns:
+    def read_row_group(self, number: int, types: Mapping[str, np.dtype[Any]] | None = None) -> Columns:
         """Returns a row group, decoded.
+
+        Args:
+            number: of the row group in the data set.
+            types: of columns whose ids are to be of a smaller type, which holds them all.
 
         Raises:
             DataError: if it cannot be read or holds what the config does not allow.
@@ -314,7 +318,10 @@ class Source:
             found: Rows = self._by_column(group, rows)
         else:
             found = _taken(self._read_columns(group, self.decoder.columns), rows)
-        return self.decoder.decode(found, self._where(group, 0, rows))
+        columns: Columns = {}
+        for name, column in self.decoder.decode_each(found, self._where(group, 0, rows)):
+            columns |= narrowed({name: column}, types or {})
+        return columns
 
     def _by_column(self, group: RowGroup, rows: IntArray | None, skip: int = 0) -> RowsByColumn:
         """Returns a row group of a local file; an object store would be asked for each column."""
