@@ -42,7 +42,7 @@ def shares(workers: int, environment: Mapping[str, str], topology: Path = _TOPOL
     cores = usable_cores()
     if wish == "0" or workers == 1 or workers > len(cores) or not hasattr(os, "sched_setaffinity"):
         return None
-    physical: dict[tuple[int, int], list[int]] = {}
+    physical: dict[tuple[int, int, int], list[int]] = {}
     for core in cores:
         physical.setdefault(_place(core, topology / f"cpu{core}" / "topology"), []).append(core)
     units = [physical[place] for place in sorted(physical)]
@@ -51,12 +51,16 @@ def shares(workers: int, environment: Mapping[str, str], topology: Path = _TOPOL
     return [{core for unit in part for core in unit} for part in _cut(units, workers)]
 
 
-def _place(core: int, folder: Path) -> tuple[int, int]:
-    """Returns the socket and the physical core of a logical one; one of its own where the system does not tell."""
+def _place(core: int, folder: Path) -> tuple[int, int, int]:
+    """Returns the socket, the die and the physical core of a logical one; one of its own where the system does not tell.
+
+    Cores are numbered anew in each die. Linux before 5.2 tells of none.
+    """
     try:
-        return int((folder / "physical_package_id").read_text()), int((folder / "core_id").read_text())
+        die = int((folder / "die_id").read_text()) if (folder / "die_id").exists() else 0
+        return int((folder / "physical_package_id").read_text()), die, int((folder / "core_id").read_text())
     except (OSError, ValueError):
-        return 0, core
+        return 0, 0, core
 
 
 def _cut(units: Sequence[list[int]], parts: int) -> list[Sequence[list[int]]]:

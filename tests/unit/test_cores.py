@@ -17,14 +17,16 @@ def usable(monkeypatch):
 
 @pytest.fixture
 def topology(tmp_path):
-    """Describes logical cores as Linux does, given the socket and the physical core of each."""
+    """Describes logical cores as Linux does, given the socket, the die where there are several, and the physical core."""
 
     def describe(places):
-        for number, (socket, core) in places.items():
+        for number, (socket, *die, core) in places.items():
             folder = tmp_path / f"cpu{number}" / "topology"
             folder.mkdir(parents=True)
             (folder / "physical_package_id").write_text(f"{socket}\n")
             (folder / "core_id").write_text(f"{core}\n")
+            for one in die:
+                (folder / "die_id").write_text(f"{one}\n")
         return tmp_path
 
     return describe
@@ -51,6 +53,13 @@ def test_threads_of_a_physical_core_go_to_one_worker(usable, topology):
     assert shares(4, {}, folder) == [{0, 4}, {1, 5}, {2, 6}, {3, 7}]
     assert shares(3, {}, folder) == [{0, 4, 1, 5}, {2, 6}, {3, 7}], "three of four physical cores' worth, none cut"
     assert shares(5, {}, folder) == [{0, 4}, {1, 5}, {2, 6}, {3}, {7}], "more workers than physical cores"
+
+
+def test_cores_of_one_number_in_two_dies_are_two(usable, topology):
+    usable(*range(4))
+    folder = topology({number: (0, number // 2, number % 2) for number in range(4)})
+    assert shares(4, {}, folder) == [{0}, {1}, {2}, {3}]
+    assert shares(2, {}, folder) == [{0, 1}, {2, 3}], "die by die"
 
 
 @pytest.mark.parametrize(
