@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -25,6 +27,19 @@ def environment(tmp_path_factory):
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_worker_niceness": "0",  # else workers starve beside whatever else this machine does
     }
+
+
+@pytest.fixture
+def free_port():
+    """A port that nobody listens at, below those that the system hands out: of those Ray's own processes take many."""
+    for port in random.sample(range(20_000, 32_000), 100):
+        with socket.socket() as found:
+            try:
+                found.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("a hundred ports were tried, and none of them is free")
 
 
 class Training:

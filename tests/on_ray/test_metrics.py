@@ -1,7 +1,6 @@
 """What a run on Ray tells Prometheus, scraped where Prometheus would."""
 
 import re
-import socket
 import time
 import urllib.request
 
@@ -19,7 +18,7 @@ EVENTS = {"embedshard_restarts_total", "embedshard_bad_rows_total"}
 
 
 @pytest.fixture
-def cluster(monkeypatch, environment):
+def cluster(monkeypatch, environment, free_port):
     """A node of two CPUs; returns its address and the port where it exports its metrics."""
     from ray.cluster_utils import Cluster
 
@@ -27,11 +26,8 @@ def cluster(monkeypatch, environment):
         monkeypatch.setenv(name, environment[name])
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "metrics_export_port": port})
-    yield made.address, port
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "metrics_export_port": free_port})
+    yield made.address, free_port
     made.shutdown()
 
 

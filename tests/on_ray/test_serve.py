@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -43,11 +42,8 @@ def is_running(pid):
 class Served:
     """A service as a process."""
 
-    def __init__(self, out, folder, environment, descendants, *options, **more):
+    def __init__(self, out, folder, port, environment, descendants, *options, **more):
         self._descendants = descendants
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            port = found.getsockname()[1]
         self.url, self._log = f"http://127.0.0.1:{port}", folder / "serve.txt"
         command = [sys.executable, "-m", "embedshard.cli", "serve", str(out), "--port", str(port), *map(str, options)]
         self.process = subprocess.Popen(
@@ -96,12 +92,12 @@ class Served:
 
 
 @pytest.fixture
-def serve(environment, tmp_path, descendants):
+def serve(environment, tmp_path, free_port, descendants):
     """A function that starts a service; what is left of it is ended after the test."""
     started = []
 
     def serve(out, *options, **more):
-        started.append(Served(out, tmp_path, environment, descendants, *options, **more))
+        started.append(Served(out, tmp_path, free_port, environment, descendants, *options, **more))
         return started[-1]
 
     yield serve
