@@ -181,10 +181,12 @@ class World:
         from torch.distributed import _functional_collectives as functional
 
         if tensor.requires_grad:
-            # torch 2.11 has the latter name alone; torch 2.13 has both, and warns of the latter.
-            is_newer = hasattr(functional, "all_gather_single_autograd")
-            gather = functional.all_gather_single_autograd if is_newer else functional.all_gather_tensor_autograd
-            return gather(tensor.contiguous(), 0, self.group)
+            # torch 2.11 has the latter name alone, and reduces a gradient as it lies; 2.13 has both, and warns of the latter.
+            if hasattr(functional, "all_gather_single_autograd"):
+                return functional.all_gather_single_autograd(tensor.contiguous(), 0, self.group)
+            gathered: torch.Tensor = functional.all_gather_tensor_autograd(tensor.contiguous(), 0, self.group)
+            gathered.register_hook(lambda gradient: gradient.contiguous())  # type: ignore[no-untyped-call]
+            return gathered
         parts = [tensor.new_empty(tensor.shape) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor.contiguous(), group=self.group)
         import torch
