@@ -181,7 +181,7 @@ class World:
         from torch.distributed import _functional_collectives as functional
 
         if tensor.requires_grad:
-            # torch 2.11 has the latter name alone, and reduces gradients as they lie; 2.13 has both, and warns of the latter.
+            # torch 2.11 has the latter name alone, and reduces gradients as they lie; 2.13 has both, and warns of it.
             if hasattr(functional, "all_gather_single_autograd"):
                 return functional.all_gather_single_autograd(tensor.contiguous(), 0, self.group)
             gathered: torch.Tensor = functional.all_gather_tensor_autograd(tensor.contiguous(), 0, self.group)
