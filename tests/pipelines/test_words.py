@@ -92,7 +92,7 @@ def test_a_run_from_texts_to_the_table(tmp_path, monkeypatch):
 
     printed = called("pipelines/words/prepare.py", "--source", str(source))
     assert "400 reviews, 3,600 words, 4 different ones" in printed
-    for name in ("negative_sampling", "nce", "hierarchical_softmax"):
+    for name in ("word2vec", "negative_sampling", "nce", "hierarchical_softmax"):
         small = ["--set", "train.max_steps=3", "--set", "model.subsample=null"]
         run = ["--run-dir", str(tmp_path / name)]
         called("-m", "embedshard.cli", "train", f"pipelines/words/{name}.yaml", *small, *run)

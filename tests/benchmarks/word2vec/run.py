@@ -26,7 +26,7 @@ sys.path.insert(0, str(HERE.parent))
 from bound import finished  # noqa: E402
 
 CONFIGS = HERE.parents[2] / "pipelines" / "words"
-CASES = ("negative_sampling", "hierarchical_softmax")
+CASES = ("word2vec", "hierarchical_softmax")
 
 
 def ours(case, arguments, scratch):
