@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["ColumnSpec", "Decoder", "Where", "column_specs", "slice_column"]
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -199,6 +200,7 @@ class Decoder:
         self._on_bad_row = on_bad_row
         self._wanted = [spec.name for spec in self.specs if wanted is None or spec.name in wanted]
         self._specs = {spec.name: spec for spec in self.specs}
+        self._uses = Counter(name for spec in self.specs for name in (spec.column, spec.second) if name is not None)
         texts = [spec.column for spec in self.specs if spec.is_text]
         self._shared_texts = {column for column in texts if texts.count(column) > 1}
         self._last_words: tuple[object, str, object, Words] | None = None
@@ -211,14 +213,12 @@ class Decoder:
     @property
     def columns(self) -> list[str]:
         """The Parquet columns that are read."""
-        names = [name for spec in self.specs for name in (spec.column, spec.second) if name is not None]
-        return list(dict.fromkeys(names))
+        return list(self._uses)
 
     @property
     def shared_columns(self) -> set[str]:
         """The Parquet columns that more than one decoded column is made of."""
-        names = [name for spec in self.specs for name in (spec.column, spec.second) if name is not None]
-        return {name for name in names if names.count(name) > 1}
+        return {name for name, uses in self._uses.items() if uses > 1}
 
     @property
     def standardised(self) -> list[str]:

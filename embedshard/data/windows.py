@@ -180,9 +180,8 @@ class Windows:
             if place not in self._streams:
                 first = _first_needed(epoch, place, window, self._lanes)
                 at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
-                rows = _DECODE_ROWS if at_once else _LANE_ROWS
-                if epoch.group_starts[place + 1] - epoch.group_starts[place] <= _WHOLE_ROWS:
-                    rows = _WHOLE_ROWS
+                is_small = epoch.group_starts[place + 1] - epoch.group_starts[place] <= _WHOLE_ROWS
+                rows = _WHOLE_ROWS if is_small else _DECODE_ROWS if at_once else _LANE_ROWS
                 self._streams[place] = _Stream(self._source, epoch, place, first, rows)
             stream = self._streams[place]
             for first, count, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
