@@ -62,6 +62,7 @@ class Note:
         metrics: what it counts.
         pending: requests that it is answering.
         is_ending: whether it takes no more.
+        made: when, by the replica's clock.
         at: when it was told, by the board's clock.
     """
 
@@ -69,6 +70,7 @@ class Note:
     metrics: list[Metric]
     pending: int
     is_ending: bool
+    made: float
     at: float = 0.0
 
 
@@ -81,13 +83,12 @@ class Board:
 
     async def exchange(self, note: Note) -> Orders:
         """Takes what a replica tells; returns what is asked of it."""
-        self._notes[note.replica] = replace(note, at=time.monotonic())
-        self._forget()
+        self._take(note)
         return self._orders
 
-    async def collect(self) -> dict[str, list[Metric]]:
-        """Returns the metrics of the replicas that were heard of lately."""
-        self._forget()
+    async def collect(self, note: Note) -> dict[str, list[Metric]]:
+        """Takes what a replica tells; returns the metrics of those that were heard of lately, which it now is."""
+        self._take(note)
         return {name: note.metrics for name, note in self._notes.items()}
 
     async def ask_reload(self) -> None:
@@ -99,6 +100,13 @@ class Board:
         self._orders = replace(self._orders, ends=True)
         self._forget()
         return sum(not note.is_ending or note.pending > 0 for note in self._notes.values())
+
+    def _take(self, note: Note) -> None:
+        """Keeps a note unless a later one of its replica came before it: calls may overtake each other."""
+        known = self._notes.get(note.replica)
+        if known is None or known.made <= note.made:
+            self._notes[note.replica] = replace(note, at=time.monotonic())
+        self._forget()
 
     def _forget(self) -> None:
         """Forgets replicas that were not heard of for several exchanges: they are dead, and would be waited for."""
@@ -138,9 +146,13 @@ class ServedReplica:
         return answered
 
     async def collect(self) -> dict[str, list[Metric]]:
-        """Returns the metrics of all replicas, by their names; of the others, as they were about a second ago."""
-        others: dict[str, list[Metric]] = await self._board.collect.remote()
-        return {**others, self.replica.name: self.replica.collect()}
+        """Returns the metrics of all replicas, by their names; of the others, as they were about a second ago.
+
+        Its own go by the board too: the next page may be another replica's, and no count of it may be less than on this
+        one, which Prometheus takes for a replica that began anew.
+        """
+        metrics: dict[str, list[Metric]] = await self._board.collect.remote(self._note())
+        return metrics
 
     async def reload(self) -> None:
         """Has all replicas look for a newer export at once."""
@@ -151,12 +163,15 @@ class ServedReplica:
         if not self.replica.live.is_watching:
             raise RuntimeError("the thread that looks for newer exports has ended")
 
+    def _note(self) -> Note:
+        replica = self.replica
+        return Note(replica.name, replica.collect(), replica.pending, replica.is_ending, made=time.monotonic())
+
     async def _exchange(self) -> None:
         while True:
             replica = self.replica
             try:
-                note = Note(replica.name, replica.collect(), replica.pending, replica.is_ending)
-                orders: Orders = await self._board.exchange.remote(note)
+                orders: Orders = await self._board.exchange.remote(self._note())
                 replica.is_ending = replica.is_ending or orders.ends
                 if orders.reloads > self._orders.reloads:
                     replica.live.look_soon()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["CONTENT_TYPE", "ServeMetrics", "page"]
 
+import threading
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -42,20 +43,22 @@ class ServeMetrics:
         self._took = Gauge("export_load_seconds", "Time that it took to check and load the served export.", **known)
         self._info = Gauge("export_info", "The SHA-256 of the served export's manifest.", ["manifest"], **known)
         self._has_served = False
+        self._changing = threading.Lock()  # a page tells all of a change or nothing
 
     def changed(self, what: Served | Refusal) -> None:
         """Notes an export that took over, or was refused."""
-        if isinstance(what, Refusal):
-            self._failures.inc()
-            return
-        if self._has_served:
-            self._reloads.inc()
-        self._has_served = True
-        self._step.set(what.engine.step)
-        self._loaded.set(what.loaded_at)
-        self._took.set(what.took_s)
-        self._info.clear()
-        self._info.labels(what.export.digest).set(1)
+        with self._changing:
+            if isinstance(what, Refusal):
+                self._failures.inc()
+                return
+            if self._has_served:
+                self._reloads.inc()
+            self._has_served = True
+            self._step.set(what.engine.step)
+            self._loaded.set(what.loaded_at)
+            self._took.set(what.took_s)
+            self._info.clear()
+            self._info.labels(what.export.digest).set(1)
 
     def collect(self, pending: int, is_refused: bool) -> list[Metric]:
         """Returns all of them, as plain data.
@@ -64,9 +67,10 @@ class ServeMetrics:
             pending: requests that are being answered.
             is_refused: whether an export that is to take over cannot be served.
         """
-        self._pending.set(pending)
-        self._refused.set(is_refused)
-        return list(self._registry.collect())
+        with self._changing:
+            self._pending.set(pending)
+            self._refused.set(is_refused)
+            return list(self._registry.collect())
 
 
 class _Collected(Collector):
