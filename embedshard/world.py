@@ -85,6 +85,8 @@ def set_process_environment() -> None:
     for library in ("torchrec", "fbgemm_gpu", "torch"):
         for category in (FutureWarning, DeprecationWarning, UserWarning):
             warnings.filterwarnings("ignore", category=category, module=rf"{library}\.")
+    # FBGEMM's hook of tables that fetch ahead: ids, their only input, have no gradients, which it does without.
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 def usable_cores() -> list[int]:

@@ -1256,6 +1256,9 @@ class TrainConfig(Strict):
     compile: Compile = False
     """Whether the dense part, from the looked-up vectors to the model's output, goes through `torch.compile` in training;
     `{mode: reduce-overhead}` for CUDA graphs. It needs a C++ compiler on a CPU, Triton on CUDA."""
+    prefetch: bool = False
+    """On CUDA, of tables behind a cache (`memory.kind: uvm_caching`): whether the rows of the next step are brought into it
+    while one is trained. Not yet run on a GPU."""
     deterministic: bool = False
     """On CUDA: bit for bit the same result, at a cost. On CPU it always is."""
 

@@ -1,7 +1,8 @@
 """The next batch on its way while one is trained: to the device, and its ids to the workers that hold their rows.
 
 What TorchRec's `TrainPipelineSparseDist` does for models that `torch.fx` can trace, done here for any model: ids depend on
-nothing that a step changes, so that what is trained is the same bit for bit. Vectors are read when their step has come.
+nothing that a step changes, so that what is trained is the same bit for bit. Vectors are read when their step has come;
+with `train.prefetch`, rows of tables behind a cache are in it by then (`fetched.py`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ __all__ = ["Ahead"]
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,7 +21,10 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.data.batch import Batch
+from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.sharding.fetched import fetches_ahead, let_go
+from embedshard.sharding.shards import fused_kernels
 from embedshard.world import World
 
 
@@ -33,24 +38,33 @@ class Ahead:
     Args:
         model: the sharded model, whose collections are looked up by it from now on. Make it once.
         world: whose ranks train together.
+
+    Raises:
+        ConfigError: if rows are to be fetched ahead of a model that is sent nothing.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._device = world.device
         self._lookups = [module for module in model.modules() if isinstance(module, EmbeddingLookup)]
         self._sends = world.world_size > 1 or world.device.type == "cuda"
-        self._stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream, self._fetching = _stream(world.device), _stream(world.device)
         self._coming: _Coming | None = None
         self._arrived: dict[nn.Module, _Request] = {}
+        self._fetched: dict[nn.Module, list[Any]] = {}  # tables of each collection of which some fetch ahead
+        self._read: torch.cuda.Event | None = None  # when the last lookups had read their rows
         if self._sends:
             for lookup in self._lookups:
                 for collection in lookup.modules():
                     if isinstance(collection, ShardedModule):
+                        tables = [kernel.emb_module for kernel in fused_kernels(collection)]
+                        self._fetched[collection] = tables if any(map(fetches_ahead, tables)) else []
                         setattr(collection, "forward", self._looked_up_by(collection, collection.forward))  # noqa: B010
+        if any(self._fetched.values()):
+            self._prepare_fetching()
 
     def send(self, batch: Batch) -> None:
         """Begins to bring a batch: tells the workers how many ids each will get. Collective."""
-        if not self._sends or any(lookup.to_rows is not None or lookup.looked_up_as is None for lookup in self._lookups):
+        if not self._sends or not self._is_known:
             return
         with self._beside():
             self._coming = coming = _Coming(batch, batch.to(self._device, non_blocking=True))
@@ -68,11 +82,34 @@ class Ahead:
                 for request in self._coming.under_way.values():
                     request.answer = request.answer.wait()
 
+    def fetch(self) -> None:
+        """Has the rows of a batch whose ids were sent brought into the caches of tables that fetch ahead. Collective.
+
+        To be called after this step's lookups, which read the caches first.
+        """
+        if self._coming is None or not any(self._fetched.values()):
+            return
+        for collection, request in self._coming.under_way.items():
+            if not self._fetched[collection]:
+                continue
+            arrived, stream, now = self._ids_of(request), self._fetching, None
+            if stream is not None:
+                assert self._stream is not None, "there are both or none"
+                now = torch.cuda.current_stream(self._device)
+                stream.wait_stream(self._stream)
+                if self._read is not None:
+                    stream.wait_event(self._read)
+                arrived.record_stream(stream)
+            assert isinstance(collection, ShardedModule), "the model is sharded"
+            with nullcontext() if stream is None else torch.cuda.stream(stream):
+                collection.prefetch(dist_input=arrived, forward_stream=now, ctx=request.context)
+
     def take(self, batch: Batch) -> Batch:
         """Returns a batch on the device. The model's next forward pass looks it up; if its ids were sent, by these."""
         coming, self._coming = self._coming, None
         if coming is None or coming.batch is not batch:
             self._arrived = {}
+            self._let_go()
             return batch.to(self._device)
         if self._stream is not None:
             now = torch.cuda.current_stream(self._device)
@@ -87,7 +124,34 @@ class Ahead:
         if coming is not None:
             with self._beside():
                 for request in coming.under_way.values():
-                    request.answer.wait()
+                    if request.arrived is None:
+                        request.answer.wait()
+            self._let_go()
+
+    @property
+    def _is_known(self) -> bool:
+        """Whether it is known, before a step, which rows the step looks up."""
+        return all(lookup.to_rows is None and lookup.looked_up_as is not None for lookup in self._lookups)
+
+    def _prepare_fetching(self) -> None:
+        if not self._is_known:
+            raise ConfigError(
+                "train.prefetch fetches the rows of a batch before its step, and here only the step itself finds out which "
+                "they are: a custom model says so by its own code, a managed vocabulary as it is looked up. Leave it out."
+            )
+        for tables in chain.from_iterable(self._fetched.values()):
+            tables.lock_cache_line = False
+
+    def _let_go(self) -> None:
+        for tables in chain.from_iterable(self._fetched.values()):
+            let_go(tables)
+
+    def _ids_of(self, request: _Request) -> Any:
+        """Returns a request's ids as they arrived, on the stream beside."""
+        if request.arrived is None:
+            with self._beside():
+                request.arrived = request.answer.wait()
+        return request.arrived
 
     def _beside(self) -> AbstractContextManager[object]:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
@@ -98,18 +162,29 @@ class Ahead:
         def look_up(ids: KeyedJaggedTensor) -> Any:
             request = self._arrived.pop(collection, None)
             if request is None:
-                return forward(ids)
-            assert request.is_of(ids), "a model looks up what its lookup's `looked_up_as` says"
-            with self._beside():
-                arrived = request.answer.wait()
-            if self._stream is not None:
-                now = torch.cuda.current_stream(self._device)
-                now.wait_stream(self._stream)
-                arrived.record_stream(now)
-                request.context.record_stream(now)
-            return collection.compute_and_output_dist(request.context, arrived)
+                for tables in self._fetched[collection]:
+                    let_go(tables)  # it is of a step that is still to come, as after an evaluation
+                found = forward(ids)
+            else:
+                assert request.is_of(ids), "a model looks up what its lookup's `looked_up_as` says"
+                arrived = self._ids_of(request)
+                if self._stream is not None:
+                    now = torch.cuda.current_stream(self._device)
+                    now.wait_stream(self._stream)
+                    if self._fetching is not None and self._fetched[collection]:
+                        now.wait_stream(self._fetching)
+                    arrived.record_stream(now)
+                    request.context.record_stream(now)
+                found = collection.compute_and_output_dist(request.context, arrived)
+            if self._fetching is not None and self._fetched[collection]:
+                self._read = torch.cuda.current_stream(self._device).record_event()
+            return found
 
         return look_up
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 @dataclass
@@ -120,11 +195,13 @@ class _Request:
         ids: that were sent.
         context: TorchRec's of this lookup.
         answer: what is to be waited for: how many ids come to each worker, then the ids themselves.
+        arrived: the ids, once they were waited for.
     """
 
     ids: KeyedJaggedTensor
     context: Any
     answer: Any
+    arrived: Any = None
 
     def is_of(self, ids: KeyedJaggedTensor) -> bool:
         """Returns whether these ids were sent: whether as many of as many rows were."""

@@ -117,7 +117,7 @@ def make_sharders(config: Config, device: torch.device) -> Sharders:
     # Rounding at random makes the result depend on more than (config, data, seed): only a table that asks for it does.
     fused: dict[str, Any] = {"stochastic_rounding": False}
     if device.type == "cuda" and any(table.memory.kind in ("auto", "uvm_caching") for table in config.tables.values()):
-        fused["gather_uvm_cache_stats"] = True
+        fused |= {"gather_uvm_cache_stats": True, "prefetch_pipeline": config.train.prefetch}
     codecs = _codecs(config, device)
     return (
         AnyTypeSharder(fused_params=fused, qcomm_codecs_registry=codecs),

@@ -26,6 +26,8 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import ShardingType
 
+from embedshard.sharding.fetched import let_go
+
 TABLE_HOLDERS: Final = ("embedding_bags", "embeddings")
 """Where TorchRec's collections, of bags and of sequences, hold their tables: `<path>.<holder>.<table>.weight`."""
 
@@ -100,6 +102,7 @@ def weight_shards(model: DistributedModelParallel) -> Iterator[Shard]:
     for kernel in fused_kernels(model):
         kernel.flush()
         kernel.purge()
+        let_go(kernel.emb_module)
     replicated = replicated_tables(model)
     for key, value in sorted(model.state_dict().items()):
         if isinstance(value, ShardedTensor):

@@ -136,6 +136,7 @@ class Stepper:
         agreed = self._world.begin_sum(_in_a_row([loss_sum.detach(), weight_sum, rows_here, *told], loss_sum.device))
         lap("agree")
         self._ahead.send_ids()
+        self._ahead.fetch()
         lap("input_dist")
         # As if all rows weighed 1: what they weigh is known when the others have answered, and mostly it is that.
         places = batch.size * self._world.world_size

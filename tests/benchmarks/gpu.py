@@ -6,8 +6,9 @@
 The data are drawn and kept in a folder (`--data`). Each training is `embedshard train` in a fresh process, from Parquet, and
 ended before it writes 100 GB as its checkpoint; samples a second are those after the first 20 steps. Reading is the same
 reader with nothing behind it. `memory` trains one model with its tables in the GPU's memory, behind a cache of a fifth of
-their rows (`uvm_caching`), and in the host's. `stages` is `embedshard bench` on the DCNv2: each stage's share of its limit,
-lookup and update as shares of what rows anywhere in the GPU's memory give. No case has been run on a GPU yet.
+their rows (`uvm_caching`, without and with `train.prefetch`), and in the host's. `stages` is `embedshard bench` on the
+DCNv2: each stage's share of its limit, lookup and update as shares of what rows anywhere in the GPU's memory give. No case
+has been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -225,8 +226,11 @@ def main() -> None:
                 told(f"two towers, {items:,} items of 64 numbers, batches of {batch:,}, {precision}", tree, scratch)
         if "memory" in arguments.only:
             for memory in ("device", "uvm_caching", "uvm") if arguments.device == "cuda" else ("device",):
-                tree = dcn(arguments.data, rows, scale / 4, batch, "bf16", memory, dim)
-                told(f"DCNv2, tables times {scale / 4:g}, `memory: {memory}`", tree, scratch)
+                for fetches in (False, True) if memory == "uvm_caching" else (False,):
+                    tree = dcn(arguments.data, rows, scale / 4, batch, "bf16", memory, dim)
+                    tree["train"]["prefetch"] = fetches
+                    how = ", `prefetch`" if fetches else ""
+                    told(f"DCNv2, tables times {scale / 4:g}, `memory: {memory}`{how}", tree, scratch)
         if "stages" in arguments.only:
             config = scratch / "bench.json"
             config.write_text(json.dumps(dcn(arguments.data, rows, scale / 4, batch, "bf16", dim=dim)))
