@@ -254,7 +254,7 @@ class _SetCheck:
         data, rows = self._config.data, sum(groups)
         steps = window_steps(self._config, self.report.decoded_bytes, rows)
         order = Order(0, data.lanes, self._config.train.global_batch_size, (steps,), (tuple(groups),), shuffle=False)
-        waiting = rows_that_wait(order.epoch_order(0, 0), (0, data.lanes))
+        waiting = rows_that_wait(order.epoch_order(0, 0), (0, data.lanes), self._config.train.epochs > 1)
         self.report.waiting_bytes = waiting * self.report.decoded_bytes // max(rows, 1)
         beyond = self.report.waiting_bytes - data.cache_bytes
         if beyond > 0:

@@ -41,6 +41,10 @@ class _Rows(Protocol):
         """
         ...
 
+    def expect(self, upcoming: EpochOrder | None) -> None:
+        """Says which pass over the same partition follows the one that is read next; None: none does."""
+        ...
+
     def close(self) -> None:
         """Lets go of what is not needed to begin anew."""
         ...
@@ -65,6 +69,9 @@ class _CachedRows:
         columns = gather(self._columns, epoch.dataset_rows(self._table[2][first:last].ravel()), self._buffers)
         self._laps.lap("order")
         return last, columns
+
+    def expect(self, upcoming: EpochOrder | None) -> None:
+        """Has all rows of all passes."""
 
     def close(self) -> None:
         """Keeps what was decoded."""
@@ -130,17 +137,20 @@ class BatchReader:
                 self._rows.close()
 
     def _produce(self, start: int, stop: int) -> Iterator[Batch]:
-        step, epoch = start, None
+        step = start
+        epoch = upcoming = None
         key = (-1, -1)
         while step < stop:
             position = self._order.position(step)
+            rows = self._open(position.partition)
             if (position.epoch, position.partition) != key:
                 key = (position.epoch, position.partition)
-                epoch = self._order.epoch_order(*key)
+                epoch = upcoming or self._order.epoch_order(*key)
+                upcoming = self._upcoming(position, epoch, stop)
+                rows.expect(upcoming)
             assert epoch is not None, "the first step opens an epoch"
             window = epoch.window_of(position.step_in_epoch)
             self.laps.lap("order")
-            rows = self._open(position.partition)
             begin = position.step_in_epoch - window * epoch.window_steps
             end = min(epoch.steps(window), begin + stop - step)
             while begin < end:
@@ -151,6 +161,14 @@ class BatchReader:
                     yield batch
                     step += 1
                 begin = last
+
+    def _upcoming(self, position: Position, epoch: EpochOrder, stop: int) -> EpochOrder | None:
+        """Returns the next pass over the same partition, if the next step after this one is of one."""
+        step = position.step - position.step_in_epoch + epoch.num_steps
+        if step >= stop:
+            return None
+        after = self._order.position(step)
+        return self._order.epoch_order(after.epoch, after.partition) if after.partition == position.partition else None
 
     def _open(self, partition: int) -> _Rows:
         if self._rows is None or partition != self._partition:

@@ -3,7 +3,7 @@
 Lanes are spread over the whole epoch, so a window takes rows from many places. Each row group that holds some of them is
 open as a stream, which is decoded no further than the window needs; lanes that share a row group share its stream. What a
 stream meets on its way for later windows waits on a shelf, but for the next one if nothing uses its memory yet. The next
-window is decoded in a thread while one is trained.
+window, be it the first one of the next epoch, is decoded in a thread while one is trained.
 """
 
 from __future__ import annotations
@@ -71,15 +71,22 @@ def window_steps(config: Config, decoded_bytes: int, rows: int) -> int:
     return max(1, most // config.train.global_batch_size)
 
 
-def rows_that_wait(epoch: EpochOrder, lanes: tuple[int, int]) -> int:
-    """Returns about how many rows are decoded with the first window of some lanes that are not in it or the next."""
-    waiting = 0
+def rows_that_wait(epoch: EpochOrder, lanes: tuple[int, int], is_read_ahead: bool) -> int:
+    """Returns about how many rows are decoded with the first window of some lanes that have no place yet.
+
+    Args:
+        epoch: the pass.
+        lanes: of a rank.
+        is_read_ahead: whether the window is read while one is trained, as all but a run's first one are: else rows of the
+            window after it have a place.
+    """
+    waiting, last_placed = 0, 0 if is_read_ahead else 1
     for place, last in _needed(epoch, 0, lanes).items():
         first, end = _first_needed(epoch, place, 0, lanes), _end(epoch, place, lanes)
         decoded = end if end - first <= _WHOLE_ROWS else min(last + _LANE_ROWS, end)
         waiting += decoded - first
         for lane in range(max(epoch.lane_of(first), lanes[0]), min(epoch.lane_of(end - 1) + 1, lanes[1])):
-            begin, stop = epoch.window_rows(lane, 0)[0], epoch.window_rows(lane, 1)[1]
+            begin, stop = epoch.window_rows(lane, 0)[0], epoch.window_rows(lane, last_placed)[1]
             waiting -= max(min(stop, decoded) - max(begin, first), 0)
     return waiting
 
@@ -99,7 +106,9 @@ class Windows:
         self._types = source.least_types
         self._shelf = Shelf(limit_bytes)
         self._buffers, self._in_order = (Buffers(), Buffers()), Buffers()
+        self._turn = 0  # which of the buffers the window has that was read last
         self._epoch: EpochOrder | None = None
+        self._upcoming: EpochOrder | None = None
         self._next = -1
         self._streams: dict[int, _Stream] = {}
         self._ended: set[int] = set()
@@ -125,6 +134,10 @@ class Windows:
         self._laps.lap("order")
         return last, columns
 
+    def expect(self, upcoming: EpochOrder | None) -> None:
+        """Says which pass follows the one that is read next; None: none does, or one over other data."""
+        self._upcoming = upcoming
+
     def _next_window(self, epoch: EpochOrder, window: int) -> _Window:
         """Returns a window whose rows are all there, and begins with the next one, where the former one was."""
         ahead, self._ahead = self._ahead, None
@@ -136,16 +149,23 @@ class Windows:
                 ahead[2].wait()
             self._current = None
             found = self._read(epoch, window, self._laps, is_next_free=True)
-        if epoch.steps(window + 1):
+        following = self._after(epoch, window)
+        if following is not None:
             laps = self._laps.beside()
-            self._ahead = epoch, window + 1, _Soon(lambda: self._read(epoch, window + 1, laps))
+            self._ahead = *following, _Soon(lambda: self._read(*following, laps))
         return found
+
+    def _after(self, epoch: EpochOrder, window: int) -> tuple[EpochOrder, int] | None:
+        """Returns the window that follows one, to be read meanwhile; None where a pass is one: memory is to hold one."""
+        if epoch.steps(window + 1):
+            return epoch, window + 1
+        return (self._upcoming, 0) if self._upcoming is not None and window else None
 
     def close(self) -> None:
         """Waits for the thread, and lets go of all that waits."""
         if self._ahead is not None:
             self._ahead[2].wait()
-        self._ahead, self._current, self._epoch = None, None, None
+        self._ahead, self._current, self._epoch, self._upcoming = None, None, None, None
         self._let_go()
 
     def _let_go(self) -> None:
@@ -166,9 +186,11 @@ class Windows:
         if epoch is not self._epoch or window != self._next:
             self._let_go()
             self._epoch = epoch
-        self._next = window + 1
-        found = self._following or self._empty_window(epoch, window)
-        self._following = self._empty_window(epoch, window + 1) if is_next_free and epoch.steps(window + 1) else None
+        self._next, self._turn = window + 1, 1 - self._turn
+        found = self._following or self._empty_window(epoch, window, self._turn)
+        self._following = (
+            self._empty_window(epoch, window + 1, 1 - self._turn) if is_next_free and epoch.steps(window + 1) else None
+        )
         for piece in self._shelf.take(window):
             spot = found.spot(piece.lane, piece.first, num_rows(piece.columns))
             for name, column in piece.columns.items():
@@ -193,8 +215,8 @@ class Windows:
         laps.lap("decode")
         return found
 
-    def _empty_window(self, epoch: EpochOrder, window: int) -> _Window:
-        return _Window(epoch, window, self._lanes, self._types, self._buffers[window % 2])
+    def _empty_window(self, epoch: EpochOrder, window: int, turn: int) -> _Window:
+        return _Window(epoch, window, self._lanes, self._types, self._buffers[turn])
 
     def _pattern(self) -> Columns:
         """Returns the columns of the data, without a row."""

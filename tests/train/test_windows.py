@@ -1,5 +1,7 @@
 """Windows of streamed data: each row group is decoded once a pass, and what waits for its turn is held within bounds."""
 
+import threading
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -139,9 +141,37 @@ def test_rows_of_the_second_window_need_not_wait(data, monkeypatch):
     dataset, reader = open_reader(data, 0, window_steps=40)
     steps = dataset.order.epoch_steps
     assert 40 < steps <= 80
-    with reader.batches(0, 2 * steps) as batches:
+    with reader.batches(0, steps) as batches:
         rows = np.stack(check(batches))
-    assert [sorted(epoch[epoch >= 0].tolist()) for epoch in rows.reshape(2, -1)] == [list(range(ROWS))] * 2
+    assert sorted(rows[rows >= 0].tolist()) == list(range(ROWS))
+
+
+@pytest.mark.parametrize(("window_steps", "is_ahead"), [(30, True), (40, True), (80, False)])
+def test_an_epochs_first_window_is_read_while_the_last_of_the_one_before_is_trained(
+    data, window_steps, is_ahead, monkeypatch
+):
+    read, threads = windows.Windows._read, {}
+
+    def read_here(self, epoch, window, *more, **others):
+        threads[(epoch, window)] = threading.current_thread().name
+        return read(self, epoch, window, *more, **others)
+
+    monkeypatch.setattr(windows.Windows, "_read", read_here)
+    dataset, reader = open_reader(data, 0, window_steps=window_steps)
+    steps = dataset.order.epoch_steps
+    assert 60 < steps <= 80, "three windows, two, and one"
+    with reader.batches(5, 3 * steps) as batches:
+        rows = check(batches)
+    epochs = np.stack(rows[steps - 5 :]).reshape(2, -1)
+    assert [sorted(epoch[epoch >= 0].tolist()) for epoch in epochs] == [list(range(ROWS))] * 2
+    count = -(-steps // window_steps)
+    assert len(threads) == 3 * count, "no window is read twice, and none of a fourth epoch"
+    first, *others = list(threads.values())
+    assert first == "embedshard-reader"
+    if is_ahead:
+        assert set(others) == {"embedshard-windows"}
+    else:
+        assert set(others) == {"embedshard-reader"}, "one window is a whole epoch: two would take twice the memory"
 
 
 def test_leaving_early_lets_go(data):
