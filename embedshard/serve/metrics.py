@@ -43,7 +43,7 @@ class ServeMetrics:
         self._took = Gauge("export_load_seconds", "Time that it took to check and load the served export.", **known)
         self._info = Gauge("export_info", "The SHA-256 of the served export's manifest.", ["manifest"], **known)
         self._has_served = False
-        self._changing = threading.Lock()  # a page tells all of a change or nothing
+        self._changing = threading.Lock()  # a page tells all that `changed` sets, or nothing of it
 
     def changed(self, what: Served | Refusal) -> None:
         """Notes an export that took over, or was refused."""

@@ -21,9 +21,8 @@ from torchrec.distributed.types import ShardedModule
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.data.batch import Batch
-from embedshard.errors import ConfigError
 from embedshard.models.embeddings import EmbeddingLookup
-from embedshard.sharding.fetched import fetches_ahead, let_go
+from embedshard.sharding.fetched import fetches_ahead, fetching, let_go
 from embedshard.sharding.shards import fused_kernels
 from embedshard.world import World
 
@@ -38,9 +37,6 @@ class Ahead:
     Args:
         model: the sharded model, whose collections are looked up by it from now on. Make it once.
         world: whose ranks train together.
-
-    Raises:
-        ConfigError: if rows are to be fetched ahead of a model that is sent nothing.
     """
 
     def __init__(self, model: nn.Module, world: World) -> None:
@@ -50,17 +46,18 @@ class Ahead:
         self._stream, self._fetching = _stream(world.device), _stream(world.device)
         self._coming: _Coming | None = None
         self._arrived: dict[nn.Module, _Request] = {}
-        self._fetched: dict[nn.Module, list[Any]] = {}  # tables of each collection of which some fetch ahead
+        self._fetching_kernels: dict[nn.Module, list[Any]] = {}  # of each collection of which some fetch ahead
         self._read: torch.cuda.Event | None = None  # when the last lookups had read their rows
         if self._sends:
             for lookup in self._lookups:
                 for collection in lookup.modules():
                     if isinstance(collection, ShardedModule):
-                        tables = [kernel.emb_module for kernel in fused_kernels(collection)]
-                        self._fetched[collection] = tables if any(map(fetches_ahead, tables)) else []
+                        kernels = [kernel.emb_module for kernel in fused_kernels(collection)]
+                        self._fetching_kernels[collection] = kernels if any(map(fetches_ahead, kernels)) else []
                         setattr(collection, "forward", self._looked_up_by(collection, collection.forward))  # noqa: B010
-        if any(self._fetched.values()):
-            self._prepare_fetching()
+        for kernel in self._all_fetching:
+            kernel.lock_cache_line = False
+        assert self._is_known or not self._all_fetching, "the config checks that it is known what a step looks up"
 
     def send(self, batch: Batch) -> None:
         """Begins to bring a batch: tells the workers how many ids each will get. Collective."""
@@ -83,14 +80,16 @@ class Ahead:
                     request.answer = request.answer.wait()
 
     def fetch(self) -> None:
-        """Has the rows of a batch whose ids were sent brought into the caches of tables that fetch ahead. Collective.
+        """Has the rows of a batch whose ids were sent brought into the caches of tables that fetch ahead.
 
-        To be called after this step's lookups, which read the caches first.
+        To be called after this step's lookups, which read the caches first, and before the backward pass of what was looked
+        up. Not collective: ranks without such tables do nothing.
         """
-        if self._coming is None or not any(self._fetched.values()):
+        if self._coming is None:
             return
         for collection, request in self._coming.under_way.items():
-            if not self._fetched[collection]:
+            kernels = self._fetching_kernels[collection]
+            if not kernels:
                 continue
             arrived, stream, now = self._ids_of(request), self._fetching, None
             if stream is not None:
@@ -101,8 +100,13 @@ class Ahead:
                     stream.wait_event(self._read)
                 arrived.record_stream(stream)
             assert isinstance(collection, ShardedModule), "the model is sharded"
-            with nullcontext() if stream is None else torch.cuda.stream(stream):
+            with nullcontext() if stream is None else torch.cuda.stream(stream), fetching(kernels):
                 collection.prefetch(dist_input=arrived, forward_stream=now, ctx=request.context)
+
+    def fetched(self) -> None:
+        """Has what comes after this step wait for the fetching, as the backward pass of a table does that has one."""
+        if self._fetching is not None and self._all_fetching:
+            torch.cuda.current_stream(self._device).wait_stream(self._fetching)
 
     def take(self, batch: Batch) -> Batch:
         """Returns a batch on the device. The model's next forward pass looks it up; if its ids were sent, by these."""
@@ -133,18 +137,13 @@ class Ahead:
         """Whether it is known, before a step, which rows the step looks up."""
         return all(lookup.to_rows is None and lookup.looked_up_as is not None for lookup in self._lookups)
 
-    def _prepare_fetching(self) -> None:
-        if not self._is_known:
-            raise ConfigError(
-                "train.prefetch fetches the rows of a batch before its step, and here only the step itself finds out which "
-                "they are: a custom model says so by its own code, a managed vocabulary as it is looked up. Leave it out."
-            )
-        for tables in chain.from_iterable(self._fetched.values()):
-            tables.lock_cache_line = False
+    @property
+    def _all_fetching(self) -> list[Any]:
+        return list(chain.from_iterable(self._fetching_kernels.values()))
 
     def _let_go(self) -> None:
-        for tables in chain.from_iterable(self._fetched.values()):
-            let_go(tables)
+        for kernel in self._all_fetching:
+            let_go(kernel)
 
     def _ids_of(self, request: _Request) -> Any:
         """Returns a request's ids as they arrived, on the stream beside."""
@@ -162,8 +161,8 @@ class Ahead:
         def look_up(ids: KeyedJaggedTensor) -> Any:
             request = self._arrived.pop(collection, None)
             if request is None:
-                for tables in self._fetched[collection]:
-                    let_go(tables)  # it is of a step that is still to come, as after an evaluation
+                for kernel in self._fetching_kernels[collection]:
+                    let_go(kernel)  # it is of a step that is still to come: this is an evaluation
                 found = forward(ids)
             else:
                 assert request.is_of(ids), "a model looks up what its lookup's `looked_up_as` says"
@@ -171,12 +170,12 @@ class Ahead:
                 if self._stream is not None:
                     now = torch.cuda.current_stream(self._device)
                     now.wait_stream(self._stream)
-                    if self._fetching is not None and self._fetched[collection]:
+                    if self._fetching is not None and self._fetching_kernels[collection]:
                         now.wait_stream(self._fetching)
                     arrived.record_stream(now)
                     request.context.record_stream(now)
                 found = collection.compute_and_output_dist(request.context, arrived)
-            if self._fetching is not None and self._fetched[collection]:
+            if self._fetching is not None and self._fetching_kernels[collection]:
                 self._read = torch.cuda.current_stream(self._device).record_event()
             return found
 

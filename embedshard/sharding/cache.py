@@ -58,7 +58,7 @@ def keep_apart(model: nn.Module, plan: ShardingPlan) -> None:
 
 
 class CacheRates:
-    """Counts the lookups of training, from one reading to the next.
+    """Counts the lookups of training, from one reading to the next; where rows are fetched ahead, when they are.
 
     Args:
         model: the sharded model.

@@ -100,9 +100,9 @@ def weight_shards(model: DistributedModelParallel) -> Iterator[Shard]:
     stays. The views are good until the next lookup.
     """
     for kernel in fused_kernels(model):
+        let_go(kernel.emb_module)
         kernel.flush()
         kernel.purge()
-        let_go(kernel.emb_module)
     replicated = replicated_tables(model)
     for key, value in sorted(model.state_dict().items()):
         if isinstance(value, ShardedTensor):

@@ -136,12 +136,13 @@ class Stepper:
         agreed = self._world.begin_sum(_in_a_row([loss_sum.detach(), weight_sum, rows_here, *told], loss_sum.device))
         lap("agree")
         self._ahead.send_ids()
-        self._ahead.fetch()
         lap("input_dist")
         # As if all rows weighed 1: what they weigh is known when the others have answered, and mostly it is that.
         places = batch.size * self._world.world_size
         torch.autograd.backward(loss_sum, torch.full_like(loss_sum, self._world.world_size / places))
         lap("dense_backward")
+        self._ahead.fetch()  # a GPU has the backward pass before it by now, and is not kept waiting
+        lap("input_dist")
         total_loss, total_weight, rows, stops, saves, read, *tally = agreed().tolist()
         lap("agree")
         if not math.isfinite(total_loss):
@@ -155,6 +156,7 @@ class Stepper:
         if total_weight:
             self._looked_up.go_on(factor)
             lap("table_backward")
+        self._ahead.fetched()
         self._optimizers.sum_gradients(factor / self._world.world_size)
         lap("dense_sync")
         if total_weight:

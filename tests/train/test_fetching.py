@@ -20,9 +20,8 @@ from torchrec.distributed import batched_embedding_kernel
 from torchrec.distributed.types import CacheParams
 
 from embedshard.errors import ConfigError
-from embedshard.models.embeddings import EmbeddingLookup
 from embedshard.sharding import ahead, shard
-from embedshard.train import assembly, step
+from embedshard.train import step
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.tracking import JsonLinesReporter
@@ -39,15 +38,19 @@ def row_of(weights, cache, row):
 
 def populate(weights, _sums, _total, _of_row, _offsets, _columns, rows, state, cache, now, used, *more):
     """Brings rows into their sets, in the stead of those that were used longest ago and are not of this batch."""
-    assert not more[3], "a batch without a backward pass would keep its slots"
+    locks, locked = more[3:]
+    if locks:
+        assert not locked.any(), "what is fetched begins without a lock"
     for row in rows.unique().tolist():
         of_set, times = state[row % len(state)], used[row % len(state)]
         held = of_set.tolist()
         if row in held:
             times[held.index(row)] = now
+            if locks:
+                locked[row % len(state)][held.index(row)] += 1
     for row in rows.unique().tolist():
         of_set, times = state[row % len(state)], used[row % len(state)]
-        free = [slot for slot in range(WAYS) if int(times[slot]) < now]
+        free = [slot for slot in range(WAYS) if times[slot] < now and not (locks and locked[row % len(state)][slot] > 0)]
         if row in of_set.tolist() or not free:
             continue
         slot = min(free, key=lambda slot: int(times[slot]))
@@ -56,6 +59,8 @@ def populate(weights, _sums, _total, _of_row, _offsets, _columns, rows, state, c
             row_of(weights, cache, of_set[slot])[:] = cache[place]
         cache[place] = row_of(weights, cache, row)
         of_set[slot], times[slot] = row, now
+        if locks:
+            locked[row % len(state)][slot] += 1
 
 
 def look_up(rows, state, _total, *_stats, num_uniq_cache_indices=None, lxu_cache_locations_output, **_more):
@@ -64,6 +69,12 @@ def look_up(rows, state, _total, *_stats, num_uniq_cache_indices=None, lxu_cache
     for at, row in enumerate(rows[:count].tolist()):
         held = state[row % len(state)].tolist()
         lxu_cache_locations_output[at] = row % len(state) * WAYS + held.index(row) if row in held else -1
+
+
+def unlock(locked, places):
+    for place in places.unique().tolist():
+        if place >= 0:
+            locked[place // WAYS][place % WAYS] -= 1
 
 
 def flush(weights, _sums, _of_row, _offsets, _columns, _width, state, cache, _rounds):
@@ -95,6 +106,7 @@ class Cached(SplitTableBatchedEmbeddingBagsCodegen):
 
     def prefetch(self, *arguments, **others):
         Cached.fetched_ahead += 1
+        assert self.lock_cache_line, "FBGEMM leaves most of the GPU to what it runs beside"
         super().prefetch(*arguments, **others)
 
     def forward(self, indices, offsets, per_sample_weights=None, **_others):
@@ -103,6 +115,7 @@ class Cached(SplitTableBatchedEmbeddingBagsCodegen):
         Cached.looked_up += 1
         Cached.found_fetched += bool(self.timesteps_prefetched)
         if not self.timesteps_prefetched:
+            assert not self.lock_cache_line, "a batch without a backward pass would keep its slots"
             self._prefetch(indices, offsets)
         self.timesteps_prefetched.pop(0)
         self.lxu_cache_locations = self.lxu_cache_locations_list.pop(0)
@@ -164,7 +177,7 @@ def behind_caches(monkeypatch):
         "lru_cache_populate": populate,
         "lxu_cache_lookup": look_up,
         "lxu_cache_flush": flush,
-        "lxu_cache_locking_counter_decrement": lambda *_: None,
+        "lxu_cache_locking_counter_decrement": unlock,
         "linearize_cache_indices": lambda _sums, rows, *_more: rows.clone(),
     }.items():
         monkeypatch.setattr(torch.ops.fbgemm, name, kernel)
@@ -179,7 +192,7 @@ def changed(prefetch=False, memory=None):
         "tables": {"user": {"optimizer": {"kind": "sgd"}, "memory": memory}, "item": {"memory": memory}},
         "evaluate": {"every_steps": 3},
         "checkpoint": {"every_steps": 4, "keep": 9},
-        "train": {"epochs": 2, "log_every_steps": 1, "prefetch": prefetch},
+        "train": {"epochs": 2, "log_every_steps": 1, "prefetch": prefetch, "deterministic": True},
     }
 
 
@@ -194,11 +207,11 @@ def run(saved_tensors):
     return run
 
 
-def _run(config, folder, saved_tensors):
+def _run(config, folder, saved_tensors, device="cpu"):
     """Trains; returns the loss of each step, what was measured on the validation set, and the last checkpoint's tensors."""
     directory = RunDirectory.create(folder, config)
     reporter = JsonLinesReporter(directory.folder.join("metrics.jsonl"), 1)
-    with open_world("cpu") as world:
+    with open_world(device) as world:
         train(config.config, world, directory, reporter)
     reporter.finished()
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -249,21 +262,23 @@ def test_steps_without_any_weight_leave_nothing_behind(
     assert_same_tensors(runs[0][2], runs[1][2])
 
 
-def test_where_only_a_step_knows_what_it_looks_up_fetching_is_refused(
-    run, behind_caches, make_config, tmp_path, monkeypatch
-):
-    build_model = assembly.build_model
+def test_where_only_a_step_knows_what_it_looks_up_fetching_is_refused(make_config):
+    custom = {"kind": "custom", "factory": "somewhere:build", "user_id": "user_id", "item_id": "item_id"}
+    with pytest.raises(ConfigError, match=r"train\.prefetch .* only a custom model's own code knows .* Leave it out"):
+        make_config({"model": custom, "train": {"prefetch": True}})
+    managed = {"user": {"vocabulary": {"kind": "managed"}}}
+    with pytest.raises(ConfigError, match=r"train\.prefetch .* tables\.user, whose vocabulary is managed"):
+        make_config({"tables": managed, "train": {"prefetch": True}})
 
-    def unknown(*arguments, **others):
-        model = build_model(*arguments, **others)
-        for module in model.modules():
-            if isinstance(module, EmbeddingLookup):
-                module.looked_up_as = None
-        return model
 
-    monkeypatch.setattr(assembly, "build_model", unknown)
-    with pytest.raises(ConfigError, match=r"train\.prefetch fetches .* Leave it out"):
-        run(make_config(changed(prefetch=True)), tmp_path / "run")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: FBGEMM has tables behind a cache on CUDA alone")
+def test_on_a_gpu_what_is_fetched_ahead_changes_no_bit(make_config, tmp_path, saved_tensors, assert_same_tensors):
+    runs = []
+    for fetches in (False, True):
+        config = make_config(changed(prefetch=fetches))
+        runs.append(_run(config, tmp_path / str(fetches), saved_tensors, "cuda"))
+    assert runs[0][:2] == runs[1][:2]
+    assert_same_tensors(runs[0][2], runs[1][2])
 
 
 def test_without_a_cache_fetching_changes_nothing(run, make_config, tmp_path, assert_same_tensors):

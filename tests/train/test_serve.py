@@ -332,21 +332,34 @@ def test_who_ends_does_not_wait_for_replicas_that_died(monkeypatch):
     now = [100.0]
     monkeypatch.setattr("embedshard.serve.deployment.time", SimpleNamespace(monotonic=lambda: now[0]))
 
+    def note(replica, pending, is_ending):
+        return Note(replica, [], pending, is_ending, made=now[0])
+
     async def all_of_it():
         board = Board()
-        await board.exchange(Note("dead", [], pending=3, is_ending=False))
+        await board.exchange(note("dead", pending=3, is_ending=False))
         now[0] += 3
-        await board.exchange(Note("alive", [], pending=1, is_ending=False))
+        await board.exchange(note("alive", pending=1, is_ending=False))
         assert await board.end() == 2, "the first may yet be heard of"
         now[0] += 8
-        assert (await board.exchange(Note("alive", [], pending=1, is_ending=True))).ends
+        assert (await board.exchange(note("alive", pending=1, is_ending=True))).ends
         assert await board.end() == 1
-        assert set(await board.collect()) == {"alive"}
-        await board.exchange(Note("alive", [], pending=0, is_ending=True))
+        assert set(await board.collect(note("alive", pending=1, is_ending=True))) == {"alive"}
+        await board.exchange(note("alive", pending=0, is_ending=True))
         assert await board.end() == 0
-        await board.exchange(Note("restarted", [], pending=1, is_ending=False))
+        await board.exchange(note("restarted", pending=1, is_ending=False))
         now[0] += 11
         assert await board.end() == 0
+
+    asyncio.run(all_of_it())
+
+
+def test_a_note_that_was_overtaken_is_not_kept():
+    async def all_of_it():
+        board = Board()
+        await board.exchange(Note("one", ["newer"], pending=0, is_ending=False, made=2.0))
+        assert await board.collect(Note("one", ["older"], pending=0, is_ending=False, made=1.0)) == {"one": ["newer"]}
+        assert await board.collect(Note("one", ["newest"], pending=0, is_ending=False, made=3.0)) == {"one": ["newest"]}
 
     asyncio.run(all_of_it())
 
