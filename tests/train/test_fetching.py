@@ -266,9 +266,10 @@ def test_where_only_a_step_knows_what_it_looks_up_fetching_is_refused(make_confi
     custom = {"kind": "custom", "factory": "somewhere:build", "user_id": "user_id", "item_id": "item_id"}
     with pytest.raises(ConfigError, match=r"train\.prefetch .* only a custom model's own code knows .* Leave it out"):
         make_config({"model": custom, "train": {"prefetch": True}})
+    of_labels = {"data": {"label": "clicked"}, "objective": {"kind": "bce"}, "evaluate": {"metrics": ["auc"]}}
     managed = {"user": {"vocabulary": {"kind": "managed"}}}
     with pytest.raises(ConfigError, match=r"train\.prefetch .* tables\.user, whose vocabulary is managed"):
-        make_config({"tables": managed, "train": {"prefetch": True}})
+        make_config({"tables": managed, "train": {"prefetch": True}} | of_labels)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: FBGEMM has tables behind a cache on CUDA alone")
