@@ -185,6 +185,9 @@ class DataConfig(Strict):
     cache_bytes: int = Field(2 * 1024**3, ge=0)
     """Data whose decoded columns fit this many bytes (per process) are decoded once and kept. Of larger data so much
     may wait in memory for its turn."""
+    threads: int = Field(1, ge=1, le=256)
+    """Threads of a worker that decode the training data's Parquet columns, for a machine with more cores than workers. They
+    change nothing but the time."""
     label: Name | None = None
     """Column of the one label, a number."""
     labels: dict[Name, Name] = Field(default_factory=dict)

@@ -91,6 +91,7 @@ class BatchReader:
         world_size: processes that train.
         former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
         pins: whether batches are made in pinned memory, for a CUDA device to fetch.
+        threads: that decode Parquet columns.
 
     Attributes:
         laps: the seconds that its threads have taken, by stage.
@@ -108,6 +109,7 @@ class BatchReader:
         world_size: int,
         former_steps: int = 0,
         pins: bool = False,
+        threads: int = 1,
     ) -> None:
         self._former_steps, self._pins = former_steps, pins
         self._order, self._sources, self._cached, self._cache_bytes = order, sources, cached, cache_bytes
@@ -119,6 +121,7 @@ class BatchReader:
         self._rows: _Rows | None = None
         self.laps = Laps(BESIDE)
         for source, is_cached in zip(sources, cached, strict=True):
+            source.threads = threads
             has_lists = any(spec.is_list or spec.is_text for spec in source.decoder.specs)
             load_loops(source.least_types.values(), is_cached, has_lists)
 

@@ -27,7 +27,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ from embedshard.data.columns import Columns, Flat, Ragged, narrowed
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
 from embedshard.data.parse import is_list
-from embedshard.data.row_group import Rows, RowsByColumn
+from embedshard.data.row_group import ReadAhead, Rows, RowsByColumn
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
@@ -197,6 +197,9 @@ class Source:
         decoder: turns columns into arrays.
         skipped: what lies among the files and is not read, since it is not Parquet.
         byte_count: counts the compressed bytes of the column chunks that are read; shared with what is derived from this.
+
+    Attributes:
+        threads: that decode Parquet columns, 1 unless it is set; not shared with what is derived from this.
     """
 
     def __init__(
@@ -214,6 +217,20 @@ class Source:
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._places: dict[int, dict[str, int | None]] = {}
         self._lock = threading.Lock()
+        self._threads = 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def threads(self) -> int:
+        """How many threads decode Parquet columns."""
+        return self._threads
+
+    @threads.setter
+    def threads(self, count: int) -> None:
+        self._threads = count
+        if count > 1:
+            pa.set_cpu_count(count)
+            self._pool = self._pool or ThreadPoolExecutor(1, "embedshard-columns")
 
     def narrowed(self, names: Sequence[str]) -> Source:
         """Returns a source of some columns alone."""
@@ -325,14 +342,19 @@ class Source:
 
     def _by_column(self, group: RowGroup, rows: IntArray | None, skip: int = 0) -> RowsByColumn:
         """Returns a row group of a local file; an object store would be asked for each column."""
-        read, shared = (lambda name: self._read_columns(group, [name])[name]), self.decoder.shared_columns
-        return RowsByColumn(read, shared, group.num_file_rows, rows, skip)
+        shared = self.decoder.shared_columns
+        if self._pool is None:
+            return RowsByColumn(
+                lambda name: self._read_columns(group, [name])[name], shared, group.num_file_rows, rows, skip
+            )
+        ahead = ReadAhead(partial(self._read_columns, group), self.decoder.columns, self._threads, self._pool)
+        return RowsByColumn(ahead.column, shared, group.num_file_rows, rows, skip)
 
     def _read_columns(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Returns columns of a whole row group, as Arrow has them."""
         try:
             self._count_bytes(group, columns)
-            table = self._file(group.file).read_row_group(group.index, columns=columns, use_threads=False)
+            table = self._file(group.file).read_row_group(group.index, columns=columns, use_threads=self._threads > 1)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
         self._check_rows(group, table.num_rows)
@@ -407,7 +429,10 @@ class Source:
                     file = self._parquet_file(group.file, stream=True)
                     self._count_bytes(group, self.decoder.columns)
                     batches = file.iter_batches(
-                        batch_size=batch_rows, row_groups=[group.index], columns=self.decoder.columns, use_threads=False
+                        batch_size=batch_rows,
+                        row_groups=[group.index],
+                        columns=self.decoder.columns,
+                        use_threads=self._threads > 1,
                     )
                 batch = next(batches, None)
             except (OSError, pa.ArrowException, ValueError) as error:

@@ -86,6 +86,7 @@ class Assembly:
             world_size=self.world.world_size,
             former_steps=self.dataset.former.steps,
             pins=self.world.device.type == "cuda",
+            threads=self.config.data.threads,
         )
 
     def grow(self, partition: Partition, inventory: Inventory) -> None:

@@ -31,7 +31,7 @@ def data(request, tmp_path_factory):
     return folder
 
 
-def open_reader(data, cache_bytes, rank=0, world_size=1, batch=512, **changes):
+def open_reader(data, cache_bytes, rank=0, world_size=1, batch=512, is_cached=False, threads=1, **changes):
     tree = {
         "name": "windows",
         "data": {"train": f"{data}/*.parquet", "label": "label", "lanes": 16, "cache_bytes": cache_bytes, **changes},
@@ -50,7 +50,7 @@ def open_reader(data, cache_bytes, rank=0, world_size=1, batch=512, **changes):
         dataset = open_dataset(config, world, None)
     collator = Collator(config, table_specs(config, dataset.table_rows))
     return dataset, BatchReader(
-        dataset.order, dataset.train, [False], cache_bytes, collator, dataset.sampler, rank, world_size
+        dataset.order, dataset.train, [is_cached], cache_bytes, collator, dataset.sampler, rank, world_size, threads=threads
     )
 
 
@@ -172,6 +172,31 @@ def test_an_epochs_first_window_is_read_while_the_last_of_the_one_before_is_trai
         assert set(others) == {"embedshard-windows"}
     else:
         assert set(others) == {"embedshard-reader"}, "one window is a whole epoch: two would take twice the memory"
+
+
+@pytest.mark.parametrize(("is_cached", "whole_rows"), [(False, 2**17), (False, 500), (True, 2**17)])
+def test_threads_that_decode_change_nothing(data, is_cached, whole_rows, monkeypatch):
+    """By columns, as a stream, and all at once."""
+    monkeypatch.setattr(windows, "_WHOLE_ROWS", whole_rows)
+    monkeypatch.setattr(windows, "_DECODE_ROWS", 500)
+    monkeypatch.setattr(windows, "_LANE_ROWS", 200)
+    rows = []
+    for threads in (1, 3):
+        dataset, reader = open_reader(data, 300_000, is_cached=is_cached, threads=threads, window_steps=10)
+        with reader.batches(2, 2 * dataset.order.epoch_steps) as batches:
+            rows.append(np.stack(check(batches)))
+    assert (rows[0] == rows[1]).all()
+
+
+def test_what_a_thread_cannot_read_stops_the_loop(data, tmp_path):
+    path = tmp_path / "part.parquet"
+    pq.write_table(pq.read_table(data), path, row_group_size=10_000, write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    _, reader = open_reader(tmp_path, 0, threads=3, window_steps=10)
+    with pytest.raises(DataError, match=r"part\.parquet, row group \d: cannot be read"), reader.batches(0, 78) as batches:
+        list(batches)
 
 
 def test_leaving_early_lets_go(data):
