@@ -49,13 +49,14 @@ def by_pyarrow(folder: Path, is_list: bool, setting: str, batch: int) -> int:
 
 
 def by_embedshard(folder: Path, is_list: bool, setting: str, batch: int) -> int:
-    """Has the run's reader make its batches, which hold KeyedJaggedTensors."""
+    """Has the run's reader make its batches, which hold KeyedJaggedTensors; the setting is how many threads decode."""
     from embedshard.config.load import load_config
     from embedshard.train.assembly import assemble
     from embedshard.world import open_world
 
     config_file = folder / "reading.json"
     tree = criteo_tree(folder, is_list, batch, 4, lanes=64, cache_bytes=decoded_bytes(folder) // CACHE_SHARE)
+    tree["data"]["threads"] = int(setting) if setting.isdigit() else 1
     config_file.write_text(json.dumps(tree))
     with open_world("cpu") as world:
         parts = assemble(load_config(str(config_file), os.environ, []).config, world)
