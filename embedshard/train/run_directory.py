@@ -24,7 +24,8 @@ from embedshard.storage import Location, PathOrUri, locate, reaching
 from embedshard.train.tracking import json_text
 
 FREE_TO_CHANGE = (
-    "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "train.epochs", "train.max_steps"
+    "name", "tracking", "checkpoint", "evaluate", "sharding", "data.max_bad_fraction", "data.threads", "train.epochs",
+    "train.max_steps", "train.prefetch",
 )  # fmt: skip
 """What may differ between a run and its resumption: it changes neither the rows nor the steps taken so far."""
 

@@ -380,6 +380,7 @@ def test_changed_data_are_refused_on_resume(make_config, interactions, tmp_path)
 def test_another_config_is_no_resumption(make_config, tmp_path):
     run = RunDirectory.create(tmp_path / "run", make_config())
     run.check_same_run(make_config({"train": {"epochs": 9}, "tracking": {"tensorboard": True}}), {})
+    run.check_same_run(make_config({"train": {"prefetch": True}, "data": {"threads": 4}}), {})
     with pytest.raises(ConfigError) as caught:
         run.check_same_run(make_config({"seed": 12, "tables": {"item": {"rows": 31}}}), {})
     assert "seed: 11 in the run, 12 now" in str(caught.value)
