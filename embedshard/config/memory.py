@@ -1,10 +1,15 @@
-"""What each memory that a table may lie in asks of the table."""
+"""What each memory that a table may lie in asks of the table, and fetching rows ahead of the model."""
 
 from __future__ import annotations
 
-__all__ = ["check_table_memory", "memory_of_bias"]
+__all__ = ["check_prefetch", "check_table_memory", "memory_of_bias"]
 
-from embedshard.config.parts import ManagedVocabulary, TableConfig, TableMemoryConfig
+from typing import TYPE_CHECKING
+
+from embedshard.config.parts import CustomModelConfig, ManagedVocabulary, TableConfig, TableMemoryConfig
+
+if TYPE_CHECKING:
+    from embedshard.config.root import Config
 
 
 def check_table_memory(name: str, table: TableConfig, optimizer: str) -> None:
@@ -38,6 +43,27 @@ def check_table_memory(name: str, table: TableConfig, optimizer: str) -> None:
             f"{where}.kind: a managed vocabulary resets rows where they lie, and under '{memory.kind}' a cache may hold "
             f"others in their stead. Choose 'device' or 'uvm'"
         )
+
+
+def check_prefetch(config: Config) -> None:
+    """Checks that it is known before a step what the step looks up, if that is to be fetched.
+
+    Raises:
+        ValueError: saying what is in the way and what to do.
+    """
+    if not config.train.prefetch:
+        return
+    if isinstance(config.model, CustomModelConfig):
+        raise ValueError(
+            "train.prefetch fetches rows before their step, and only a custom model's own code knows which it will look "
+            "up. Leave it out"
+        )
+    for name, table in config.tables.items():
+        if isinstance(table.vocabulary, ManagedVocabulary):
+            raise ValueError(
+                f"train.prefetch fetches rows before their step, and ids of tables.{name}, whose vocabulary is managed, "
+                f"become rows as they are looked up. Leave it out, or give the table another vocabulary"
+            )
 
 
 def memory_of_bias(memory: TableMemoryConfig) -> TableMemoryConfig:

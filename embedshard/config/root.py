@@ -11,7 +11,7 @@ from typing import Final
 from pydantic import Field, model_validator
 
 from embedshard.config.compilation import check_compile
-from embedshard.config.memory import check_table_memory
+from embedshard.config.memory import check_prefetch, check_table_memory
 from embedshard.config.parts import (
     BagFeature,
     Baseline,
@@ -19,7 +19,6 @@ from embedshard.config.parts import (
     CheckpointConfig,
     CosineContrastiveConfig,
     CrossEntropyConfig,
-    CustomModelConfig,
     DataConfig,
     DeepFMConfig,
     DenseFeature,
@@ -167,7 +166,7 @@ class Config(Strict):
         self._check_hashed_item()
         self._check_baselines()
         check_compile(self)
-        self._check_prefetch()
+        check_prefetch(self)
         return self
 
     def _check_batch(self) -> None:
@@ -180,21 +179,6 @@ class Config(Strict):
                 f"train.global_batch_size={batch} does not divide into data.lanes={lanes} lanes. "
                 f"Choose global_batch_size {choices}, or lanes={divisor}"
             )
-
-    def _check_prefetch(self) -> None:
-        if not self.train.prefetch:
-            return
-        if isinstance(self.model, CustomModelConfig):
-            raise ValueError(
-                "train.prefetch fetches rows before their step, and only a custom model's own code knows which it will look "
-                "up. Leave it out"
-            )
-        for name, table in self.tables.items():
-            if isinstance(table.vocabulary, ManagedVocabulary):
-                raise ValueError(
-                    f"train.prefetch fetches rows before their step, and ids of tables.{name}, whose vocabulary is managed, "
-                    f"become rows as they are looked up. Leave it out, or give the table another vocabulary"
-                )
 
     def _check_tables(self) -> None:
         for name, table in self.tables.items():

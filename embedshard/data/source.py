@@ -342,13 +342,11 @@ class Source:
 
     def _by_column(self, group: RowGroup, rows: IntArray | None, skip: int = 0) -> RowsByColumn:
         """Returns a row group of a local file; an object store would be asked for each column."""
-        shared = self.decoder.shared_columns
         if self._pool is None:
-            return RowsByColumn(
-                lambda name: self._read_columns(group, [name])[name], shared, group.num_file_rows, rows, skip
-            )
-        ahead = ReadAhead(partial(self._read_columns, group), self.decoder.columns, self._threads, self._pool)
-        return RowsByColumn(ahead.column, shared, group.num_file_rows, rows, skip)
+            read = lambda name: self._read_columns(group, [name])[name]  # noqa: E731
+        else:
+            read = ReadAhead(partial(self._read_columns, group), self.decoder.columns, self._threads, self._pool).column
+        return RowsByColumn(read, self.decoder.shared_columns, group.num_file_rows, rows, skip)
 
     def _read_columns(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Returns columns of a whole row group, as Arrow has them."""

@@ -103,7 +103,7 @@ class Ahead:
             with nullcontext() if stream is None else torch.cuda.stream(stream), fetching(kernels):
                 collection.prefetch(dist_input=arrived, forward_stream=now, ctx=request.context)
 
-    def fetched(self) -> None:
+    def wait_for_fetching(self) -> None:
         """Has what comes after this step wait for the fetching, as the backward pass of a table does that has one."""
         if self._fetching is not None and self._all_fetching:
             torch.cuda.current_stream(self._device).wait_stream(self._fetching)

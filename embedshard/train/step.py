@@ -156,7 +156,7 @@ class Stepper:
         if total_weight:
             self._looked_up.go_on(factor)
             lap("table_backward")
-        self._ahead.fetched()
+        self._ahead.wait_for_fetching()
         self._optimizers.sum_gradients(factor / self._world.world_size)
         lap("dense_sync")
         if total_weight:

@@ -87,7 +87,7 @@ def flush(weights, _sums, _of_row, _offsets, _columns, _width, state, cache, _ro
 class Cached(SplitTableBatchedEmbeddingBagsCodegen):
     """One of FBGEMM's tables behind a cache, on a CPU."""
 
-    fetched_ahead = looked_up = found_fetched = 0
+    fetched_ahead = found_fetched = 0
 
     def __init__(self, *arguments, cache_load_factor, **others):
         super().__init__(*arguments, cache_load_factor=cache_load_factor, **others)
@@ -112,7 +112,6 @@ class Cached(SplitTableBatchedEmbeddingBagsCodegen):
     def forward(self, indices, offsets, per_sample_weights=None, **_others):
         indices, offsets, weights, _ = self.prepare_inputs(indices, offsets, per_sample_weights)
         self._indices, self._offsets, self._vbe_B_offsets, self._vbe_max_B = indices, offsets, None, -1
-        Cached.looked_up += 1
         Cached.found_fetched += bool(self.timesteps_prefetched)
         if not self.timesteps_prefetched:
             assert not self.lock_cache_line, "a batch without a backward pass would keep its slots"
@@ -170,9 +169,7 @@ def behind_caches(monkeypatch):
     monkeypatch.setattr(step, "Ahead", lambda model, world: ahead.Ahead(model, replace(world, world_size=2)))
     monkeypatch.setattr(batched_embedding_kernel, "SplitTableBatchedEmbeddingBagsCodegen", Cached)
     monkeypatch.setattr(f"{FBGEMM}.DEFAULT_ASSOC", WAYS)
-    monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda *_: None
-    )  # FBGEMM asks for it to measure time, and then does not
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)  # FBGEMM asks for it, to measure time on
     for name, kernel in {
         "lru_cache_populate": populate,
         "lxu_cache_lookup": look_up,
@@ -181,7 +178,7 @@ def behind_caches(monkeypatch):
         "linearize_cache_indices": lambda _sums, rows, *_more: rows.clone(),
     }.items():
         monkeypatch.setattr(torch.ops.fbgemm, name, kernel)
-    for count in ("fetched_ahead", "looked_up", "found_fetched"):
+    for count in ("fetched_ahead", "found_fetched"):
         monkeypatch.setattr(Cached, count, 0)
 
 
