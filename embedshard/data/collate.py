@@ -31,7 +31,7 @@ Jagged = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.floa
 
 
 class Collator:
-    """Builds batches from columns.
+    """Builds batches from columns, in several threads if need be.
 
     Args:
         config: the config.
@@ -187,9 +187,10 @@ class Collator:
         if any(part is not ones for part in parts):
             return torch.from_numpy(np.concatenate(parts, dtype=np.int64))
         count = len(parts) * len(ones)
-        if len(self._all_ones) < count:
-            self._all_ones = torch.ones(count, dtype=torch.int64)
-        return self._all_ones[:count]
+        held = self._all_ones
+        if len(held) < count:
+            held = self._all_ones = torch.ones(count, dtype=torch.int64)  # another thread may put shorter ones there
+        return held[:count]
 
     def _part(
         self,

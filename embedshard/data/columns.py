@@ -95,10 +95,10 @@ class Buffers:
             self._arrays[name] = held
         return held
 
-    def grown(self, name: str, size: int, used: int) -> Array:
-        """Returns larger memory of a name, at least (size,), with the first `used` values of the former."""
+    def grown(self, name: str, size: int, used: int, dtype: npt.DTypeLike | None = None) -> Array:
+        """Returns larger memory of a name, maybe of another type: (size,) or more, the first `used` values as they were."""
         former = self._arrays[name]
-        held = np.empty(max(size, 1) * 5 // 4 + 1, dtype=former.dtype)
+        held = np.empty(max(size, 1) * 5 // 4 + 1, dtype=dtype or former.dtype)
         held[:used] = former[:used]
         self._arrays[name] = held
         return held

@@ -10,9 +10,10 @@ __all__ = ["BatchReader"]
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ import numpy.typing as npt
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Buffers, Columns, concatenate, gather, load_loops
+from embedshard.data.crew import Crew
 from embedshard.data.negatives import Sampler
 from embedshard.data.order import EpochOrder, Order, Position
 from embedshard.data.source import Source
@@ -34,15 +36,23 @@ _BATCHES_AHEAD, _BATCHES_LEFT = 8, 2
 class _Rows(Protocol):
     """Where a pass over a partition takes its rows from."""
 
-    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
-        """Returns rows of the steps from `first` of a window on, in their order, and up to which step, at most `last`.
+    def open(self, epoch: EpochOrder, window: int) -> None:
+        """Has the rows of a window there; what was read of another one is used no more."""
+        ...
 
-        They are valid until the next call.
+    def steps_at_once(self, epoch: EpochOrder) -> int:
+        """Returns of how many steps rows are to be read at once."""
+        ...
+
+    def read(self, first: int, last: int, buffers: Buffers) -> Columns:
+        """Returns rows of the steps [first, last) of the open window, in their order. For several threads.
+
+        They are valid until the next call with these buffers.
         """
         ...
 
     def expect(self, upcoming: EpochOrder | None) -> None:
-        """Says which pass over the same partition follows the one that is read next; None: none does."""
+        """Says which pass over the same partition follows the one that is opened next; None: none does."""
         ...
 
     def close(self) -> None:
@@ -53,28 +63,36 @@ class _Rows(Protocol):
 class _CachedRows:
     """A partition decoded once, in file order."""
 
-    def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, laps: Laps) -> None:
+    def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, laps: Laps, crew: Crew) -> None:
         types = source.least_types  # rows are gathered from all over the partition: of less memory, more is in the cache
         groups = range(len(source.inventory.row_groups))
-        self._columns = concatenate([source.read_row_group(group, types) for group in groups])
+        reads = [partial(_decoded, source, group, types) for group in groups]
+        self._columns = concatenate(list(crew.in_order(reads)))
         laps.lap("decode")
-        self._lanes, self._laps, self._buffers = lanes, laps, Buffers()
-        self._steps_at_once = max(1, _GATHER_ROWS // local_batch_size)
+        self._lanes, self._local_batch_size = lanes, local_batch_size
         self._table: tuple[EpochOrder, int, npt.NDArray[np.int64]] | None = None
 
-    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
+    def open(self, epoch: EpochOrder, window: int) -> None:
         if self._table is None or self._table[:2] != (epoch, window):
             self._table = epoch, window, epoch.rows(window, self._lanes)
-        last = min(last, first + self._steps_at_once)
-        columns = gather(self._columns, epoch.dataset_rows(self._table[2][first:last].ravel()), self._buffers)
-        self._laps.lap("order")
-        return last, columns
+
+    def steps_at_once(self, epoch: EpochOrder) -> int:
+        return max(1, _GATHER_ROWS // self._local_batch_size)
+
+    def read(self, first: int, last: int, buffers: Buffers) -> Columns:
+        assert self._table is not None, "a window is opened before it is read"
+        epoch, _, rows = self._table
+        return gather(self._columns, epoch.dataset_rows(rows[first:last].ravel()), buffers)
 
     def expect(self, upcoming: EpochOrder | None) -> None:
         """Has all rows of all passes."""
 
     def close(self) -> None:
         """Keeps what was decoded."""
+
+
+def _decoded(source: Source, group: int, types: Mapping[str, np.dtype[Any]]) -> Iterator[Columns]:
+    yield source.read_row_group(group, types)
 
 
 class BatchReader:
@@ -91,10 +109,11 @@ class BatchReader:
         world_size: processes that train.
         former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
         pins: whether batches are made in pinned memory, for a CUDA device to fetch.
-        threads: that decode Parquet columns.
+        threads: that decode row groups, and so many more that make batches.
 
     Attributes:
-        laps: the seconds that its threads have taken, by stage.
+        laps: the seconds that its threads have taken, by stage; of several, those in which one that waits for them did.
+            Ordering counts as making batches then.
     """
 
     def __init__(
@@ -120,8 +139,9 @@ class BatchReader:
         self._partition = -1
         self._rows: _Rows | None = None
         self.laps = Laps(BESIDE)
+        self._decoders, self._makers = Crew(threads, "embedshard-decode"), Crew(threads, "embedshard-batches")
+        self._spare_buffers: list[Buffers] = []
         for source, is_cached in zip(sources, cached, strict=True):
-            source.threads = threads
             has_lists = any(spec.is_list or spec.is_text for spec in source.decoder.specs)
             load_loops(source.least_types.values(), is_cached, has_lists)
 
@@ -131,15 +151,19 @@ class BatchReader:
 
         An error in the thread is raised at the loop's next step, ahead of batches that are ready.
         """
-        ahead = _ReadAhead(self._produce(start, stop), self.laps)
+        produced = self._produce(start, stop)
+        ahead = _ReadAhead(produced, self.laps)
         try:
             yield iter(ahead)
         finally:
             ahead.close()
+            produced.close()
             if self._rows is not None:
                 self._rows.close()
+            self._makers.close()
+            self._decoders.close()
 
-    def _produce(self, start: int, stop: int) -> Iterator[Batch]:
+    def _produce(self, start: int, stop: int) -> Generator[Batch]:
         step = start
         epoch = upcoming = None
         key = (-1, -1)
@@ -156,14 +180,26 @@ class BatchReader:
             self.laps.lap("order")
             begin = position.step_in_epoch - window * epoch.window_steps
             end = min(epoch.steps(window), begin + stop - step)
-            while begin < end:
-                last, columns = rows.read(epoch, window, begin, end)
-                for place in range(last - begin):
-                    batch = self._batch(columns, place, self._order.position(step))
-                    self.laps.lap("collate")
-                    yield batch
-                    step += 1
-                begin = last
+            rows.open(epoch, window)
+            self.laps.lap("order")
+            at_once = rows.steps_at_once(epoch)
+            for batch in self._makers.in_order(
+                partial(self._made, rows, step + first - begin, first, min(first + at_once, end))
+                for first in range(begin, end, at_once)
+            ):
+                self.laps.lap("collate")
+                yield batch
+                step += 1
+
+    def _made(self, rows: _Rows, step: int, first: int, last: int) -> Iterator[Batch]:
+        """Yields the batches of the steps [first, last) of the open window, of which `step` is the first; in any thread."""
+        buffers = self._spare_buffers.pop() if self._spare_buffers else Buffers()
+        columns = rows.read(first, last, buffers)
+        if self._makers.size == 1:
+            self.laps.lap("order")
+        for place in range(last - first):
+            yield self._batch(columns, place, self._order.position(step + place))
+        self._spare_buffers.append(buffers)
 
     def _upcoming(self, position: Position, epoch: EpochOrder, stop: int) -> EpochOrder | None:
         """Returns the next pass over the same partition, if the next step after this one is of one."""
@@ -180,9 +216,9 @@ class BatchReader:
             self._rows = None  # lets go of the former before the next is read
             source = self._sources[partition]
             self._rows = (
-                _CachedRows(source, self._lanes, self._local_batch_size, self.laps)
+                _CachedRows(source, self._lanes, self._local_batch_size, self.laps, self._decoders)
                 if self._cached[partition]
-                else Windows(source, self._lanes, self._cache_bytes, self.laps)
+                else Windows(source, self._lanes, self._cache_bytes, self.laps, self._decoders)
             )
             self._partition = partition
         return self._rows

@@ -6,10 +6,9 @@ that makes decoding a fifth faster than all at once, and takes the memory of one
 
 from __future__ import annotations
 
-__all__ = ["ReadAhead", "Rows", "RowsByColumn"]
+__all__ = ["Rows", "RowsByColumn"]
 
-from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection
 from typing import Any, Protocol
 
 import numpy as np
@@ -67,41 +66,3 @@ class RowsByColumn:
             if name in self._shared:
                 self._kept[name] = found
         return found
-
-
-class ReadAhead:
-    """Reads Parquet columns some at once, the next ones while those are used.
-
-    One thread reads, so that a file is not read by two; Arrow decodes the columns of a call in threads of its own.
-
-    Args:
-        read: returns some Parquet columns of a row group.
-        names: of all that will be asked for, about in that order.
-        count: how many are read at once.
-        pool: of one thread.
-    """
-
-    def __init__(
-        self, read: Callable[[Sequence[str]], pa.Table], names: Sequence[str], count: int, pool: ThreadPoolExecutor
-    ) -> None:
-        self._read, self._pool = read, pool
-        self._portions = [list(names[first : first + count]) for first in range(0, len(names), count)]
-        self._place = {name: place for place, portion in enumerate(self._portions) for name in portion}
-        self._under_way: dict[int, Future[pa.Table]] = {}
-        self._left = {place: len(portion) for place, portion in enumerate(self._portions)}
-
-    def column(self, name: str) -> pa.ChunkedArray:
-        """Returns a column; each may be asked for once. Raises what `read` raises."""
-        place = self._place[name]
-        found = self._started(place).result()[name]
-        self._left[place] -= 1
-        if not self._left[place]:
-            del self._under_way[place]  # its memory serves the next ones
-        if place + 1 < len(self._portions):
-            self._started(place + 1)
-        return found
-
-    def _started(self, place: int) -> Future[pa.Table]:
-        if place not in self._under_way:
-            self._under_way[place] = self._pool.submit(self._read, self._portions[place])
-        return self._under_way[place]

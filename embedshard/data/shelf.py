@@ -5,8 +5,8 @@ from __future__ import annotations
 __all__ = ["Piece", "Shelf", "own_copy"]
 
 import tempfile
+import threading
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO, Any, Final
 
@@ -56,7 +56,8 @@ class _Written:
 class Shelf:
     """Pieces by the window in which their rows are trained.
 
-    Not for several threads at once. What was written is gone with the shelf, and with the process however it ends.
+    For several threads, of which one at a time writes or reads files. What was written is gone with the shelf, and with the
+    process however it ends.
 
     Args:
         limit_bytes: that are held in memory; what is put beyond them goes to a file in the folder of temporary files.
@@ -71,6 +72,7 @@ class Shelf:
     written_bytes: int = field(default=0, init=False)
     _windows: dict[int, list[Piece | _Written]] = field(default_factory=lambda: defaultdict(list), init=False)
     _file: _File | None = field(default=None, init=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False)
 
     def put(self, window: int, piece: Piece) -> None:
         """Puts a piece down, whose columns are the shelf's own from then on (`own_copy`).
@@ -79,20 +81,23 @@ class Shelf:
             DataError: if a file has no room.
         """
         size = _size_bytes(piece.columns)
-        if self.held_bytes + size > self.limit_bytes:
-            self._windows[window].append(self._write(piece, size))
-            return
-        self.held_bytes += size
-        self._windows[window].append(piece)
+        with self._lock:
+            is_held = self.held_bytes + size <= self.limit_bytes
+            self.held_bytes += size if is_held else 0
+            self._windows[window].append(piece if is_held else self._write(piece, size))
 
-    def take(self, window: int) -> Iterator[Piece]:
-        """Yields the pieces of a window, and lets go of them."""
-        pieces = self._windows.pop(window, [])
-        while pieces:
+    def take(self, window: int) -> Piece | None:
+        """Returns a piece of a window, and lets go of it; None if there is none any more."""
+        with self._lock:
+            pieces = self._windows.get(window)
+            if not pieces:
+                self._windows.pop(window, None)
+                return None
             piece = pieces.pop()
-            if isinstance(piece, Piece):
-                self.held_bytes -= _size_bytes(piece.columns)
-            yield piece if isinstance(piece, Piece) else self._read(piece)
+            if isinstance(piece, _Written):
+                return self._read(piece)
+            self.held_bytes -= _size_bytes(piece.columns)
+            return piece
 
     def clear(self) -> None:
         """Lets go of everything."""

@@ -23,11 +23,12 @@ __all__ = [
 import hashlib
 import io
 import threading
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from embedshard.data.columns import Columns, Flat, Ragged, narrowed
 from embedshard.data.decode import ColumnSpec, Decoder, Where
 from embedshard.data.findings import Finding
 from embedshard.data.parse import is_list
-from embedshard.data.row_group import ReadAhead, Rows, RowsByColumn
+from embedshard.data.row_group import Rows, RowsByColumn
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
@@ -188,7 +189,7 @@ def changes(saved: Inventory, now: Inventory) -> str:
 class Source:
     """The row groups of a data set.
 
-    One thread at a time reads a source.
+    Several threads may read a source.
 
     Args:
         locations: the files.
@@ -197,9 +198,6 @@ class Source:
         decoder: turns columns into arrays.
         skipped: what lies among the files and is not read, since it is not Parquet.
         byte_count: counts the compressed bytes of the column chunks that are read; shared with what is derived from this.
-
-    Attributes:
-        threads: that decode Parquet columns, 1 unless it is set; not shared with what is derived from this.
     """
 
     def __init__(
@@ -214,23 +212,9 @@ class Source:
         self.byte_count = byte_count or ByteCount()
         self._locations, self._metadata = tuple(locations), tuple(metadata)
         self.inventory, self.decoder, self.skipped = inventory, decoder, tuple(skipped)
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._idle: deque[tuple[int, pq.ParquetFile]] = deque()
         self._places: dict[int, dict[str, int | None]] = {}
         self._lock = threading.Lock()
-        self._threads = 1
-        self._pool: ThreadPoolExecutor | None = None
-
-    @property
-    def threads(self) -> int:
-        """How many threads decode Parquet columns."""
-        return self._threads
-
-    @threads.setter
-    def threads(self, count: int) -> None:
-        self._threads = count
-        if count > 1:
-            pa.set_cpu_count(count)
-            self._pool = self._pool or ThreadPoolExecutor(1, "embedshard-columns")
 
     def narrowed(self, names: Sequence[str]) -> Source:
         """Returns a source of some columns alone."""
@@ -342,17 +326,15 @@ class Source:
 
     def _by_column(self, group: RowGroup, rows: IntArray | None, skip: int = 0) -> RowsByColumn:
         """Returns a row group of a local file; an object store would be asked for each column."""
-        if self._pool is None:
-            read = lambda name: self._read_columns(group, [name])[name]  # noqa: E731
-        else:
-            read = ReadAhead(partial(self._read_columns, group), self.decoder.columns, self._threads, self._pool).column
+        read = lambda name: self._read_columns(group, [name])[name]  # noqa: E731
         return RowsByColumn(read, self.decoder.shared_columns, group.num_file_rows, rows, skip)
 
     def _read_columns(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Returns columns of a whole row group, as Arrow has them."""
         try:
             self._count_bytes(group, columns)
-            table = self._file(group.file).read_row_group(group.index, columns=columns, use_threads=self._threads > 1)
+            with self._file(group.file) as file:
+                table = file.read_row_group(group.index, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
             raise self._unreadable(group, error) from error
         self._check_rows(group, table.num_rows)
@@ -430,7 +412,7 @@ class Source:
                         batch_size=batch_rows,
                         row_groups=[group.index],
                         columns=self.decoder.columns,
-                        use_threads=self._threads > 1,
+                        use_threads=False,
                     )
                 batch = next(batches, None)
             except (OSError, pa.ArrowException, ValueError) as error:
@@ -450,15 +432,22 @@ class Source:
     def _where(self, group: RowGroup, row: int, rows: IntArray | None = None) -> Where:
         return Where(self.uri_of(group), group.index, row, group.first_row + row, rows)
 
-    def _file(self, number: int) -> pq.ParquetFile:
+    @contextmanager
+    def _file(self, number: int) -> Iterator[pq.ParquetFile]:
+        """Opens a file for the caller alone: it is not known to bear two readers. It is kept open for the next ones."""
         with self._lock:
-            file = self._open.pop(number, None)
-            if file is None:
-                file = self._parquet_file(number)
-                if len(self._open) >= _OPEN_FILES:
-                    self._open.popitem(last=False)[1].close()
-            self._open[number] = file
-            return file
+            found = next((one for one in self._idle if one[0] == number), None)
+            if found is not None:
+                self._idle.remove(found)
+        file = self._parquet_file(number) if found is None else found[1]
+        try:
+            yield file
+        finally:
+            with self._lock:
+                self._idle.append((number, file))
+                surplus = self._idle.popleft()[1] if len(self._idle) > _OPEN_FILES else None
+            if surplus is not None:
+                surplus.close()
 
     def _parquet_file(self, number: int, stream: bool = False) -> pq.ParquetFile:
         """Opens a file anew. Pages that were written with a checksum are verified by it.

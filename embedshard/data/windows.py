@@ -1,4 +1,4 @@
-"""Windows of data of any size: each row group is decoded once a pass, forwards.
+"""The windows of data of any size, one after the other: each row group is decoded once a pass, forwards.
 
 Lanes are spread over the whole epoch, so a window takes rows from many places. Each row group that holds some of them is
 open as a stream, which is decoded no further than the window needs; lanes that share a row group share its stream. What a
@@ -10,36 +10,22 @@ from __future__ import annotations
 
 __all__ = ["Windows", "rows_that_wait", "window_steps"]
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, Generic, TypeVar
+from functools import partial
+from typing import Final, Generic, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
 from embedshard.config import Config
-from embedshard.data.columns import (
-    Buffers,
-    Columns,
-    Flat,
-    Ragged,
-    gather,
-    num_rows,
-    padding_of,
-    part_of,
-    put_values,
-    take_lists,
-    take_values,
-)
+from embedshard.data.columns import Buffers, Columns, Flat, Ragged, gather, num_rows, part_of
+from embedshard.data.crew import Crew
 from embedshard.data.order import EpochOrder
 from embedshard.data.shelf import Piece, Shelf, own_copy
 from embedshard.data.source import Source
+from embedshard.data.window import Spot, Window
 from embedshard.stages import Laps
 
-IntArray = npt.NDArray[np.int64]
-IndexArray = npt.NDArray[np.int32]
-Array = npt.NDArray[Any]
 _T = TypeVar("_T")
 
 _DECODE_ROWS: Final = 65_536
@@ -49,7 +35,6 @@ _WHOLE_ROWS: Final = 2**17
 """A row group of no more is decoded to its end: its rows take less memory than pages and dictionaries of an open stream."""
 _ORDER_ROWS: Final = 65_536
 """Rows put in order at once: what they take stays in the cache until batches are made of them."""
-_INDEX: Final = ":index"  # a column of which list is where, by a name that no feature has
 _WINDOW_ROWS: Final = 2**20
 _WINDOW_BYTES: Final = 2**28
 """Of a window over all lanes, where the data do not fit the cache: so many rows, or as many as take so many bytes."""
@@ -99,13 +84,14 @@ class Windows:
         lanes: the rank's, [first, last).
         limit_bytes: of rows that wait in memory.
         laps: counts the seconds that decoding takes, in whichever thread.
+        crew: decodes row groups.
     """
 
-    def __init__(self, source: Source, lanes: tuple[int, int], limit_bytes: int, laps: Laps) -> None:
-        self._source, self._lanes, self._laps = source, lanes, laps
+    def __init__(self, source: Source, lanes: tuple[int, int], limit_bytes: int, laps: Laps, crew: Crew) -> None:
+        self._source, self._lanes, self._laps, self._crew = source, lanes, laps, crew
         self._types = source.least_types
         self._shelf = Shelf(limit_bytes)
-        self._buffers, self._in_order = (Buffers(), Buffers()), Buffers()
+        self._buffers = Buffers(), Buffers()
         self._turn = 0  # which of the buffers the window has that was read last
         self._epoch: EpochOrder | None = None
         self._upcoming: EpochOrder | None = None
@@ -113,32 +99,42 @@ class Windows:
         self._streams: dict[int, _Stream] = {}
         self._ended: set[int] = set()
         self._no_rows: Columns = {}
-        self._current: _Window | None = None
-        self._following: _Window | None = None  # the next one to be read, if it has rows already
-        self._ahead: tuple[EpochOrder, int, _Soon[_Window]] | None = None
+        self._current: Window | None = None
+        self._following: Window | None = None  # the next one to be read, if it has rows already
+        self._ahead: tuple[EpochOrder, int, _Soon[Window]] | None = None
 
-    def read(self, epoch: EpochOrder, window: int, first: int, last: int) -> tuple[int, Columns]:
-        """Returns rows of the steps from `first` of a window on, as they are trained, and up to which step, at most `last`.
-
-        They are steps * lanes * rows of a lane in a step, and valid until the next call. Padding is an empty list, a number
-        of 0, and an id or row number of -1. Ids are of the least type that holds all of their table's.
+    def open(self, epoch: EpochOrder, window: int) -> None:
+        """Has all rows of a window there; what was read of another one is used no more.
 
         Raises:
             DataError: if the rows cannot be read or hold what the config does not allow.
         """
         if self._current is None or self._current.epoch is not epoch or self._current.number != window:
             self._current = self._next_window(epoch, window)
-        local_batch_size = (self._lanes[1] - self._lanes[0]) * epoch.rows_per_lane
-        last = min(last, first + max(1, _ORDER_ROWS // local_batch_size))
-        columns = self._current.columns(first, last, self._in_order)
-        self._laps.lap("order")
-        return last, columns
+
+    def steps_at_once(self, epoch: EpochOrder) -> int:
+        """Returns of how many steps rows are to be read at once."""
+        return max(1, _ORDER_ROWS // ((self._lanes[1] - self._lanes[0]) * epoch.rows_per_lane))
+
+    def read(self, first: int, last: int, buffers: Buffers) -> Columns:
+        """Returns rows of the steps [first, last) of the open window, as they are trained. For several threads.
+
+        They are steps * lanes * rows of a lane in a step. Padding is an empty list, a number of 0, and an id or row number
+        of -1. Ids are of the least type that holds all of their table's.
+
+        Args:
+            first: step of the window.
+            last: after the last step.
+            buffers: memory for them.
+        """
+        assert self._current is not None, "a window is opened before it is read"
+        return self._current.columns(first, last, buffers)
 
     def expect(self, upcoming: EpochOrder | None) -> None:
         """Says which pass follows the one that is read next; None: none does, or one over other data."""
         self._upcoming = upcoming
 
-    def _next_window(self, epoch: EpochOrder, window: int) -> _Window:
+    def _next_window(self, epoch: EpochOrder, window: int) -> Window:
         """Returns a window whose rows are all there, and begins with the next one, where the former one was."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] is epoch and ahead[1] == window:
@@ -174,7 +170,7 @@ class Windows:
         self._shelf.clear()
         self._following = None
 
-    def _read(self, epoch: EpochOrder, window: int, laps: Laps, is_next_free: bool = False) -> _Window:
+    def _read(self, epoch: EpochOrder, window: int, laps: Laps, is_next_free: bool = False) -> Window:
         """Decodes what a window needs.
 
         Args:
@@ -191,32 +187,43 @@ class Windows:
         self._following = (
             self._empty_window(epoch, window + 1, 1 - self._turn) if is_next_free and epoch.steps(window + 1) else None
         )
-        for piece in self._shelf.take(window):
-            spot = found.spot(piece.lane, piece.first, num_rows(piece.columns))
-            for name, column in piece.columns.items():
-                spot.put(name, column)
-        for place, last in _needed(epoch, window, self._lanes).items():
-            if place in self._ended:
-                continue
-            end = _end(epoch, place, self._lanes)
-            if place not in self._streams:
-                first = _first_needed(epoch, place, window, self._lanes)
-                at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
-                is_small = epoch.group_starts[place + 1] - epoch.group_starts[place] <= _WHOLE_ROWS
-                rows = _WHOLE_ROWS if is_small else _DECODE_ROWS if at_once else _LANE_ROWS
-                self._streams[place] = _Stream(self._source, epoch, place, first, rows)
-            stream = self._streams[place]
-            for first, count, columns in stream.up_to(end if end - stream.next <= _WHOLE_ROWS else last):
-                self._put(found, first, count, columns)
-            if stream.next >= end:
-                del self._streams[place]
-                self._ended.add(place)
+        waiting = [partial(self._put_waiting, found)] * self._crew.size
+        self._crew.run([*waiting, *(partial(self._decode, found, *one) for one in self._streams_of(epoch, window))])
+        for place in [place for place, stream in self._streams.items() if stream.has_ended]:
+            del self._streams[place]
+            self._ended.add(place)
         found.finish(self._pattern())
         laps.lap("decode")
         return found
 
-    def _empty_window(self, epoch: EpochOrder, window: int, turn: int) -> _Window:
-        return _Window(epoch, window, self._lanes, self._types, self._buffers[turn])
+    def _put_waiting(self, window: Window) -> None:
+        """Puts pieces from the shelf into their window until there are none."""
+        while (piece := self._shelf.take(window.number)) is not None:
+            spot = window.spot(piece.lane, piece.first, num_rows(piece.columns))
+            for name, column in piece.columns.items():
+                spot.put(name, column)
+
+    def _streams_of(self, epoch: EpochOrder, window: int) -> Iterator[tuple[_Stream, int]]:
+        """Yields the streams that have rows of a window, and up to which epoch row each is needed."""
+        for place, last in _needed(epoch, window, self._lanes).items():
+            if place in self._ended:
+                continue
+            if place not in self._streams:
+                end = _end(epoch, place, self._lanes)
+                first = _first_needed(epoch, place, window, self._lanes)
+                at_once = end - first <= _WHOLE_ROWS or epoch.lane_of(first) < epoch.lane_of(end - 1)
+                is_small = epoch.group_starts[place + 1] - epoch.group_starts[place] <= _WHOLE_ROWS
+                rows = _WHOLE_ROWS if is_small else _DECODE_ROWS if at_once else _LANE_ROWS
+                self._streams[place] = _Stream(self._source, epoch, place, first, end, rows)
+            yield self._streams[place], last
+
+    def _decode(self, window: Window, stream: _Stream, last: int) -> None:
+        """Decodes a row group as far as a window needs it."""
+        for first, count, columns in stream.up_to(last):
+            self._put(window, first, count, columns)
+
+    def _empty_window(self, epoch: EpochOrder, window: int, turn: int) -> Window:
+        return Window(epoch, window, self._lanes, self._types, self._buffers[turn])
 
     def _pattern(self) -> Columns:
         """Returns the columns of the data, without a row."""
@@ -224,7 +231,7 @@ class Windows:
             self._no_rows = gather(self._source.read_row_group(0), np.zeros(0, dtype=np.int64), None)
         return self._no_rows
 
-    def _put(self, window: _Window, first: int, count: int, columns: Iterator[tuple[str, Flat | Ragged]]) -> None:
+    def _put(self, window: Window, first: int, count: int, columns: Iterator[tuple[str, Flat | Ragged]]) -> None:
         """Puts rows of a stream where their windows find them; those of other ranks, and of former windows, nowhere.
 
         Args:
@@ -234,7 +241,7 @@ class Windows:
             columns: of these rows, each decoded when it is asked for.
         """
         epoch, end = window.epoch, first + count
-        spots: list[tuple[int, int, _Spot]] = []
+        spots: list[tuple[int, int, Spot]] = []
         waiting: list[tuple[int, int, int, Piece]] = []
         for lane in range(max(epoch.lane_of(first), self._lanes[0]), min(epoch.lane_of(end - 1) + 1, self._lanes[1])):
             lane_first, lane_last = epoch.lane_span(lane)
@@ -284,233 +291,39 @@ def _end(epoch: EpochOrder, place: int, lanes: tuple[int, int]) -> int:
     return min(int(epoch.group_starts[place + 1]), epoch.lane_span(lanes[1] - 1)[1])
 
 
-def _num_rows(epoch: EpochOrder, window: int, lanes: tuple[int, int]) -> int:
-    """Returns the rows of a window of some lanes, without padding."""
-    return sum(last - first for first, last in (epoch.window_rows(lane, window) for lane in range(*lanes)))
-
-
-class _Window:
-    """A window: it is filled, then read some steps at a time.
-
-    A number or an id goes to its place at once, lane by lane: the places of a lane lie side by side in the cache, and are
-    written one after the other. Step by step, as they are trained, a lane's places would be a batch apart, which for a cache
-    are few lines again and again. Lists, whose places are not known before all are there, wait in the order in which those
-    that came together are trained: then they are read one after the other, too. Both are put in order some steps at a time,
-    so that a batch is made of what is in the cache.
-
-    Args:
-        epoch: the pass.
-        number: of the window.
-        lanes: the rank's, [first, last).
-        types: of the ids of each column, the least integers that hold them.
-        buffers: memory for its rows.
-    """
-
-    def __init__(
-        self,
-        epoch: EpochOrder,
-        number: int,
-        lanes: tuple[int, int],
-        types: Mapping[str, np.dtype[Any]],
-        buffers: Buffers,
-    ) -> None:
-        self.epoch, self.number = epoch, number
-        self._lanes, self._types, self._buffers = lanes, types, buffers
-        self._rows = _num_rows(epoch, number, lanes)
-        self._shape = lanes[1] - lanes[0], epoch.steps(number), epoch.rows_per_lane
-        self._count = math.prod(self._shape)
-        self._orders: dict[int, IndexArray] = {}
-        self._places: dict[int, IntArray] = {}
-        self._flat: dict[str, Array] = {}
-        self._lists: dict[str, _Lists] = {}
-        self._met: list[IntArray] = []
-
-    def spot(self, lane: int, first: int, count: int) -> _Spot:
-        """Returns where so many rows of a lane, which begin at an epoch row, belong."""
-        return _Spot(self, *self._in_order(lane, first, count))
-
-    def flat(self, name: str, pattern: Flat) -> Array:
-        """Returns the values of a column, lane by lane."""
-        held = self._flat.get(name)
-        if held is None:
-            held = self._flat[name] = self._buffers.array(name, self._count, self._type(name, pattern))
-            if self._rows < self._count:
-                held[:] = padding_of(name, held.dtype)
-        return held
-
-    def lists(self, name: str, pattern: Ragged) -> _Lists:
-        """Returns the lists of a column."""
-        if name not in self._lists:
-            self._lists[name] = _Lists(name, self._rows, self._type(name, pattern), pattern, self._buffers)
-        return self._lists[name]
-
-    def lists_came(self, places: IntArray) -> None:
-        """Says where the next lists of all columns belong."""
-        self._met.append(places)
-
-    def finish(self, pattern: Columns) -> None:
-        """Says that all rows are there.
-
-        Args:
-            pattern: the columns of the data, for a window that has none of this rank's rows.
-        """
-        for name, column in pattern.items():
-            if isinstance(column, Flat):
-                self.flat(name, column)
-            else:
-                self.lists(name, column)
-        if self._lists:
-            met = np.concatenate([np.zeros(0, dtype=np.int64), *self._met])
-            index = self._flat[_INDEX] = self._buffers.array(_INDEX, self._count, np.int32)
-            index[:] = -1
-            index[met] = np.arange(len(met), dtype=np.int32)
-
-    def columns(self, first: int, last: int, buffers: Buffers) -> Columns:
-        """Returns the rows of the steps [first, last) as they are trained.
-
-        Args:
-            first: step of the window.
-            last: after the last step.
-            buffers: memory for them.
-        """
-        lanes, steps, rows = self._shape
-        shape = last - first, lanes, rows
-        columns: Columns = {}
-        for name, values in self._flat.items():
-            ordered = buffers.array(name, math.prod(shape), values.dtype)
-            ordered.reshape(shape)[:] = values.reshape(lanes, steps, rows)[:, first:last].transpose(1, 0, 2)
-            columns[name] = Flat(ordered)
-        if self._lists:
-            index = columns.pop(_INDEX).values
-            columns |= {name: lists.taken(index, buffers) for name, lists in self._lists.items()}
-        return columns
-
-    def _in_order(self, lane: int, first: int, count: int) -> tuple[IndexArray, slice | IntArray]:
-        """Returns the order in which rows of a lane are trained, and their places, lane by lane, in this order.
-
-        Args:
-            lane: whose they are.
-            first: epoch row of the first one.
-            count: how many, which follow each other.
-        """
-        lane_first, lane_last = self.epoch.window_rows(lane, self.number)
-        begin = (lane - self._lanes[0]) * self._shape[1] * self._shape[2]
-        order = self._orders.get(lane)
-        if order is None:
-            order = self._orders[lane] = (self.epoch.lane_order(lane, self.number) - lane_first).astype(np.int32)
-        if count == lane_last - lane_first:
-            return order, slice(begin, begin + count)
-        places = self._places.get(lane)
-        if places is None:
-            places = self._places[lane] = np.empty(len(order), dtype=np.int64)
-            places[order] = np.arange(begin, begin + len(order))
-        own = places[first - lane_first : first - lane_first + count]
-        part = np.argsort(own).astype(np.int32)
-        return part, own[part]
-
-    def _type(self, name: str, column: Flat | Ragged) -> np.dtype[Any]:
-        return self._types.get(name, column.values.dtype)
-
-
-class _Spot:
-    """Where rows that came together belong in a window.
-
-    Args:
-        window: theirs.
-        order: in which they are trained, (n,).
-        places: in this order; a slice where they follow each other.
-    """
-
-    def __init__(self, window: _Window, order: IndexArray, places: slice | IntArray) -> None:
-        self._window, self._order, self._places = window, order, places
-        self._has_lists = False
-
-    def put(self, name: str, column: Flat | Ragged) -> None:
-        """Puts a column of the rows there."""
-        if isinstance(column, Flat):
-            held = self._window.flat(name, column)
-            if isinstance(self._places, slice):
-                take_values(column.values, self._order, held[self._places])
-            else:
-                put_values(column.values, self._order, self._places, held)
-            return
-        if not self._has_lists:
-            places = self._places
-            self._window.lists_came(np.arange(places.start, places.stop) if isinstance(places, slice) else places)
-            self._has_lists = True
-        self._window.lists(name, column).put(column, self._order)
-
-
-class _Lists:
-    """Lists of a window, one piece after the other."""
-
-    def __init__(self, name: str, rows: int, dtype: np.dtype[Any], pattern: Ragged, buffers: Buffers) -> None:
-        self._name, self._buffers, self._rows, self._size = name, buffers, 0, 0
-        lists = max(len(pattern.offsets) - 1, 1)
-        expected = rows * int(pattern.offsets[-1] - pattern.offsets[0]) // lists * 17 // 16
-        self._starts: Array = buffers.array(f"{name}/starts", rows + 1, np.int32)
-        self._starts[:1] = 0
-        self._values = buffers.whole(name, expected, dtype)
-        self._weights = None if pattern.weights is None else buffers.whole(f"{name}/weights", expected, np.float32)
-
-    def put(self, column: Ragged, order: Array) -> None:
-        """Adds lists.
-
-        Args:
-            column: the lists, (n,).
-            order: in which they are added, (n,) int32.
-        """
-        at, self._size = self._size, self._size + int(column.offsets[-1] - column.offsets[0])
-        if self._size > np.iinfo(self._starts.dtype).max:
-            self._starts = self._starts.astype(np.int64)
-        starts = self._starts[self._rows : self._rows + len(order) + 1]
-        self._rows += len(order)
-        if self._size > len(self._values):
-            self._values = self._buffers.grown(self._name, self._size, at)
-        take_lists(column.values, column.offsets, order, self._values, starts, at)
-        if self._weights is not None and column.weights is not None:
-            if self._size > len(self._weights):
-                self._weights = self._buffers.grown(f"{self._name}/weights", self._size, at)
-            take_lists(column.weights, column.offsets, order, self._weights, starts, at)
-
-    def taken(self, index: Array, buffers: Buffers) -> Ragged:
-        """Returns lists in the order of an index; -1 gives an empty one.
-
-        Args:
-            index: of the lists, (m,).
-            buffers: memory for them: as large as all lists of the window, of which only what these take is written to.
-        """
-        offsets = buffers.array(f"{self._name}/offsets", len(index) + 1, self._starts.dtype)
-        values = buffers.whole(self._name, self._size, self._values.dtype)
-        take_lists(self._values, self._starts, index, values, offsets, 0)
-        weights = None
-        if self._weights is not None:
-            weights = buffers.whole(f"{self._name}/weights", self._size, np.float32)
-            take_lists(self._weights, self._starts, index, weights, offsets, 0)
-        return Ragged(values, offsets, weights)
-
-
 class _Stream:
     """A row group of an epoch, decoded forwards.
 
-    Attributes:
-        next: the epoch row up to which it is decoded.
+    Args:
+        source: the partition.
+        epoch: the pass.
+        place: of the row group in the epoch.
+        first: epoch row that is the first one to be decoded.
+        end: epoch row after the last one that is needed of it.
+        rows: that are decoded at once.
     """
 
-    def __init__(self, source: Source, epoch: EpochOrder, place: int, first: int, rows: int) -> None:
+    def __init__(self, source: Source, epoch: EpochOrder, place: int, first: int, end: int, rows: int) -> None:
         begin = int(epoch.group_starts[place])
         self._pieces = source.iter_row_group(int(epoch.group_order[place]), rows, first - begin)
-        self.next = first
+        self._next, self._end = first, end
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether all that is needed of it is decoded."""
+        return self._next >= self._end
 
     def up_to(self, last: int) -> Iterator[tuple[int, int, Iterator[tuple[str, Flat | Ragged]]]]:
-        """Decodes on to an epoch row, or a little further.
+        """Decodes on to an epoch row, or a little further; to the end if that is not far.
 
         Yields:
             The first epoch row of each piece, how many it has, and its columns, each decoded when it is asked for.
         """
-        while self.next < last:
+        if self._end - self._next <= _WHOLE_ROWS:
+            last = self._end
+        while self._next < last:
             count, columns = next(self._pieces)
-            first, self.next = self.next, self.next + count
+            first, self._next = self._next, self._next + count
             yield first, count, columns
 
 

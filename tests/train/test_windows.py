@@ -13,6 +13,7 @@ from embedshard.data.collate import Collator
 from embedshard.data.dataset import open_dataset
 from embedshard.data.reader import BatchReader
 from embedshard.data.shelf import Shelf
+from embedshard.data.window import Window
 from embedshard.errors import DataError
 from embedshard.world import open_world
 
@@ -175,17 +176,33 @@ def test_an_epochs_first_window_is_read_while_the_last_of_the_one_before_is_trai
 
 
 @pytest.mark.parametrize(("is_cached", "whole_rows"), [(False, 2**17), (False, 500), (True, 2**17)])
-def test_threads_that_decode_change_nothing(data, is_cached, whole_rows, monkeypatch):
-    """By columns, as a stream, and all at once."""
+@pytest.mark.parametrize("cache_bytes", [0, 300_000])
+@pytest.mark.parametrize("batch", [512, 48])
+def test_threads_change_nothing(data, is_cached, whole_rows, cache_bytes, batch, monkeypatch):
+    """By columns, as a stream, and all at once; what waits in memory and in files; a batch for each thread, and several."""
     monkeypatch.setattr(windows, "_WHOLE_ROWS", whole_rows)
     monkeypatch.setattr(windows, "_DECODE_ROWS", 500)
     monkeypatch.setattr(windows, "_LANE_ROWS", 200)
-    rows = []
+    monkeypatch.setattr(windows, "_ORDER_ROWS", 512)
+    rows, threads_met = [], set()
+
+    def met_in(function):
+        def wrapped(self, *given):
+            threads_met.add((function.__name__, threading.current_thread().name.rsplit("_", 1)[0]))
+            return function(self, *given)
+
+        return wrapped
+
+    monkeypatch.setattr(Window, "spot", met_in(Window.spot))
+    monkeypatch.setattr(Collator, "batch", met_in(Collator.batch))
     for threads in (1, 3):
-        dataset, reader = open_reader(data, 300_000, is_cached=is_cached, threads=threads, window_steps=10)
+        threads_met.clear()
+        dataset, reader = open_reader(data, cache_bytes, is_cached=is_cached, threads=threads, batch=batch, window_steps=10)
         with reader.batches(2, 2 * dataset.order.epoch_steps) as batches:
             rows.append(np.stack(check(batches)))
     assert (rows[0] == rows[1]).all()
+    assert threads_met == {("batch", "embedshard-batches")} | (set() if is_cached else {("spot", "embedshard-decode")})
+    assert not any(thread.name.startswith(("embedshard-batches", "embedshard-decode")) for thread in threading.enumerate())
 
 
 def test_what_a_thread_cannot_read_stops_the_loop(data, tmp_path):

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -46,6 +47,10 @@ def assert_same(found, put):
     assert (a.weights == b.weights[span]).all()
 
 
+def taken(shelf, window):
+    return list(iter(lambda: shelf.take(window), None))
+
+
 @pytest.mark.parametrize("limit_bytes", [0, 3_000, 10**9])
 def test_what_is_put_down_is_what_is_taken(limit_bytes, monkeypatch):
     monkeypatch.setattr("embedshard.data.shelf._FILE_BYTES", 4_000)  # several files
@@ -57,14 +62,14 @@ def test_what_is_put_down_is_what_is_taken(limit_bytes, monkeypatch):
     assert (shelf.written_bytes == 0) == (limit_bytes == 10**9)
     assert shelf.held_bytes <= limit_bytes
     for window, pieces in put.items():
-        found = sorted(shelf.take(window), key=lambda one: one.first)
+        found = sorted(taken(shelf, window), key=lambda one: one.first)
         assert len(found) == len(pieces)
         for a, b in zip(found, pieces, strict=True):
             assert_same(a, b)
             assert a.columns["id"].values.dtype == np.int16
             assert a.columns["list"].values.dtype == np.int8
     assert shelf.held_bytes == 0
-    assert list(shelf.take(0)) == []
+    assert shelf.take(0) is None
 
 
 def test_files_are_closed_when_their_pieces_are_taken(monkeypatch):
@@ -74,10 +79,32 @@ def test_files_are_closed_when_their_pieces_are_taken(monkeypatch):
         shelf.put(window, copied(piece(0, 0, 40, window)))
     assert len(os.listdir("/proc/self/fd")) == before + 5
     for window in range(4):
-        list(shelf.take(window))
+        taken(shelf, window)
     assert len(os.listdir("/proc/self/fd")) == before + 1
     shelf.clear()
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("limit_bytes", [0, 20_000])
+def test_threads_put_down_and_take(limit_bytes, monkeypatch):
+    monkeypatch.setattr("embedshard.data.shelf._FILE_BYTES", 10_000)
+    shelf, pieces = Shelf(limit_bytes), [piece(0, number, 1 + number * 7 % 50, number) for number in range(200)]
+    met, per_window = [], 40
+
+    def put_and_take(own):
+        for window in range(5):
+            for one in pieces[window * per_window + own : (window + 1) * per_window : 4]:
+                shelf.put(window, copied(one))
+            while window and (found := shelf.take(window - 1)) is not None:
+                met.append(found)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(put_and_take, range(4)))
+    met += [one for window in range(5) for one in taken(shelf, window)]
+    assert len(met) == len(pieces)
+    for found in met:
+        assert_same(found, pieces[found.first])
+    assert shelf.held_bytes == 0
 
 
 def test_a_file_of_which_all_is_taken_begins_anew():
@@ -85,7 +112,7 @@ def test_a_file_of_which_all_is_taken_begins_anew():
     for window in range(4):
         put = piece(0, 0, 1_000, window)
         shelf.put(window, copied(put))
-        assert_same(next(shelf.take(window)), put)
+        assert_same(shelf.take(window), put)
     assert 0 < os.fstat(shelf._file.handle.fileno()).st_size < shelf.written_bytes / 2
     shelf.clear()
 
