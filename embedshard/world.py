@@ -68,9 +68,9 @@ def set_process_environment() -> None:
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if sys.platform == "linux":
-        # Arrow's default, mimalloc, gives large blocks back to the kernel and asks for them again: a reader spent seven of
-        # its nine seconds on that (docs/performance.md).
-        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "jemalloc")
+        # Arrow's default, mimalloc, gives large blocks back to the kernel and asks for them again, and so does jemalloc with
+        # the largest: the system's keeps them, as it is told here (docs/performance.md).
+        os.environ.setdefault("ARROW_DEFAULT_MEMORY_POOL", "system")
         _keep_freed_memory()
     # The library of tokenizers has threads of its own: as many as OpenMP is given, where that is said.
     threads = os.environ.get("OMP_NUM_THREADS", "")
@@ -99,10 +99,15 @@ def usable_cores() -> list[int]:
 def _keep_freed_memory() -> None:
     """Has glibc's malloc keep the memory of batches and gradients for the next ones, instead of the kernel clearing it anew.
 
-    Blocks of up to 32 MiB come from the heap, of which up to 512 MiB may stay free; processes that are started hear of it by
-    their environment.
+    Blocks of up to 32 MiB come from the heap, of which up to 512 MiB may stay free. There is one heap for all threads: what
+    one has made another lets go of, and a heap of a thread's own holds 64 MiB at most. Processes that are started hear of it
+    by their environment.
     """
-    options = {"MALLOC_MMAP_THRESHOLD_": (-3, 2**25), "MALLOC_TRIM_THRESHOLD_": (-1, 2**29)}
+    options = {
+        "MALLOC_MMAP_THRESHOLD_": (-3, 2**25),
+        "MALLOC_TRIM_THRESHOLD_": (-1, 2**29),
+        "MALLOC_ARENA_MAX": (-8, 1),
+    }
     for name, (parameter, value) in options.items():
         if name not in os.environ:
             os.environ[name] = str(value)
