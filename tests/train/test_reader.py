@@ -31,12 +31,15 @@ def same(first, second):
     assert first.weights.equal(second.weights)
     assert first.labels.equal(second.labels)
     assert first.dense.equal(second.dense)
-    for a, b in ((first.sparse, second.sparse), (first.weighted, second.weighted)):
+    for kind in ("sparse", "weighted", "sequences"):
+        a, b = getattr(first, kind), getattr(second, kind)
         assert (a is None) == (b is None)
         if a is not None:
             assert a.keys() == b.keys()
             assert a.values().equal(b.values())
             assert a.lengths().equal(b.lengths())
+            assert (a.weights_or_none() is None) == (b.weights_or_none() is None)
+            assert a.weights_or_none() is None or a.weights().equal(b.weights())
 
 
 def all_features(make_config, **changes):
