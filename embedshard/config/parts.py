@@ -186,8 +186,8 @@ class DataConfig(Strict):
     """Data whose decoded columns fit this many bytes (per process) are decoded once and kept. Of larger data so much
     may wait in memory for its turn."""
     threads: int = Field(1, ge=1, le=256)
-    """Threads of a worker that decode the training data's Parquet columns, for a machine with more cores than workers. They
-    change nothing but the time."""
+    """Threads of a worker that decode the training data's row groups, for a machine with more cores than workers; a third as
+    many more make batches. They change nothing but the time."""
     label: Name | None = None
     """Column of the one label, a number."""
     labels: dict[Name, Name] = Field(default_factory=dict)

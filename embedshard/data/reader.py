@@ -31,6 +31,8 @@ from embedshard.stages import BESIDE, Laps
 _GATHER_ROWS = 65_536  # rows gathered at once from a cache
 _BATCHES_AHEAD, _BATCHES_LEFT = 8, 2
 """So many batches are made ahead, and made again when so few are left."""
+_DECODERS_A_MAKER = 3
+"""Decoding takes about three times as long as making batches."""
 
 
 class _Rows(Protocol):
@@ -109,7 +111,7 @@ class BatchReader:
         world_size: processes that train.
         former_steps: of runs that this one continues: what is drawn for a step goes on from theirs.
         pins: whether batches are made in pinned memory, for a CUDA device to fetch.
-        threads: that decode row groups, and so many more that make batches.
+        threads: that decode row groups; a third as many make batches.
 
     Attributes:
         laps: the seconds that its threads have taken, by stage; of several, those in which one that waits for them did.
@@ -139,7 +141,8 @@ class BatchReader:
         self._partition = -1
         self._rows: _Rows | None = None
         self.laps = Laps(BESIDE)
-        self._decoders, self._makers = Crew(threads, "embedshard-decode"), Crew(threads, "embedshard-batches")
+        makers = (threads + _DECODERS_A_MAKER - 1) // _DECODERS_A_MAKER
+        self._decoders, self._makers = Crew(threads, "embedshard-decode"), Crew(makers, "embedshard-batches")
         self._spare_buffers: list[Buffers] = []
         for source, is_cached in zip(sources, cached, strict=True):
             has_lists = any(spec.is_list or spec.is_text for spec in source.decoder.specs)
