@@ -15,8 +15,8 @@ if sys.argv[3:4] == ["embedshard"]:  # what its command line does first
     from embedshard.world import set_process_environment
 
     set_process_environment()
-elif sys.argv[3:5] == ["pyarrow", "jemalloc"]:
-    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "jemalloc"
+elif sys.argv[3:4] == ["pyarrow"] and sys.argv[4] in ("jemalloc", "system"):
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = sys.argv[4]
 
 import numpy as np
 import pyarrow as pa

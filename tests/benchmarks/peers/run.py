@@ -122,6 +122,7 @@ def reading(arguments: argparse.Namespace, scratch: Path) -> list[str]:
             sides = [
                 side("pyarrow alone", "pyarrow"),
                 side("pyarrow alone, jemalloc", "pyarrow", "jemalloc"),
+                side("pyarrow alone, the system's memory", "pyarrow", "system"),
                 side("embedshard", "embedshard"),
             ]
             if row_group == groups[0]:
