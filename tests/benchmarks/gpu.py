@@ -1,14 +1,14 @@
 """What one GPU trains and reads: MLPerf's DLRM-DCNv2, two towers over 100 million items, tables in and beyond its memory.
 
-    python tests/benchmarks/gpu.py [--only dcn two_tower memory stages] [--scale 1.0] [--steps 60] [--write FILE]
+    python tests/benchmarks/gpu.py [--only dcn two_tower memory stages] [--scale 1.0] [--threads N] [--write FILE]
     python tests/benchmarks/gpu.py --quick --device cpu          # small tables and batches: whether it works
 
 The data are drawn and kept in a folder (`--data`). Each training is `embedshard train` in a fresh process, from Parquet, and
 ended before it writes 100 GB as its checkpoint; samples a second are those after the first 20 steps. Reading is the same
-reader with nothing behind it. `memory` trains one model with its tables in the GPU's memory, behind a cache of a fifth of
-their rows (`uvm_caching`, without and with `train.prefetch`), and in the host's. `stages` is `embedshard bench` on the
-DCNv2: each stage's share of its limit, lookup and update as shares of what rows anywhere in the GPU's memory give. No case
-has been run on a GPU yet.
+reader with nothing behind it, by one thread and by as many as training has (half of the cores, unless it is told). `memory`
+trains one model with its tables in the GPU's memory, behind a cache of a fifth of their rows (`uvm_caching`, without and
+with `train.prefetch`), and in the host's. `stages` is `embedshard bench` on the DCNv2: each stage's share of its limit,
+lookup and update as shares of what rows anywhere in the GPU's memory give. No case has been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def dcn(data: Path, rows: int, scale: float, batch: int, precision: str, memory:
     names = [f"c{number}" for number in range(len(sizes))]
     return {
         "name": "dcn",
-        "data": {"train": f"{folder}/*.parquet", "label": "label"},
+        "data": {"train": f"{folder}/*.parquet", "label": "label", "window_steps": 8},
         "features": {name: {"kind": "bag", "table": name} for name in names}
         | {f"i{number}": {"kind": "dense", "normalise": "log1p"} for number in range(NUMBERS)},
         "tables": {
@@ -145,22 +145,24 @@ def measured(metrics: Path) -> list[dict]:
     return [line for line in lines if "train/samples_per_second" in line]
 
 
-def read(tree: dict, scratch: Path) -> float:
+def read(tree: dict, threads: int, scratch: Path) -> float:
     """Returns the rows a second of the reader alone."""
     config = scratch / "reading.json"
-    config.write_text(json.dumps(tree))
+    config.write_text(json.dumps(tree | {"data": tree["data"] | {"threads": threads}}))
     return float(finished([sys.executable, __file__, "--read", str(config)], scratch).strip().splitlines()[-1])
 
 
 def read_here(path: str) -> None:
     """Reads a config's training data once, and prints rows a second."""
+    from embedshard.world import open_world, set_process_environment
+
+    set_process_environment()
     from embedshard.config import table_specs
     from embedshard.config.load import load_config
     from embedshard.data.collate import Collator
     from embedshard.data.dataset import open_dataset
     from embedshard.data.quarantine import Tally
     from embedshard.data.reader import BatchReader
-    from embedshard.world import open_world
 
     with open_world("cpu") as world:
         config = load_config(path, os.environ, []).config
@@ -168,8 +170,9 @@ def read_here(path: str) -> None:
         specs = table_specs(config, dataset.table_rows)
         collator = Collator(config, specs, Tally(dataset.train[0].decoder), dataset.pair_maker, dataset.tree)
         reader = BatchReader(
-            dataset.order, dataset.train, dataset.cached, config.data.cache_bytes, collator, dataset.sampler, 0, 1
-        )
+            dataset.order, dataset.train, dataset.cached, config.data.cache_bytes, collator, dataset.sampler, 0, 1,
+            threads=config.data.threads,
+        )  # fmt: skip
         steps, begin = dataset.order.epoch_steps, time.perf_counter()
         with reader.batches(0, steps) as batches:
             rows = sum(batch.size for batch in batches)
@@ -194,6 +197,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=float, default=1.0, help="of the DCNv2's tables: 1.0 takes 104 GB")
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="that read")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-gpu", help="kept")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--write", type=Path, help="file whose tables, between its marks, are replaced")
@@ -206,13 +210,16 @@ def main() -> None:
     if arguments.quick:
         scale, batch, items, users, dim = 1e-4, 512, 10_000, 1_000, 8
     rows = (arguments.steps + 2) * batch
-    lines = ["| | samples/s | the reader alone, rows/s | longest stages of a step, ms |", "|---|---|---|---|"]
+    columns = ["samples/s", *(f"the reader alone, rows/s, `data.threads` {threads}" for threads in (1, arguments.threads))]
+    lines = [f"| | {' | '.join(columns)} | longest stages of a step, ms |", "|---|---|---|---|---|"]
 
     def told(name: str, tree: dict, scratch: Path) -> None:
+        tree["data"]["threads"] = arguments.threads
         speed, stages = trained(tree, arguments.device, arguments.steps, scratch)
         longest = sorted(stages.items(), key=lambda stage: -stage[1])[:4]
         shown = ", ".join(f"{stage} {value:.1f}" for stage, value in longest)
-        lines.append(f"| {name} | {speed:,.0f} | {read(tree, scratch):,.0f} | {shown} |")
+        alone = [read(tree, threads, scratch) for threads in (1, arguments.threads)]
+        lines.append(f"| {name} | {speed:,.0f} | {alone[0]:,.0f} | {alone[1]:,.0f} | {shown} |")
         print(lines[-1], file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="embedshard-gpu-") as folder:
