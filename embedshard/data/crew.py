@@ -5,11 +5,13 @@ from __future__ import annotations
 __all__ = ["Crew"]
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import TypeVar
 
 _T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 class Crew:
@@ -33,12 +35,21 @@ class Crew:
             for job in jobs:
                 job()
             return
-        under_way = [self._threads().submit(job) for job in jobs]
-        wait(under_way, return_when=FIRST_EXCEPTION)
-        _finish(under_way)
+        under_way: list[Future[None]] = []
+        try:
+            for job in jobs:
+                under_way.append(self._submit(job))
+            wait(under_way, return_when=FIRST_EXCEPTION)
+        finally:
+            failed = [place for place, one in enumerate(under_way) if one.done() and one.exception() is not None]
+            for one in under_way[min(failed, default=0) :]:  # an earlier one has begun, and may fail yet
+                one.cancel()
+            wait(under_way)
+        for one in under_way:
+            one.result()
 
-    def in_order(self, jobs: Iterable[Callable[[], Iterator[_T]]]) -> Iterator[_T]:
-        """Yields what jobs yield, in their order. Threads do as many at once as they are, each to its end.
+    def in_order(self, jobs: Iterable[Callable[[], Iterator[_T]]]) -> Generator[_T]:
+        """Yields what jobs yield, in their order. Each thread does a job to its end; no more of them are held than threads.
 
         None of them runs any more when this ends, however it does.
         """
@@ -51,7 +62,7 @@ class Crew:
             for job in jobs:
                 if len(under_way) == self.size:
                     yield from under_way.popleft().result()
-                under_way.append(self._threads().submit(_whole, job))
+                under_way.append(self._submit(partial(_whole, job)))
             while under_way:
                 yield from under_way.popleft().result()
         finally:
@@ -62,24 +73,18 @@ class Crew:
     def close(self) -> None:
         """Ends the threads; others start with the next job."""
         if self._pool is not None:
-            self._pool.shutdown()
+            self._pool.shutdown(cancel_futures=True)
             self._pool = None
 
-    def _threads(self) -> ThreadPoolExecutor:
+    def _submit(self, job: Callable[[], _R]) -> Future[_R]:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self.size, self._name)
-        return self._pool
+        try:
+            return self._pool.submit(job)
+        except BaseException:
+            self.close()  # where a thread cannot be started the job is with the others all the same
+            raise
 
 
 def _whole(job: Callable[[], Iterator[_T]]) -> list[_T]:
     return list(job())
-
-
-def _finish(jobs: list[Future[None]]) -> None:
-    """Waits for those that have begun, of which an earlier one may fail yet, and raises the first error."""
-    for job in jobs:
-        job.cancel()
-    wait(jobs)
-    for job in jobs:
-        if not job.cancelled():
-            job.result()

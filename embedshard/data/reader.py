@@ -11,7 +11,7 @@ __all__ = ["BatchReader"]
 import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -154,17 +154,17 @@ class BatchReader:
 
         An error in the thread is raised at the loop's next step, ahead of batches that are ready.
         """
-        produced = self._produce(start, stop)
-        ahead = _ReadAhead(produced, self.laps)
-        try:
-            yield iter(ahead)
-        finally:
-            ahead.close()
-            produced.close()
-            if self._rows is not None:
-                self._rows.close()
-            self._makers.close()
-            self._decoders.close()
+        with ExitStack() as stack:
+            stack.callback(self._spare_buffers.clear)
+            stack.enter_context(closing(self._decoders))
+            stack.enter_context(closing(self._makers))
+            stack.callback(self._close_rows)
+            produced = stack.enter_context(closing(self._produce(start, stop)))
+            yield iter(stack.enter_context(closing(_ReadAhead(produced, self.laps))))
+
+    def _close_rows(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
 
     def _produce(self, start: int, stop: int) -> Generator[Batch]:
         step = start
@@ -186,17 +186,24 @@ class BatchReader:
             rows.open(epoch, window)
             self.laps.lap("order")
             at_once = rows.steps_at_once(epoch)
-            for batch in self._makers.in_order(
+            if self._makers.size > 1:  # what a thread makes, it makes to its end: it is to be no more than is made ahead
+                at_once = min(at_once, _BATCHES_AHEAD)
+            jobs = [
                 partial(self._made, rows, step + first - begin, first, min(first + at_once, end))
                 for first in range(begin, end, at_once)
-            ):
-                self.laps.lap("collate")
-                yield batch
-                step += 1
+            ]
+            with closing(self._makers.in_order(jobs)) as batches:
+                for batch in batches:
+                    self.laps.lap("collate")
+                    yield batch
+            step += end - begin
 
     def _made(self, rows: _Rows, step: int, first: int, last: int) -> Iterator[Batch]:
         """Yields the batches of the steps [first, last) of the open window, of which `step` is the first; in any thread."""
-        buffers = self._spare_buffers.pop() if self._spare_buffers else Buffers()
+        try:
+            buffers = self._spare_buffers.pop()
+        except IndexError:  # other threads have them
+            buffers = Buffers()
         columns = rows.read(first, last, buffers)
         if self._makers.size == 1:
             self.laps.lap("order")

@@ -24,7 +24,7 @@ import hashlib
 import io
 import threading
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -369,7 +369,7 @@ class Source:
 
     def iter_row_group(
         self, number: int, batch_rows: int, skip_rows: int = 0
-    ) -> Iterator[tuple[int, Iterator[tuple[str, Flat | Ragged]]]]:
+    ) -> Generator[tuple[int, Iterator[tuple[str, Flat | Ragged]]]]:
         """Yields a row group from a row on, at most so many rows at once: how many, and their columns one after the other.
 
         All columns of some rows are to be taken before the next rows are.

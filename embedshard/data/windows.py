@@ -325,6 +325,8 @@ class _Stream:
             count, columns = next(self._pieces)
             first, self._next = self._next, self._next + count
             yield first, count, columns
+        if self.has_ended:
+            self._pieces.close()  # with its file and what Arrow has decoded last: others of the window take longer
 
 
 class _Soon(Generic[_T]):

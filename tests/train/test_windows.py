@@ -1,6 +1,7 @@
 """Windows of streamed data: each row group is decoded once a pass, and what waits for its turn is held within bounds."""
 
 import threading
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from embedshard.config import build_config, table_specs
+from embedshard.data import reader as reader_module
 from embedshard.data import windows
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import open_dataset
 from embedshard.data.reader import BatchReader
 from embedshard.data.shelf import Shelf
+from embedshard.data.source import Source
 from embedshard.data.window import Window
 from embedshard.errors import DataError
 from embedshard.world import open_world
@@ -56,9 +59,11 @@ def open_reader(data, cache_bytes, rank=0, world_size=1, batch=512, is_cached=Fa
 
 
 def check(batches):
-    """Returns the numbers of the rows; each is in all columns of its row."""
-    met = []
+    """Returns the numbers of the rows; each is in all columns of its row, and steps follow each other."""
+    met, step = [], None
     for batch in batches:
+        assert step is None or batch.position.step == step + 1
+        step = batch.position.step
         rows = batch.rows.numpy()
         real = rows[rows >= 0]
         sparse, weighted = batch.sparse["user"], batch.weighted["items"]
@@ -184,6 +189,7 @@ def test_threads_change_nothing(data, is_cached, whole_rows, cache_bytes, batch,
     monkeypatch.setattr(windows, "_DECODE_ROWS", 500)
     monkeypatch.setattr(windows, "_LANE_ROWS", 200)
     monkeypatch.setattr(windows, "_ORDER_ROWS", 512)
+    monkeypatch.setattr(reader_module, "_GATHER_ROWS", 512)
     rows, threads_met = [], set()
 
     def met_in(function):
@@ -199,10 +205,48 @@ def test_threads_change_nothing(data, is_cached, whole_rows, cache_bytes, batch,
         threads_met.clear()
         dataset, reader = open_reader(data, cache_bytes, is_cached=is_cached, threads=threads, batch=batch, window_steps=10)
         with reader.batches(2, 2 * dataset.order.epoch_steps) as batches:
-            rows.append(np.stack(check(batches)))
+            first = next(batches)
+            assert first.position.step == 2
+            rows.append(np.stack(check([first, *batches])))
     assert (rows[0] == rows[1]).all()
     assert threads_met == {("batch", "embedshard-batches")} | (set() if is_cached else {("spot", "embedshard-decode")})
     assert not any(thread.name.startswith(("embedshard-batches", "embedshard-decode")) for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("threads", "most"), [(1, 200), (4, 8)])
+def test_threads_make_no_more_than_is_made_ahead(data, threads, most, monkeypatch):
+    made, made_spans = BatchReader._made, []
+
+    def noting(self, rows, step, first, last):
+        made_spans.append(last - first)
+        return made(self, rows, step, first, last)
+
+    monkeypatch.setattr(BatchReader, "_made", noting)
+    _, reader = open_reader(data, 2**30, batch=48, threads=threads, window_steps=200)
+    with reader.batches(0, 400) as batches:
+        check(batches)
+    assert max(made_spans) == most
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_row_group_that_is_read_is_let_go_before_its_window_is_whole(data, threads, monkeypatch):
+    monkeypatch.setattr(windows, "_WHOLE_ROWS", 300)
+    monkeypatch.setattr(windows, "_DECODE_ROWS", 250)
+    opened, live, most = Source._parquet_file, set(), [0]
+
+    def noting(self, number, stream=False):
+        file = opened(self, number, stream)
+        live.add(id(file))
+        most[0] = max(most[0], len(live))
+        weakref.finalize(file, live.discard, id(file))
+        return file
+
+    monkeypatch.setattr(Source, "_parquet_file", noting)
+    dataset, reader = open_reader(data, 2**30, threads=threads, window_steps=80)
+    with reader.batches(0, dataset.order.epoch_steps) as batches:
+        check(batches)
+    groups = len(dataset.train[0].inventory.row_groups)
+    assert most[0] < 2 * threads + 2 or groups < 10, f"{groups} row groups are all in the first window"
 
 
 def test_what_a_thread_cannot_read_stops_the_loop(data, tmp_path):
