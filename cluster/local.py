@@ -27,6 +27,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -40,6 +41,7 @@ MARK: Final = "EMBEDSHARD_CLUSTER"
 
 _START_S: Final = 300.0
 _END_S: Final = 20.0
+_ANSWER_S: Final = 30.0
 _POLL_S: Final = 0.1
 _OBJECT_STORE_BYTES: Final = 200_000_000
 _PATIENCE: Final = {
@@ -418,11 +420,15 @@ def status(folder: Folder = DEFAULT_FOLDER) -> None:
 
 
 def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return bool(answer.status == 200)
-    except OSError:
-        return False
+    """Whether a head says that it is well. A busy one may say so late, or first that it is not."""
+    end = time.monotonic() + _ANSWER_S
+    while True:
+        with suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
+            if answer.status == 200:
+                return True
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.5)
 
 
 @app.command()
