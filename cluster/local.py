@@ -27,7 +27,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -42,6 +41,7 @@ MARK: Final = "EMBEDSHARD_CLUSTER"
 _START_S: Final = 300.0
 _END_S: Final = 20.0
 _ANSWER_S: Final = 30.0
+"""Within which a busy head says that it is well."""
 _POLL_S: Final = 0.1
 _OBJECT_STORE_BYTES: Final = 200_000_000
 _PATIENCE: Final = {
@@ -413,22 +413,19 @@ def status(folder: Folder = DEFAULT_FOLDER) -> None:
         typer.echo(
             f"{node.name:8} {node.ip:12} {'alive' if cluster.is_alive(node.name) else 'dead':5} {processes} processes"
         )
-    if not cluster.is_alive("head") or not _answers(f"{cluster.dashboard}/api/gcs_healthz"):
+    health = f"{cluster.dashboard}/api/gcs_healthz"
+    if not cluster.is_alive("head") or not _wait_until(lambda: _answers(health), _ANSWER_S):
         typer.echo(f"The head does not answer. Stop the rest: {_command(cluster.folder, 'stop')}")
         raise typer.Exit(1)
     _explain(cluster)
 
 
 def _answers(url: str) -> bool:
-    """Whether a head says that it is well. A busy one may say so late, or first that it is not."""
-    end = time.monotonic() + _ANSWER_S
-    while True:
-        with suppress(OSError), urllib.request.urlopen(url, timeout=10) as answer:
-            if answer.status == 200:
-                return True
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.5)
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 @app.command()

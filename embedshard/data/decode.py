@@ -178,6 +178,12 @@ class Where:
         return f"{self.uri}, row group {self.row_group}, row {self.place(row)}"
 
 
+class _LastWords(threading.local):
+    """The words that a thread found last: table, column, encoder, words."""
+
+    found: tuple[object, str, object, Words] | None = None
+
+
 class Decoder:
     """Decodes tables of a data set.
 
@@ -204,7 +210,7 @@ class Decoder:
         self._uses = Counter(name for spec in self.specs for name in (spec.column, spec.second) if name is not None)
         texts = [spec.column for spec in self.specs if spec.is_text]
         self._shared_texts = {column for column in texts if texts.count(column) > 1}
-        self._last_words: dict[int, tuple[object, str, object, Words]] = {}  # of each thread
+        self._last_words = _LastWords()
         self.problems: tuple[Problem, ...] = tuple(problem for spec in self.specs for problem in spec.problems)
         """All that can be wrong with a row; the column `bad` holds 1 + the place herein."""
         self._codes = {problem: code for code, problem in enumerate(self.problems, start=1)}
@@ -333,12 +339,12 @@ class Decoder:
 
     def _words(self, column: str, table: Rows, array: pa.ChunkedArray | pa.Array, vocabulary: TextVocabulary) -> Words:
         """Returns the words of a column of texts. Where several features read it, they are found once."""
-        last = self._last_words.get(threading.get_ident())
+        last = self._last_words.found
         if last is not None and last[0] is table and last[1] == column and last[2] is vocabulary.encoder:
             return last[3]
         words = words_of(array, vocabulary)
         if column in self._shared_texts:
-            self._last_words[threading.get_ident()] = (table, column, vocabulary.encoder, words)
+            self._last_words.found = (table, column, vocabulary.encoder, words)
         return words
 
     def find(self, table: Rows, where: Where) -> list[Finding]:
@@ -402,7 +408,7 @@ class Decoder:
                 decoded |= self._decoded(spec, parsed)
             else:
                 yield from self._decoded(spec, parsed).items()
-        self._last_words.pop(threading.get_ident(), None)
+        self._last_words.found = None
         if self.quarantines:
             is_bad = bad > 0
             yield from ((name, _emptied(column, is_bad) if bad.any() else column) for name, column in decoded.items())

@@ -28,7 +28,8 @@ from embedshard.data.source import Source
 from embedshard.data.windows import Windows
 from embedshard.stages import BESIDE, Laps
 
-_GATHER_ROWS = 65_536  # rows gathered at once from a cache
+_ROWS_AT_ONCE = 65_536
+"""Rows put in order at once: what they take stays in the cache until batches are made of them."""
 _BATCHES_AHEAD, _BATCHES_LEFT = 8, 2
 """So many batches are made ahead, and made again when so few are left."""
 _DECODERS_A_MAKER = 3
@@ -40,10 +41,6 @@ class _Rows(Protocol):
 
     def open(self, epoch: EpochOrder, window: int) -> None:
         """Has the rows of a window there; what was read of another one is used no more."""
-        ...
-
-    def steps_at_once(self, epoch: EpochOrder) -> int:
-        """Returns of how many steps rows are to be read at once."""
         ...
 
     def read(self, first: int, last: int, buffers: Buffers) -> Columns:
@@ -65,21 +62,18 @@ class _Rows(Protocol):
 class _CachedRows:
     """A partition decoded once, in file order."""
 
-    def __init__(self, source: Source, lanes: tuple[int, int], local_batch_size: int, laps: Laps, crew: Crew) -> None:
+    def __init__(self, source: Source, lanes: tuple[int, int], laps: Laps, crew: Crew) -> None:
         types = source.least_types  # rows are gathered from all over the partition: of less memory, more is in the cache
         groups = range(len(source.inventory.row_groups))
         reads = [partial(_decoded, source, group, types) for group in groups]
         self._columns = concatenate(list(crew.in_order(reads)))
         laps.lap("decode")
-        self._lanes, self._local_batch_size = lanes, local_batch_size
+        self._lanes = lanes
         self._table: tuple[EpochOrder, int, npt.NDArray[np.int64]] | None = None
 
     def open(self, epoch: EpochOrder, window: int) -> None:
         if self._table is None or self._table[:2] != (epoch, window):
             self._table = epoch, window, epoch.rows(window, self._lanes)
-
-    def steps_at_once(self, epoch: EpochOrder) -> int:
-        return max(1, _GATHER_ROWS // self._local_batch_size)
 
     def read(self, first: int, last: int, buffers: Buffers) -> Columns:
         assert self._table is not None, "a window is opened before it is read"
@@ -185,7 +179,7 @@ class BatchReader:
             end = min(epoch.steps(window), begin + stop - step)
             rows.open(epoch, window)
             self.laps.lap("order")
-            at_once = rows.steps_at_once(epoch)
+            at_once = max(1, _ROWS_AT_ONCE // self._local_batch_size)
             if self._makers.size > 1:  # what a thread makes, it makes to its end: it is to be no more than is made ahead
                 at_once = min(at_once, _BATCHES_AHEAD)
             jobs = [
@@ -226,7 +220,7 @@ class BatchReader:
             self._rows = None  # lets go of the former before the next is read
             source = self._sources[partition]
             self._rows = (
-                _CachedRows(source, self._lanes, self._local_batch_size, self.laps, self._decoders)
+                _CachedRows(source, self._lanes, self.laps, self._decoders)
                 if self._cached[partition]
                 else Windows(source, self._lanes, self._cache_bytes, self.laps, self._decoders)
             )

@@ -326,8 +326,8 @@ class Source:
 
     def _by_column(self, group: RowGroup, rows: IntArray | None, skip: int = 0) -> RowsByColumn:
         """Returns a row group of a local file; an object store would be asked for each column."""
-        read = lambda name: self._read_columns(group, [name])[name]  # noqa: E731
-        return RowsByColumn(read, self.decoder.shared_columns, group.num_file_rows, rows, skip)
+        read, shared = (lambda name: self._read_columns(group, [name])[name]), self.decoder.shared_columns
+        return RowsByColumn(read, shared, group.num_file_rows, rows, skip)
 
     def _read_columns(self, group: RowGroup, columns: Sequence[str]) -> pa.Table:
         """Returns columns of a whole row group, as Arrow has them."""
@@ -409,10 +409,7 @@ class Source:
                     file = self._parquet_file(group.file, stream=True)
                     self._count_bytes(group, self.decoder.columns)
                     batches = file.iter_batches(
-                        batch_size=batch_rows,
-                        row_groups=[group.index],
-                        columns=self.decoder.columns,
-                        use_threads=False,
+                        batch_size=batch_rows, row_groups=[group.index], columns=self.decoder.columns, use_threads=False
                     )
                 batch = next(batches, None)
             except (OSError, pa.ArrowException, ValueError) as error:

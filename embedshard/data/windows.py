@@ -33,8 +33,6 @@ _LANE_ROWS: Final = 16_384
 """Rows decoded at once, and where a row group is one lane's: a lane holds no more beyond its window."""
 _WHOLE_ROWS: Final = 2**17
 """A row group of no more is decoded to its end: its rows take less memory than pages and dictionaries of an open stream."""
-_ORDER_ROWS: Final = 65_536
-"""Rows put in order at once: what they take stays in the cache until batches are made of them."""
 _WINDOW_ROWS: Final = 2**20
 _WINDOW_BYTES: Final = 2**28
 """Of a window over all lanes, where the data do not fit the cache: so many rows, or as many as take so many bytes."""
@@ -111,10 +109,6 @@ class Windows:
         """
         if self._current is None or self._current.epoch is not epoch or self._current.number != window:
             self._current = self._next_window(epoch, window)
-
-    def steps_at_once(self, epoch: EpochOrder) -> int:
-        """Returns of how many steps rows are to be read at once."""
-        return max(1, _ORDER_ROWS // ((self._lanes[1] - self._lanes[0]) * epoch.rows_per_lane))
 
     def read(self, first: int, last: int, buffers: Buffers) -> Columns:
         """Returns rows of the steps [first, last) of the open window, as they are trained. For several threads.

@@ -77,7 +77,7 @@ def check(batches):
 @pytest.mark.parametrize("cache_bytes", [0, 300_000, 2**30])
 @pytest.mark.parametrize(("window_steps", "order_rows"), [(1, 65_536), (10, 2_000), ("auto", 2_000), ("auto", 65_536)])
 def test_each_row_group_is_read_once_a_pass(data, cache_bytes, window_steps, order_rows, monkeypatch):
-    monkeypatch.setattr(windows, "_ORDER_ROWS", order_rows)
+    monkeypatch.setattr(reader_module, "_ROWS_AT_ONCE", order_rows)
     dataset, reader = open_reader(data, cache_bytes, window_steps=window_steps)
     steps = dataset.order.epoch_steps
     with reader.batches(0, 2 * steps) as batches:
@@ -188,8 +188,7 @@ def test_threads_change_nothing(data, is_cached, whole_rows, cache_bytes, batch,
     monkeypatch.setattr(windows, "_WHOLE_ROWS", whole_rows)
     monkeypatch.setattr(windows, "_DECODE_ROWS", 500)
     monkeypatch.setattr(windows, "_LANE_ROWS", 200)
-    monkeypatch.setattr(windows, "_ORDER_ROWS", 512)
-    monkeypatch.setattr(reader_module, "_GATHER_ROWS", 512)
+    monkeypatch.setattr(reader_module, "_ROWS_AT_ONCE", 512)
     rows, threads_met = [], set()
 
     def met_in(function):
