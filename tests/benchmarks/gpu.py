@@ -1,14 +1,15 @@
 """What one GPU trains and reads: MLPerf's DLRM-DCNv2, two towers over 100 million items, tables in and beyond its memory.
 
-    python tests/benchmarks/gpu.py [--only dcn two_tower memory stages] [--scale 1.0] [--threads N] [--write FILE]
+    python tests/benchmarks/gpu.py [--only reading dcn two_tower memory stages] [--scale 1.0] [--threads N] [--write FILE]
     python tests/benchmarks/gpu.py --quick --device cpu          # small tables and batches: whether it works
 
 The data are drawn and kept in a folder (`--data`). Each training is `embedshard train` in a fresh process, from Parquet, and
 ended before it writes 100 GB as its checkpoint; samples a second are those after the first 20 steps. Reading is the same
-reader with nothing behind it, by one thread and by as many as training has (half of the cores, unless it is told). `memory`
-trains one model with its tables in the GPU's memory, behind a cache of a fifth of their rows (`uvm_caching`, without and
-with `train.prefetch`), and in the host's. `stages` is `embedshard bench` on the DCNv2: each stage's share of its limit,
-lookup and update as shares of what rows anywhere in the GPU's memory give. No case has been run on a GPU yet.
+reader with nothing behind it, by one thread and by as many as training has (half of the cores, unless it is told);
+`reading` trains nothing. `memory` trains one model with its tables in the GPU's memory, behind a cache of a fifth of their
+rows (`uvm_caching`, without and with `train.prefetch`), and in the host's. `stages` is `embedshard bench` on the DCNv2: each
+stage's share of its limit, lookup and update as shares of what rows anywhere in the GPU's memory give. No case has been run
+on a GPU yet.
 """
 
 from __future__ import annotations
@@ -193,9 +194,10 @@ def main() -> None:
     """Parses arguments, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cases = ("dcn", "two_tower", "memory", "stages")
-    parser.add_argument("--only", nargs="+", choices=cases, default=list(cases))
+    parser.add_argument("--only", nargs="+", choices=("reading", *cases), default=list(cases))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=float, default=1.0, help="of the DCNv2's tables: 1.0 takes 104 GB")
+    parser.add_argument("--batch", type=int, default=BATCH)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="that read")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-gpu", help="kept")
@@ -206,24 +208,28 @@ def main() -> None:
     if arguments.read:
         read_here(arguments.read)
         return
-    scale, batch, items, users, dim = arguments.scale, BATCH, ITEMS, USERS, DIM
+    scale, batch, items, users, dim = arguments.scale, arguments.batch, ITEMS, USERS, DIM
     if arguments.quick:
         scale, batch, items, users, dim = 1e-4, 512, 10_000, 1_000, 8
     rows = (arguments.steps + 2) * batch
     columns = ["samples/s", *(f"the reader alone, rows/s, `data.threads` {threads}" for threads in (1, arguments.threads))]
     lines = [f"| | {' | '.join(columns)} | longest stages of a step, ms |", "|---|---|---|---|---|"]
 
-    def told(name: str, tree: dict, scratch: Path) -> None:
+    def told(name: str, tree: dict, scratch: Path, is_trained: bool = True) -> None:
         tree["data"]["threads"] = arguments.threads
-        speed, stages = trained(tree, arguments.device, arguments.steps, scratch)
-        longest = sorted(stages.items(), key=lambda stage: -stage[1])[:4]
-        shown = ", ".join(f"{stage} {value:.1f}" for stage, value in longest)
-        alone = [read(tree, threads, scratch) for threads in (1, arguments.threads)]
-        lines.append(f"| {name} | {speed:,.0f} | {alone[0]:,.0f} | {alone[1]:,.0f} | {shown} |")
+        speed = shown = ""
+        if is_trained:
+            samples, stages = trained(tree, arguments.device, arguments.steps, scratch)
+            longest = sorted(stages.items(), key=lambda stage: -stage[1])[:4]
+            speed, shown = f"{samples:,.0f}", ", ".join(f"{stage} {value:.1f}" for stage, value in longest)
+        alone = " | ".join(f"{read(tree, threads, scratch):,.0f}" for threads in (1, arguments.threads))
+        lines.append(f"| {name} | {speed} | {alone} | {shown} |")
         print(lines[-1], file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="embedshard-gpu-") as folder:
         scratch = Path(folder)
+        if "reading" in arguments.only:
+            told("rows of the DCNv2", dcn(arguments.data, rows, scale, batch, "fp32", dim=dim), scratch, is_trained=False)
         for precision in ("fp32", "bf16"):
             if "dcn" in arguments.only:
                 tree = dcn(arguments.data, rows, scale, batch, precision, dim=dim)
