@@ -308,10 +308,13 @@ def bench(
     workers: Annotated[int, typer.Option(min=1, metavar="N", help="Processes that exchange ids and vectors.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="How long each measure may take.")] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="Print tables as Markdown.")] = False,
     device: Device = "auto",
     report_to: Annotated[Path | None, typer.Option(hidden=True, help="Of a worker that bench started.")] = None,
 ) -> None:
     """Measure what this machine allows and how near training comes, stage by stage, and where a step's time goes."""
+    if as_json and as_markdown:
+        raise ConfigError("--json and --markdown are two ways to print the same. Give one of them.")
     with long_imports():
         from embedshard.launch.bench import bench_as_worker, bench_here, show
         from embedshard.train.tracking import json_text
@@ -325,7 +328,7 @@ def bench(
     if as_json:
         typer.echo(json_text(found.to_json(), indent=2))
     else:
-        show(found, Console(highlight=False))
+        show(found, Console(highlight=False), as_markdown=as_markdown)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -36,7 +37,7 @@ from embedshard.train.tracking import json_text
 from embedshard.world import World, launched_world_size, open_world
 
 _FORMAT: Final = 1
-_BAR, _WIDTH = 44, 120
+_BAR, _WIDTH, _MARKDOWN_WIDTH = 44, 120, 1_000
 _QUIET: Final = 0.9
 _PREFIXES: Final = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
 
@@ -215,8 +216,14 @@ def _exchange(config: Config, world: World, timer: Timer, folder: Path, found: B
 
 
 # ---------------------------------------------------------------------------------------------------------------- shown
-def show(found: Bench, console: Console) -> None:
-    """Prints what was measured: the machine, each measure beside its limit, and where steps' time goes."""
+def show(found: Bench, console: Console, *, as_markdown: bool = False) -> None:
+    """Prints what was measured: the machine, each measure beside its limit, and where steps' time goes.
+
+    Args:
+        found: what was measured.
+        console: where it is printed.
+        as_markdown: whether tables are Markdown's, without bars.
+    """
     machine = found.machine
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = machine["cpu"] if machine["device"] == "cpu" else f"{machine['device']}, {machine['cpu']}"
@@ -231,9 +238,10 @@ def show(found: Bench, console: Console) -> None:
             f"or it waited for the disk or a device. Rates are of the whole time; shares suffer less: limits took turns.",
             soft_wrap=True,
         )
-    table = Table(title="What the machine allows, and how near the system comes (medians)", title_justify="left")
+    console.print("\nWhat the machine allows, and how near the system comes (medians):\n", soft_wrap=True)
+    table = _table(as_markdown)
     if not console.is_terminal:
-        console.width = max(console.width, _WIDTH)
+        console.width = max(console.width, _MARKDOWN_WIDTH if as_markdown else _WIDTH)
     table.add_column("measure", no_wrap=True)
     for heading in ("rate", "quartiles", "of its limit"):
         table.add_column(heading, justify="right", no_wrap=heading != "of its limit")
@@ -242,13 +250,20 @@ def show(found: Bench, console: Console) -> None:
     for measure in found.measures:
         table.add_row(*_cells(measure))
     console.print(table)
+    if as_markdown:
+        console.print()
     for measure in found.measures:
         note = measure.not_applicable or measure.note
-        console.print(f"{measure.name}: {measure.what}{f'; {note}' if note else ''}.", soft_wrap=True, markup=False)
+        told = f"{'- ' if as_markdown else ''}{measure.name}: {measure.what}{f'; {note}' if note else ''}."
+        console.print(told, soft_wrap=True, markup=False)
     for steps in found.steps:
-        _show_steps(steps, console)
+        _show_steps(steps, console, as_markdown)
     for sentence in found.left_out:
         console.print(f"Left out: {escape(sentence)}", soft_wrap=True)
+
+
+def _table(as_markdown: bool) -> Table:
+    return Table(box=box.MARKDOWN) if as_markdown else Table()
 
 
 def _cells(measure: Measure) -> list[str]:
@@ -273,7 +288,7 @@ def _rate(value: float, unit: str) -> str:
     return f"{told}/s" if unit else told
 
 
-def _show_steps(steps: Steps, console: Console) -> None:
+def _show_steps(steps: Steps, console: Console, as_markdown: bool) -> None:
     waterfall, wall = steps.waterfall, steps.waterfall.wall
     workers = f"{steps.workers} worker{'s' if steps.workers > 1 else ''}"
     title = (
@@ -281,26 +296,34 @@ def _show_steps(steps: Steps, console: Console) -> None:
         f"{number(round(steps.samples_per_second))} samples/s (mean of {steps.steps:,} steps; "
         f"{share(abs(steps.remainder))} of the wall time is in no stage)"
     )
-    console.print(title, soft_wrap=True)
-    table = Table()
+    console.print(f"{title}:\n" if as_markdown else title, soft_wrap=True)
+    table = _table(as_markdown)
     table.add_column("stage")
     table.add_column("ms", justify="right")
     table.add_column("share", justify="right")
-    table.add_column("where in the step")
+    if not as_markdown:
+        table.add_column("where in the step")
+
+    def add(name: str, seconds: float, bar: str) -> None:
+        cells = [name, number(1e3 * seconds), share(seconds / wall)]
+        table.add_row(*cells, *([] if as_markdown else [bar]))
+
     begin = 0.0
     for name, seconds in waterfall.stages.items():
         if seconds > 0:
-            table.add_row(name, number(1e3 * seconds), share(seconds / wall), _bar(begin, seconds, wall))
+            add(name, seconds, _bar(begin, seconds, wall))
         begin += seconds
-    table.add_section()
+    if not as_markdown:
+        table.add_section()
     begin = 0.0
     for name, seconds in waterfall.beside.items():
         begin = 0.0 if name == "save" else begin
         if seconds > 0:
-            bar = _bar(begin, seconds, wall, "░" if name == "ahead" else "▒")
-            table.add_row(f"beside: {name}", number(1e3 * seconds), share(seconds / wall), bar)
+            add(f"beside: {name}", seconds, _bar(begin, seconds, wall, "░" if name == "ahead" else "▒"))
         begin += seconds
     console.print(table)
+    if as_markdown:
+        console.print()
     for sentence in waterfall.sentences():
         console.print(escape(sentence), soft_wrap=True)
     if steps.window is not None:

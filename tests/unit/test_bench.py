@@ -326,7 +326,8 @@ def test_mistakes_are_told(make_config, tmp_path):
         bench_here(path, [], {"RANK": "0", "WORLD_SIZE": "2"}, console=console)
 
 
-def test_a_table_shows_each_measure_and_what_is_not_measured(capsys):
+@pytest.fixture
+def found():
     machine = {
         "date": "2026-01-01", "cpu": "a processor", "cores": 2, "cores_allowed": 1, "threads": 1, "load": 0.5,
         "memory_bytes": 2**30, "device": "cpu", "system": "a system", "versions": {"torch": "2"}, "computing": 0.4,
@@ -336,7 +337,11 @@ def test_a_table_shows_each_measure_and_what_is_not_measured(capsys):
         Measure("host to device", "a batch", not_applicable="there is no device"),
     ]
     steps = [steps_of(), steps_of(2, window=99)]
-    show(Bench("a.yaml", machine, 2, 1.0, measures, steps, ["Steps: no room."]), Console(width=120))
+    return Bench("a.yaml", machine, 2, 1.0, measures, steps, ["Steps: no room."])
+
+
+def test_a_table_shows_each_measure_and_what_is_not_measured(found, capsys):
+    show(found, Console(width=120))
     shown = capsys.readouterr().out
     for words in (
         "1 GB/s",
@@ -358,3 +363,15 @@ def test_a_table_shows_each_measure_and_what_is_not_measured(capsys):
         "2 workers",
     ):
         assert words in shown
+
+
+def test_tables_of_markdown_have_a_line_for_each_measure_and_stage(found, capsys):
+    show(found, Console(width=120), as_markdown=True)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert rows[2][:2] == ["lookup", "1 GB/s"]
+    assert rows[2][3:] == ["50%", "plain rows, 2 GB/s", "1.0 MiB"]
+    assert rows[3] == ["host to device", "n/a", "", "", "", ""]
+    assert {len(row) for row in rows} == {6, 3}, "steps have no bars"
+    assert "- host to device: a batch; there is no device." in lines
+    assert any(row[0] == "table_backward" and row[2] == "62.96 %" for row in rows)

@@ -1,10 +1,12 @@
-"""Compares reading and training with what else there is, on the same data, in turns; prints the tables in Markdown.
+"""Measures this machine, and reading and training beside what else there is; prints the tables in Markdown.
 
-    python tests/benchmarks/peers/run.py [--only reading training workers start] [--repeats 3] [--write docs/benchmarks.md]
+    python tests/benchmarks/peers/run.py [--only bench keras reading training workers start] [--repeats 3]
+        [--write docs/benchmarks.md]
 
 Each measurement is a fresh process with one thread, bound to one core (`--cpu`; the cases with two workers to two). The
-contenders of a case are measured in turns, so often as `--repeats` says; what is told is the median, and from the least to
-the greatest. Others get the best of three settings. `--write` puts the tables between the file's marks.
+contenders of a case read the same data and are measured in turns, so often as `--repeats` says; what is told is the median,
+and from the least to the greatest. Others get the best of three settings. `--write` puts each part between its marks in the
+file as soon as it is measured, with the machine, the day and the versions; other parts stay as they are.
 """
 
 from __future__ import annotations
@@ -12,25 +14,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-from bound import finished  # noqa: E402
+from bound import VARIABLES, finished  # noqa: E402
 from data import criteo_tree, towers_tree, write  # noqa: E402
+from tables import check_marks, machine, put  # noqa: E402
 
 BATCH, TRAIN_BATCH = 8_192, 4_096
 WARM_UP_STEPS = 40
-MARKS = "<!-- peers: begin -->", "<!-- peers: end -->"
 
 
 @dataclass
@@ -218,46 +217,51 @@ def start(arguments: argparse.Namespace, scratch: Path) -> list[str]:
     return [*lines, ""]
 
 
-CASES = {"reading": reading, "training": training, "workers": workers, "start": start}
+def bench(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """What this machine allows, and how near each stage comes."""
+    return _printed([sys.executable, "-m", "embedshard.cli", "bench", "--seconds", "2", "--markdown"])
 
 
-def machine() -> str:
-    """Returns the machine, the day and the versions in a line."""
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-    names = []
-    for package in ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "ray", "numba"):
-        try:
-            names.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            continue
-    load = "/".join(f"{value:.0f}" for value in os.getloadavg())
-    return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {cpu.group(1).strip() if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"load {load} at the end, Python {platform.python_version()}, {', '.join(names)}."
-    )
+def keras(arguments: argparse.Namespace, scratch: Path) -> list[str]:
+    """Four models by Keras, in an environment of its own, and by embedshard."""
+    command = [sys.executable, str(HERE.parent / "keras_side_by_side" / "run.py"), "--repeats", str(arguments.repeats)]
+    return _printed([*command, "--cpu", str(arguments.cpu), *(["--quick"] if arguments.quick else [])])
+
+
+def _printed(command: list[str]) -> list[str]:
+    """Returns the lines that a program prints, one thread each of its processes; what it says beside them is shown."""
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, **VARIABLES})
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with {ended.returncode}.")
+    return [*ended.stdout.splitlines(), ""]
+
+
+PARTS = {"bench": bench, "keras": keras, "reading": reading, "training": training, "workers": workers, "start": start}
 
 
 def main() -> None:
     """Parses arguments, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts; all but these are left out"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows", type=int, default=2**22, help="to read, with ids; half of it with lists")
     parser.add_argument("--steps", type=int, default=400, help="to train")
     parser.add_argument("--cpu", type=int, default=max(os.sched_getaffinity(0)), help="core that contenders are bound to")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-peers", help="kept")
-    parser.add_argument("--write", type=Path, help="file whose tables, between its marks, are replaced")
+    parser.add_argument("--quick", action="store_true", help="Keras: few rows, once each: whether it works")
+    parser.add_argument("--write", type=Path, help="file whose tables, between their marks, are replaced")
     arguments = parser.parse_args()
-    lines = []
+    if arguments.write:
+        check_marks(arguments.write, arguments.only)
     with tempfile.TemporaryDirectory(prefix="embedshard-peers-") as scratch:
         for name in arguments.only:
-            lines += CASES[name](arguments, Path(scratch))
-    text = "\n".join([machine(), "", *lines])
-    print(text)
-    if arguments.write:
-        whole = arguments.write.read_text()
-        before, after = whole.split(MARKS[0])[0], whole.split(MARKS[1])[1]
-        arguments.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+            lines = PARTS[name](arguments, Path(scratch))
+            text = "\n".join([machine(), "", *lines])
+            print(text, flush=True)
+            if arguments.write:
+                put(arguments.write, name, text)
 
 
 if __name__ == "__main__":
