@@ -16,12 +16,12 @@ import torch
 
 from embedshard import __version__
 from embedshard.bench.measure import Measure, Timer
+from embedshard.train.checkpoint_files import MAX_FILE_BYTES
 from embedshard.world import usable_cores
 
 _COPY_BYTES: Final = 128 * 2**20
 _LEAST_TABLE_BYTES, _MOST_TABLE_BYTES = 64 * 2**20, 2**30
 _MATMUL_SIZE: Final = 1024
-_FILE_BYTES: Final = 64 * 1000**2  # as checkpoints are
 _PACKAGES: Final = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 
 
@@ -141,8 +141,8 @@ def matmul(device: torch.device) -> _Matmul:
 class _RawFiles:
     def __init__(self, folder: Path, size_bytes: int) -> None:
         self._folder = folder
-        self._content = os.urandom(min(size_bytes, _FILE_BYTES))
-        self._sizes = [min(_FILE_BYTES, size_bytes - begin) for begin in range(0, size_bytes, _FILE_BYTES)]
+        self._content = os.urandom(min(size_bytes, MAX_FILE_BYTES))
+        self._sizes = [min(MAX_FILE_BYTES, size_bytes - begin) for begin in range(0, size_bytes, MAX_FILE_BYTES)]
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(self) -> None:

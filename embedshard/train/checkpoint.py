@@ -1,6 +1,6 @@
 """Checkpoints that belong to no world size: how the ranks of a run write them together.
 
-`step-00001000/` holds safetensors files of at most 64 MB and `manifest.json`. Each rank writes its own files, named
+`step-00001000/` holds safetensors files of at most 30 MB and `manifest.json`. Each rank writes its own files, named
 `<attempt>-r<rank>-<number>.safetensors`, then the list of them, `<attempt>-r<rank>.json`. Rank 0 waits for all lists and
 writes the manifest: its appearance commits the checkpoint. Then it deletes the lists, by which the other ranks know. So the
 ranks meet in the folder alone: no collective, in any thread, on disks and object stores.
@@ -42,7 +42,7 @@ from typing import Any, Literal
 
 from embedshard.errors import CheckpointError, PeerError
 from embedshard.storage import Location
-from embedshard.train.checkpoint_files import Piece, num_bytes, write_pieces
+from embedshard.train.checkpoint_files import MAX_FILE_BYTES, Piece, num_bytes, write_pieces
 from embedshard.train.checkpoint_format import DamageError, Manifest, PartFile, check, parse_manifest, seal
 from embedshard.train.checkpoint_reader import (
     MANIFEST,
@@ -90,7 +90,7 @@ class Checkpointer:
         attempt: str,
         mode: Literal["auto", "background", "blocking"] = "auto",
         memory_bytes: int = 2 * 1024**3,
-        max_file_bytes: int = 64 * 1000**2,
+        max_file_bytes: int = MAX_FILE_BYTES,
         timeout_s: float = 600.0,
         is_aborted: Callable[[], bool] = lambda: False,
     ) -> None:

@@ -5,12 +5,15 @@ Must not know manifests, ranks that wait for each other, or which checkpoint is 
 
 from __future__ import annotations
 
-__all__ = ["Piece", "num_bytes", "read_file", "write_pieces"]
+__all__ = ["MAX_FILE_BYTES", "Piece", "files_at_once", "num_bytes", "read_file", "write_pieces"]
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Final
 
 import safetensors
 import safetensors.torch
@@ -27,6 +30,9 @@ from embedshard.train.checkpoint_format import (
     TensorEntry,
     dtype_name,
 )
+
+MAX_FILE_BYTES: Final = 30 * 1000**2
+"""Below 32 MiB, above which glibc gives memory back to the kernel, which clears it for each file anew."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,11 @@ class Piece:
     shape: tuple[int, ...]
 
 
+def files_at_once(folder: Location) -> int:
+    """Returns how many files of a folder are read, or written, at the same time: a store answers late, and many at once."""
+    return 2 if folder.is_local else 4
+
+
 def num_bytes(pieces: Iterable[Piece]) -> int:
     """Returns the bytes of the pieces' elements."""
     return sum(piece.tensor.numel() * piece.tensor.element_size() for piece in pieces)
@@ -54,7 +65,8 @@ def num_bytes(pieces: Iterable[Piece]) -> int:
 def write_pieces(folder: Location, prefix: str, pieces: Iterable[Piece], max_file_bytes: int) -> PartFile:
     """Writes pieces, one file after the other, and returns what a manifest has to say of them.
 
-    Each file's SHA-256 is taken from memory, so it also tells what a disk changed. At most two files' bytes are in memory.
+    Each file's SHA-256 is taken from memory, so it also tells what a disk changed. Files are written in threads, while their
+    SHA-256 is taken and the next one is made: at most `files_at_once` and one more are in memory.
 
     Args:
         folder: exists.
@@ -69,15 +81,22 @@ def write_pieces(folder: Location, prefix: str, pieces: Iterable[Piece], max_fil
     tensors: dict[str, TensorEntry] = {}
     entries: list[PieceEntry] = []
     files: list[FileEntry] = []
-    for content in _portions(_registered(pieces, tensors), max_file_bytes):
-        name = f"{prefix}-{len(files):05d}.safetensors"
-        data = safetensors.torch.save(_on_cpu(content))
-        folder.join(name).write_bytes_atomically(data)
-        files.append(FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
-        entries += [
-            PieceEntry(name=piece.name, file=name, key=_key(piece), offset=piece.offset, shape=tuple(piece.tensor.shape))
-            for piece in content
-        ]
+    writes: deque[Future[None]] = deque()
+    at_once = files_at_once(folder)
+    with ThreadPoolExecutor(at_once, "embedshard-checkpoint") as threads:
+        for content in _portions(_registered(pieces, tensors), max_file_bytes):
+            name = f"{prefix}-{len(files):05d}.safetensors"
+            data = safetensors.torch.save(_on_cpu(content))
+            if len(writes) == at_once:
+                writes.popleft().result()
+            writes.append(threads.submit(folder.join(name).write_bytes_atomically, data))
+            files.append(FileEntry(name=name, size=len(data), sha256=hashlib.sha256(data).hexdigest()))
+            entries += [
+                PieceEntry(name=piece.name, file=name, key=_key(piece), offset=piece.offset, shape=tuple(piece.tensor.shape))
+                for piece in content
+            ]
+        for write in writes:
+            write.result()
     return PartFile(tensors=tensors, pieces=tuple(entries), files=tuple(files))
 
 

@@ -19,10 +19,11 @@ __all__ = [
 ]
 
 import re
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -30,7 +31,7 @@ import torch
 
 from embedshard.errors import CheckpointError, nearest
 from embedshard.storage import Location
-from embedshard.train.checkpoint_files import Piece, read_file
+from embedshard.train.checkpoint_files import Piece, files_at_once, read_file
 from embedshard.train.checkpoint_format import (
     DTYPES,
     DamageError,
@@ -92,8 +93,8 @@ class Checkpoint:
     def read_into(self, wanted: Iterable[Piece | tuple[str, tuple[int, ...], torch.Tensor]]) -> None:
         """Fills blocks of tensors, cut in any way, from the pieces that overlap them. Not collective.
 
-        Reads each file that is needed once, one at a time, and verifies all of it before anything is copied from it. If
-        a file is damaged, blocks may have been filled from the files before it.
+        Reads each file that is needed once, and verifies all of it before anything is copied from it; the next ones are
+        read meanwhile (`files_at_once`). If a file is damaged, blocks may have been filled from the files before it.
 
         Args:
             wanted: blocks to fill, which may be live views: as (name, offset in the whole, tensor), or as a `Piece`, for
@@ -114,8 +115,8 @@ class Checkpoint:
                 if overlap(piece.offset, piece.shape, offset, tensor.shape) is not None:
                     copies[piece.file].append((piece, offset, tensor))
         try:
-            for file in sorted(copies):
-                self._copy(file, copies[file])
+            for file, content in self._loaded(sorted(copies)):
+                _copy(content, copies[file])
         except DamageError as error:
             raise CheckpointError(f"{error}. {offer(self.folder)}") from error
 
@@ -141,8 +142,7 @@ class Checkpoint:
         if name not in self.tensors:
             raise CheckpointError(f"{self.folder.uri} does not hold '{name}'. {nearest(name, self.tensors)}")
         try:
-            for file in sorted({piece.file for piece in self._by_name[name]}):
-                content = self._load(file)
+            for file, content in self._loaded(sorted({piece.file for piece in self._by_name[name]})):
                 for piece in self._by_name[name]:
                     if piece.file == file:
                         yield piece.offset, content[piece.key]
@@ -154,7 +154,7 @@ class Checkpoint:
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """Yields a tensor's rows in order, all columns of them, as many at once as a piece has. Not collective.
 
-        Beside one block no more than one file is in memory.
+        Beside one block no more than a few files are in memory (`files_at_once`, and the one that is copied from).
 
         Args:
             name: of a tensor with at least one axis.
@@ -186,20 +186,31 @@ class Checkpoint:
     def find_damage(self) -> str | None:
         """Reads every file, and says what is wrong with the first that is not as it was written; None if all are."""
         try:
-            for file in self._files:
-                self._load(file)
+            for _ in self._loaded(self._files):
+                pass
         except DamageError as error:
             return str(error)
         return None
 
-    def _copy(self, file: str, copies: Iterable[tuple[PieceEntry, tuple[int, ...], torch.Tensor]]) -> None:
-        content = self._load(file)
-        for piece, offset, tensor in copies:
-            region = overlap(piece.offset, piece.shape, offset, tensor.shape)
-            assert region is not None, "only overlapping pieces were taken"
-            source = content[piece.key][tuple(slice(a - o, b - o) for (a, b), o in zip(region, piece.offset, strict=True))]
-            target = tensor.detach()[tuple(slice(a - o, b - o) for (a, b), o in zip(region, offset, strict=True))]
-            target.copy_(source)
+    def _loaded(self, files: Iterable[str]) -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
+        """Yields what verified files hold, in their order; those that come next are read in threads.
+
+        Raises:
+            DamageError: in the place of the first file that is not as it was written.
+        """
+        rest, at_once = iter(files), files_at_once(self.folder)
+        threads = ThreadPoolExecutor(at_once, "embedshard-checkpoint")
+        try:
+            ahead = deque((file, threads.submit(self._load, file)) for file in islice(rest, at_once))
+            while ahead:
+                file, loading = ahead.popleft()
+                content = loading.result()
+                ahead.extend((following, threads.submit(self._load, following)) for following in islice(rest, 1))
+                del loading  # it holds the content, too
+                yield file, content
+                del content
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def _load(self, file: str) -> dict[str, torch.Tensor]:
         return read_file(self.folder, self._files[file], self._by_file[file], self._dtypes)
@@ -220,6 +231,16 @@ class Checkpoint:
                 f"{self.folder.uri}: '{name}' is {spec.dtype} of shape {list(spec.shape)}, needed is {tensor.dtype} of "
                 f"shape {block}. Use the config that the checkpoint was trained with."
             )
+
+
+def _copy(content: Mapping[str, torch.Tensor], copies: Iterable[tuple[PieceEntry, tuple[int, ...], torch.Tensor]]) -> None:
+    """Copies what of a file's pieces overlaps blocks, each with its offset in the whole."""
+    for piece, offset, tensor in copies:
+        region = overlap(piece.offset, piece.shape, offset, tensor.shape)
+        assert region is not None, "only overlapping pieces were taken"
+        source = content[piece.key][tuple(slice(a - o, b - o) for (a, b), o in zip(region, piece.offset, strict=True))]
+        target = tensor.detach()[tuple(slice(a - o, b - o) for (a, b), o in zip(region, offset, strict=True))]
+        target.copy_(source)
 
 
 def open_checkpoint(folder: Location) -> Checkpoint:

@@ -24,6 +24,7 @@ from embedshard.errors import ConfigError
 from embedshard.launch.bench import Bench, bench_here, show
 from embedshard.stages import BESIDE, STEP_STAGES, Waterfall
 from embedshard.train.assembly import assemble
+from embedshard.train.checkpoint_files import MAX_FILE_BYTES
 from embedshard.train.snapshot import pieces
 from embedshard.train.stop import Notices
 from embedshard.world import open_world
@@ -127,10 +128,10 @@ def test_plain_rows_are_as_many_bytes_and_are_read_and_added_to():
 
 
 def test_plain_files_have_as_many_bytes(tmp_path):
-    files = raw_files(tmp_path / "raw", 64 * 1000**2 + 5)
+    files = raw_files(tmp_path / "raw", MAX_FILE_BYTES + 5)
     files.write()
     files.read()
-    assert sorted(path.stat().st_size for path in (tmp_path / "raw").iterdir()) == [5, 64 * 1000**2]
+    assert sorted(path.stat().st_size for path in (tmp_path / "raw").iterdir()) == [5, MAX_FILE_BYTES]
 
 
 # -------------------------------------------------------------------------------------------------- on the run's own parts

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from embedshard.train.checkpoint import (
     prune,
     step_folder,
 )
+from embedshard.train.checkpoint_files import files_at_once
 from embedshard.train.checkpoint_format import DTYPES, seal
 
 pytestmark = pytest.mark.timeout(60)
@@ -350,6 +352,63 @@ def test_nothing_is_copied_from_a_damaged_file(root):
     with pytest.raises(CheckpointError, match="There is no intact one beside it"):
         checkpoint.read_into([("table", tuple(damaged["offset"]), target)])
     assert not target.any()
+
+
+def test_of_several_damaged_files_the_first_is_named(root, monkeypatch):
+    save(root, 1, {"table": torch.ones(40, 8)}, max_file_bytes=512)
+    original, later = Location.read_bytes, threading.Event()
+
+    def read(self):
+        content = original(self)
+        if not self.name.endswith(".safetensors"):
+            return content
+        if "-00000." in self.name:
+            assert later.wait(30), "the next file is read meanwhile"
+        later.set()
+        return content[:-1] + bytes([content[-1] ^ 1])
+
+    monkeypatch.setattr(Location, "read_bytes", read)
+    checkpoint = open_step(root, 1)
+    assert "-00000.safetensors is damaged" in checkpoint.find_damage()
+
+
+def test_no_more_files_are_read_ahead_than_are_to_be_in_memory(root, monkeypatch):
+    save(root, 1, {"table": torch.ones(80, 8)}, max_file_bytes=512)
+    read, original = [], Location.read_bytes
+    monkeypatch.setattr(Location, "read_bytes", lambda self: (read.append(self.name), original(self))[1])
+    blocks = open_step(root, 1).blocks("table")
+    read.clear()
+    next(blocks)
+    blocks.close()
+    assert 1 <= len(read) <= 1 + files_at_once(root) < len(step_folder(root, 1).list_names()) - 1
+
+
+def test_no_more_files_are_made_than_are_to_be_in_memory(root, monkeypatch):
+    gate, arrived, made, original = threading.Event(), threading.Semaphore(0), [], Location.write_bytes_atomically
+
+    def write(self, data):
+        arrived.release()
+        assert gate.wait(30)
+        original(self, data)
+
+    def pieces():
+        for number in range(9):
+            made.append(number)
+            yield whole(f"x{number}", torch.full((60,), float(number)))
+
+    monkeypatch.setattr(Location, "write_bytes_atomically", write)
+    with Checkpointer(root, 0, 1, "1", mode="blocking", max_file_bytes=512) as checkpointer:
+        saving = threading.Thread(target=checkpointer.save, args=(1, pieces, {}))
+        saving.start()
+        for _ in range(files_at_once(root)):
+            assert arrived.acquire(timeout=30), "files are written at the same time"
+        time.sleep(0.2)  # what would be made too early is made by then
+        assert 9 + files_at_once(root) <= len(made) <= 9 + files_at_once(root) + 2, (
+            "after their sizes, the next file, and one"
+        )
+        gate.set()
+        saving.join(30)
+    assert_holds(open_step(root, 1), {f"x{number}": torch.full((60,), float(number)) for number in range(9)})
 
 
 def test_only_the_files_that_are_needed_are_read_each_once(root, monkeypatch):
