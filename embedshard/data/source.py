@@ -336,8 +336,8 @@ class Source:
             with self._file(group.file) as file:
                 table = file.read_row_group(group.index, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise self._unreadable(group, error) from error
-        self._check_rows(group, table.num_rows)
+            raise self._unreadable(group, error, columns) from error
+        self._check_rows(group, table.num_rows, columns)
         return table
 
     def find(self, number: int, names: Sequence[str], rows: IntArray) -> list[Finding]:
@@ -361,8 +361,8 @@ class Source:
                 self._count_bytes(group, decoder.columns)
                 table = file.read_row_group(group.index, columns=decoder.columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise self._unreadable(group, error) from error
-        self._check_rows(group, table.num_rows)
+            raise self._unreadable(group, error, decoder.columns) from error
+        self._check_rows(group, table.num_rows, decoder.columns)
         selected = self.inventory.selected_rows(group)
         found = decoder.find(_taken(_taken(table, selected), rows), self._where(group, 0))
         return [replace(finding, rows=rows[finding.rows]) for finding in found]
@@ -413,7 +413,7 @@ class Source:
                     )
                 batch = next(batches, None)
             except (OSError, pa.ArrowException, ValueError) as error:
-                raise self._unreadable(group, error) from error
+                raise self._unreadable(group, error, self.decoder.columns) from error
             if batch is None:
                 break
             if selected is None:
@@ -424,7 +424,7 @@ class Source:
                     rows = selected[first:last]
                     yield _taken(batch, rows - position), self._where(group, first, rows)
             position += batch.num_rows
-        self._check_rows(group, position)
+        self._check_rows(group, position, self.decoder.columns)
 
     def _where(self, group: RowGroup, row: int, rows: IntArray | None = None) -> Where:
         return Where(self.uri_of(group), group.index, row, group.first_row + row, rows)
@@ -473,15 +473,30 @@ class Source:
         found = [place for column in columns if (place := places[column]) is not None]
         self.byte_count.add(sum(chunks.column(place).total_compressed_size for place in found))
 
-    def _check_rows(self, group: RowGroup, rows: int) -> None:
+    def _check_rows(self, group: RowGroup, rows: int, columns: Sequence[str]) -> None:
         if rows != group.num_file_rows:
-            raise self._unreadable(group, ValueError(f"it holds {rows} rows, its footer says {group.num_file_rows}"))
+            met = ValueError(f"it holds {rows} rows, its footer says {group.num_file_rows}")
+            raise self._unreadable(group, met, columns)
 
-    def _unreadable(self, group: RowGroup, error: Exception) -> DataError:
+    def _unreadable(self, group: RowGroup, error: Exception, columns: Sequence[str]) -> DataError:
+        """Returns what is raised where columns of a row group cannot be read; it names those alone that fail, if it can."""
+        named = [column for column in columns if len(columns) > 1 and self._fails(group, column)] or list(columns)
+        where = f"{'column' if len(named) == 1 else 'columns'} {', '.join(named)}"
         return DataError(
-            f"{self.uri_of(group)}, row group {group.index}: cannot be read: {' '.join(str(error).split())} "
-            f"(columns {', '.join(self.decoder.columns)}). The file is damaged or changed while it was read: write it anew."
+            f"{self.uri_of(group)}, row group {group.index}: cannot be read: {' '.join(str(error).split())} ({where}). "
+            f"The file is damaged or changed while it was read: write it anew."
         )
+
+    def _fails(self, group: RowGroup, column: str) -> bool:
+        """Returns whether a column of a local file cannot be read; a store that fails is not asked again."""
+        if not self._locations[group.file].is_local:
+            return False
+        try:
+            with self._parquet_file(group.file) as file:
+                table = file.read_row_group(group.index, columns=[column], use_threads=False)
+        except (OSError, pa.ArrowException, ValueError):
+            return True
+        return bool(table.num_rows != group.num_file_rows)
 
 
 def _taken(table: pa.Table | pa.RecordBatch, rows: IntArray | None) -> pa.Table | pa.RecordBatch:
