@@ -14,7 +14,6 @@ __all__ = [
     "is_list",
     "is_number",
     "is_text",
-    "offsets_of",
     "parse_ids",
     "parse_lists",
     "parse_numbers",
@@ -32,7 +31,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedshard.compiled import compiled
+from embedshard.data.columns import offsets_of
 from embedshard.data.findings import Finding, Problem, Reason
 from embedshard.data.mapped_ids import integers, viewed
 from embedshard.data.text import TextVocabulary
@@ -284,23 +283,6 @@ def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray
         return ids, lengths
     padding = np.bincount(row_of(np.flatnonzero(is_padding), lengths), minlength=len(lengths))
     return ids.filter(pa.array(~is_padding)), lengths - padding
-
-
-def offsets_of(lengths: IntArray) -> IntArray:
-    """Returns where each list begins among the values of all, and where the last ends, (n + 1,) int64."""
-    offsets = np.empty(len(lengths) + 1, dtype=np.int64)
-    _sum_up(lengths, offsets)
-    return offsets
-
-
-@compiled
-def _sum_up(lengths: Any, offsets: Any) -> None:
-    """Fills in 0 and the running sums; numpy's `cumsum` takes eight times as long."""
-    end = 0
-    for row in range(len(lengths)):
-        offsets[row] = end
-        end += lengths[row]
-    offsets[len(lengths)] = end
 
 
 def _fitting_float32(array: pa.Array) -> npt.NDArray[np.float32] | None:
