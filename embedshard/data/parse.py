@@ -33,7 +33,7 @@ import pyarrow.compute as pc
 
 from embedshard.data.columns import offsets_of
 from embedshard.data.findings import Finding, Problem, Reason
-from embedshard.data.mapped_ids import integers, viewed
+from embedshard.data.mapped_ids import integers, is_string, viewed
 from embedshard.data.text import TextVocabulary
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError
@@ -327,7 +327,7 @@ def is_text(kind: pa.DataType) -> bool:
     """Returns whether values of a type are strings."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return is_string(kind)
 
 
 def is_number(kind: pa.DataType) -> bool:
