@@ -8,7 +8,8 @@ import pytest
 from embedshard.config import build_config
 from embedshard.data.columns import concatenate, num_rows
 from embedshard.data.decode import Decoder, column_specs
-from embedshard.data.source import Inventory, changes, open_source
+from embedshard.data.inventory import Inventory, changes
+from embedshard.data.source import open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.vocabulary import load_vocabularies
 from embedshard.errors import DataError
