@@ -1,18 +1,22 @@
 """Loops over arrays that are compiled by Numba when they are first called.
 
-The machine code is kept in a folder (`NUMBA_CACHE_DIR`, else beside the loop's file, else the user's cache). All loops let
-go of Python's lock.
+The machine code is kept in a folder (`NUMBA_CACHE_DIR`, else beside the loop's file, else the user's cache). It is made anew
+when anything changes of which it is made. All loops let go of Python's lock.
 """
 
 from __future__ import annotations
 
 __all__ = ["compiled"]
 
+import hashlib
+import inspect
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+import numpy as np
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -26,9 +30,12 @@ def compiled(function: _Function) -> _Function:
     options: dict[str, Any] = {"nogil": True, "fastmath": {"reassoc", "nsz", "contract"}, "error_model": "numpy"}
     try:
         loop: _Function = numba.njit(**options, cache=True)(function)
-    except RuntimeError:  # numba's, where neither its folder nor the user's can be written to
+        cache = cast(Any, loop)._cache
+        cache._cache_file._source_stamp = cache._cache_file._source_stamp, _made_of(function)
+    except (RuntimeError, AttributeError, OSError):
+        # Numba's, where neither its folder nor the user's can be written to; or a Numba that keeps its stamp elsewhere: what
+        # it has kept may be of before a change; or there are no files.
         return cast(_Function, numba.njit(**options)(function))
-    cache: Any = getattr(loop, "_cache", None)
     if hasattr(cache, "save_overload"):
         save = cache.save_overload
 
@@ -38,3 +45,28 @@ def compiled(function: _Function) -> _Function:
 
         cache.save_overload = save_if_possible
     return loop
+
+
+def _made_of(function: Any) -> str:
+    """Returns a digest of what a loop is made of beside its own file, which is all that Numba looks at.
+
+    That is how it is compiled (this file), the numbers that it takes from its module, and the files of the loops and the
+    pieces of code (`numba.extending.intrinsic`) that it calls, theirs as well.
+    """
+    found, waiting, met = [_digest(Path(__file__))], [function], {function}
+    while waiting:
+        one = waiting.pop()
+        for name in one.__code__.co_names:
+            value = one.__globals__.get(name)
+            if isinstance(value, bool | int | float | np.generic):
+                found.append(f"{name}={value!r}")
+            called = getattr(value, "__wrapped__", None)
+            if inspect.isfunction(called) and called not in met:
+                met.add(called)
+                waiting.append(called)
+                found.append(_digest(Path(inspect.getfile(called))))
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()

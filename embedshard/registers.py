@@ -6,7 +6,7 @@ after the last sixteen are masked. Loops over rows are what is left, and these e
 piece is as long as registers allow.
 
 How many sixteens a piece has is part of its type, so loops are compiled for each number of them: they are given a tuple of
-that length. What is kept of a loop (`compiled.py`) is not made again when this file alone changes.
+that length.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from embedshard.config.lookups import (
     num_negative_slots,
     table_specs,
 )
-from embedshard.config.root import LOSS, POINTWISE_METRICS, Config
+from embedshard.config.metrics import LOSS, POINTWISE_METRICS
+from embedshard.config.root import Config
 
 __all__ = [
     "LOSS",

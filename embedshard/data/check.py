@@ -28,10 +28,12 @@ from embedshard.data.check_report import ColumnReport, Known, ProblemReport, Ref
 from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_specs
 from embedshard.data.distinct import DistinctIds
 from embedshard.data.findings import Action, Finding, Problem, text_of
+from embedshard.data.footers import data_files
+from embedshard.data.inventory import Inventory, InventoryFile
 from embedshard.data.order import Order
 from embedshard.data.parse import Parsed
 from embedshard.data.partitions import find_partitions
-from embedshard.data.source import Inventory, InventoryFile, Source, data_files, open_file
+from embedshard.data.source import Source, open_file
 from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer_training import train_tokenizers

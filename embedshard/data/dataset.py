@@ -31,12 +31,13 @@ from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalog
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
 from embedshard.data.decode import Decoder, column_specs, slice_column
 from embedshard.data.huffman import HuffmanTree
+from embedshard.data.inventory import Inventory, changes, fingerprint_of
 from embedshard.data.negatives import AllRows, CandidateSampler, RowSampler, Sampler
 from embedshard.data.order import Order
 from embedshard.data.pairs import PairMaker
 from embedshard.data.partitions import Former, Partition, find_partitions
 from embedshard.data.quarantine import BadRowCounts, Tally, example_of, most_allowed, record, too_many
-from embedshard.data.source import Inventory, Source, changes, fingerprint_of, open_source
+from embedshard.data.source import Source, open_source
 from embedshard.data.statistics import Statistics, compute_statistics, count_ids
 from embedshard.data.tokenizer_training import PreparationProgress, train_tokenizers
 from embedshard.data.training_set import open_training_set

@@ -29,7 +29,7 @@ from embedshard.config.parts import (
     TextFeature,
     WeightedBagFeature,
 )
-from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.columns import Columns, Flat, Ragged, offsets_of
 from embedshard.data.findings import Action, Finding, Problem, Reason, shown
 from embedshard.data.parse import (
     Parsed,
@@ -39,7 +39,6 @@ from embedshard.data.parse import (
     is_list,
     is_number,
     is_text,
-    offsets_of,
     parse_ids,
     parse_lists,
     parse_numbers,

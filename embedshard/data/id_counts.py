@@ -11,6 +11,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.data.columns import offsets_of
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 
@@ -80,7 +82,7 @@ class IdCounts:
     def lookups_between(self, bounds: Sequence[int]) -> IntArray:
         """Returns how many lookups are of rows [bounds[i], bounds[i + 1]), for each i; bounds ascend."""
         self._count()
-        sums = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(self._counts)])
+        sums = offsets_of(self._counts)
         return np.diff(sums[np.searchsorted(self._rows, np.asarray(bounds, dtype=np.int64))])
 
     def to_the_power(self, alpha: float) -> IdCounts:

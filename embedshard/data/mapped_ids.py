@@ -8,7 +8,7 @@ under the digest of its content, and mapped from there: its pages are in memory 
 
 from __future__ import annotations
 
-__all__ = ["IntegerIds", "MappedIds", "StringIds", "integers", "lay_out", "mapped", "viewed"]
+__all__ = ["IntegerIds", "MappedIds", "StringIds", "integers", "is_string", "lay_out", "mapped", "viewed"]
 
 import contextlib
 import fcntl
@@ -157,6 +157,11 @@ def integers(ids: pa.Array) -> IntArray | WordArray:
     """Returns integers of any width, without nulls, as int64, or as uint64 if they are that. It may be Arrow's memory."""
     kind = pa.uint64() if pa.types.is_uint64(ids.type) else pa.int64()
     return viewed(ids if ids.type == kind else ids.cast(kind), np.uint64 if kind == pa.uint64() else np.int64)
+
+
+def is_string(kind: pa.DataType) -> bool:
+    """Returns whether values of a type are strings, as they lie or as a view of them."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def viewed(array: pa.Array, dtype: npt.DTypeLike) -> npt.NDArray[Any]:

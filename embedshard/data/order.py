@@ -302,6 +302,7 @@ def _rows_in_file_order(epoch_rows: Any, group_starts: Any, file_starts: Any, ro
 
 @compiled
 def _mixed(word: Any) -> Any:
+    """As `hashing.finalised`, of one word, in a loop."""
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return word ^ (word >> np.uint64(31))

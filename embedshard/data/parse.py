@@ -14,7 +14,6 @@ __all__ = [
     "is_list",
     "is_number",
     "is_text",
-    "offsets_of",
     "parse_ids",
     "parse_lists",
     "parse_numbers",
@@ -32,9 +31,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from embedshard.compiled import compiled
+from embedshard.data.columns import offsets_of
 from embedshard.data.findings import Finding, Problem, Reason
-from embedshard.data.mapped_ids import integers, viewed
+from embedshard.data.mapped_ids import integers, is_string, viewed
 from embedshard.data.text import TextVocabulary
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError
@@ -286,23 +285,6 @@ def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray
     return ids.filter(pa.array(~is_padding)), lengths - padding
 
 
-def offsets_of(lengths: IntArray) -> IntArray:
-    """Returns where each list begins among the values of all, and where the last ends, (n + 1,) int64."""
-    offsets = np.empty(len(lengths) + 1, dtype=np.int64)
-    _sum_up(lengths, offsets)
-    return offsets
-
-
-@compiled
-def _sum_up(lengths: Any, offsets: Any) -> None:
-    """Fills in 0 and the running sums; numpy's `cumsum` takes eight times as long."""
-    end = 0
-    for row in range(len(lengths)):
-        offsets[row] = end
-        end += lengths[row]
-    offsets[len(lengths)] = end
-
-
 def _fitting_float32(array: pa.Array) -> npt.NDArray[np.float32] | None:
     """Returns numbers as the file has them, if it has float32 and all of them are finite."""
     if array.type != pa.float32() or array.null_count:
@@ -345,7 +327,7 @@ def is_text(kind: pa.DataType) -> bool:
     """Returns whether values of a type are strings."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    return is_string(kind)
 
 
 def is_number(kind: pa.DataType) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedshard.config.parts import DataConfig, EachPartition
-from embedshard.data.source import Inventory, Source, changes
+from embedshard.data.inventory import Inventory, changes
+from embedshard.data.source import Source
 from embedshard.errors import DataError
 from embedshard.storage import expand_each, reaching
 

@@ -1,34 +1,15 @@
-"""The files of a data set: what their footers say, and their row groups, decoded.
-
-Only footers are read to know the rows. They make the inventory, which is kept with a run: a resumed run goes on with the
-same data or not at all.
-"""
+"""A data set's row groups, decoded. Only footers are read to know its rows (`footers.py`, `inventory.py`)."""
 
 from __future__ import annotations
 
-__all__ = [
-    "Inventory",
-    "InventoryFile",
-    "RowGroup",
-    "Source",
-    "changes",
-    "data_files",
-    "fingerprint_of",
-    "inventory_of",
-    "joined",
-    "open_file",
-    "open_source",
-]
+__all__ = ["Source", "inventory_of", "joined", "open_file", "open_source"]
 
-import hashlib
-import io
 import threading
 from collections import deque
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,152 +19,21 @@ import pyarrow.parquet as pq
 
 from embedshard.data.byte_count import ByteCount
 from embedshard.data.columns import Columns, Flat, Ragged, narrowed
-from embedshard.data.decode import ColumnSpec, Decoder, Where
+from embedshard.data.decode import Decoder, Where
 from embedshard.data.findings import Finding
+from embedshard.data.footers import data_files, open_footer, place_of, read_footer, readable
+from embedshard.data.inventory import Inventory, RowGroup
 from embedshard.data.parse import is_list
 from embedshard.data.row_group import Rows, RowsByColumn
-from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
-from embedshard.errors import DataError, nearest
-from embedshard.storage import Location, expand
+from embedshard.errors import DataError
+from embedshard.storage import Location
 
 IntArray = npt.NDArray[np.int64]
 
-_MAGIC = b"PAR1"
-_PARQUET_NAMES = (".parquet", ".parq", ".pq")
-_TAIL_BYTES = 8
 _OPEN_FILES = 32
 _STREAM_BYTES = 65_536  # of a column, as compressed, that a stream asks a file for at once
 _FOOTER_THREADS = 16
-
-
-@dataclass(frozen=True)
-class InventoryFile:
-    """A file, as its footer tells.
-
-    Attributes:
-        name: the last part of its path; the folder may change.
-        size_bytes: of the file.
-        row_groups: rows of each.
-        footer_sha256: of the footer, which holds the columns' places, encodings and least and greatest values.
-    """
-
-    name: str
-    size_bytes: int
-    row_groups: tuple[int, ...]
-    footer_sha256: str
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """A row group of a data set.
-
-    Attributes:
-        file: which of the files.
-        index: within the file.
-        num_rows: its rows that are in the data set.
-        first_row: the first one's number in the data set.
-        num_file_rows: all its rows in the file.
-        first_file_row: the first one's number among all rows of all files.
-    """
-
-    file: int
-    index: int
-    num_rows: int
-    first_row: int
-    num_file_rows: int
-    first_file_row: int
-
-
-@dataclass(frozen=True)
-class Inventory:
-    """All files of a data set, sorted by path.
-
-    Attributes:
-        files: what their footers say.
-        selection: which of their rows are in the data set; None for all. The others have no number, and nobody who reads
-            the data set meets them.
-    """
-
-    files: tuple[InventoryFile, ...]
-    selection: Selection | None = None
-
-    @cached_property
-    def row_groups(self) -> tuple[RowGroup, ...]:
-        """All row groups, in file order."""
-        groups, first_row, first_file_row = [], 0, 0
-        for number, file in enumerate(self.files):
-            for index, file_rows in enumerate(file.row_groups):
-                end = first_file_row + file_rows
-                rows = file_rows if self.selection is None else self.selection.count(first_file_row, end)
-                groups.append(RowGroup(number, index, rows, first_row, file_rows, first_file_row))
-                first_row, first_file_row = first_row + rows, end
-        return tuple(groups)
-
-    @cached_property
-    def num_rows(self) -> int:
-        """Rows of the data set."""
-        return sum(group.num_rows for group in self.row_groups)
-
-    @property
-    def num_file_rows(self) -> int:
-        """Rows of the files, selected or not."""
-        return sum(sum(file.row_groups) for file in self.files)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of all that the inventory holds; another folder does not change it."""
-        held = repr(self.files) if self.selection is None else repr((self.files, self.selection))
-        return hashlib.sha256(held.encode()).hexdigest()
-
-    def selected_rows(self, group: RowGroup) -> IntArray | None:
-        """Returns which rows of a row group are in the data set, ascending; None for all."""
-        if self.selection is None:
-            return None
-        return self.selection.rows(group.first_file_row, group.first_file_row + group.num_file_rows)
-
-    def to_json(self) -> list[dict[str, Any]]:
-        """Returns what a run keeps: the files. What is selected of them its config says."""
-        return [
-            {
-                "name": file.name,
-                "size_bytes": file.size_bytes,
-                "row_groups": list(file.row_groups),
-                "footer_sha256": file.footer_sha256,
-            }
-            for file in self.files
-        ]
-
-    @classmethod
-    def from_json(cls, files: Sequence[Mapping[str, Any]]) -> Inventory:
-        """Returns what a run has kept."""
-        return cls(
-            tuple(
-                InventoryFile(file["name"], file["size_bytes"], tuple(file["row_groups"]), file["footer_sha256"])
-                for file in files
-            )
-        )
-
-
-def fingerprint_of(inventories: Sequence[Inventory]) -> str:
-    """Returns the fingerprint of a training set, given the inventory of each partition."""
-    digest = hashlib.sha256()
-    for inventory in inventories:
-        digest.update(inventory.fingerprint.encode())
-    return digest.hexdigest()
-
-
-def changes(saved: Inventory, now: Inventory) -> str:
-    """Returns how files differ from what they were, naming those that are missing, new, or changed; empty if they don't."""
-    if saved.files == now.files:
-        return ""
-    before, after = ({file.name: file for file in inventory.files} for inventory in (saved, now))
-    found = [
-        *(f"{name} is missing" for name in before if name not in after),
-        *(f"{name} is new" for name in after if name not in before),
-        *(f"{name} has changed" for name in before if name in after and before[name] != after[name]),
-    ] or ["the files are the same but in another order"]
-    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
 
 
 class Source:
@@ -282,7 +132,7 @@ class Source:
         total = (8 + 2 * self.decoder.quarantines) * self.inventory.num_file_rows
         for spec in self.decoder.specs:
             for metadata in self._metadata:
-                place = _place_of(metadata, spec.column)
+                place = place_of(metadata, spec.column)
                 for group in range(metadata.num_row_groups):
                     rows = metadata.row_group(group).num_rows
                     if spec.is_text:
@@ -336,8 +186,8 @@ class Source:
             with self._file(group.file) as file:
                 table = file.read_row_group(group.index, columns=columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise self._unreadable(group, error) from error
-        self._check_rows(group, table.num_rows)
+            raise self._unreadable(group, error, columns) from error
+        self._check_rows(group, table.num_rows, columns)
         return table
 
     def find(self, number: int, names: Sequence[str], rows: IntArray) -> list[Finding]:
@@ -361,8 +211,8 @@ class Source:
                 self._count_bytes(group, decoder.columns)
                 table = file.read_row_group(group.index, columns=decoder.columns, use_threads=False)
         except (OSError, pa.ArrowException, ValueError) as error:
-            raise self._unreadable(group, error) from error
-        self._check_rows(group, table.num_rows)
+            raise self._unreadable(group, error, decoder.columns) from error
+        self._check_rows(group, table.num_rows, decoder.columns)
         selected = self.inventory.selected_rows(group)
         found = decoder.find(_taken(_taken(table, selected), rows), self._where(group, 0))
         return [replace(finding, rows=rows[finding.rows]) for finding in found]
@@ -413,7 +263,7 @@ class Source:
                     )
                 batch = next(batches, None)
             except (OSError, pa.ArrowException, ValueError) as error:
-                raise self._unreadable(group, error) from error
+                raise self._unreadable(group, error, self.decoder.columns) from error
             if batch is None:
                 break
             if selected is None:
@@ -424,7 +274,7 @@ class Source:
                     rows = selected[first:last]
                     yield _taken(batch, rows - position), self._where(group, first, rows)
             position += batch.num_rows
-        self._check_rows(group, position)
+        self._check_rows(group, position, self.decoder.columns)
 
     def _where(self, group: RowGroup, row: int, rows: IntArray | None = None) -> Where:
         return Where(self.uri_of(group), group.index, row, group.first_row + row, rows)
@@ -469,19 +319,34 @@ class Source:
         places = self._places.setdefault(group.file, {})
         for column in columns:
             if column not in places:
-                places[column] = _place_of(self._metadata[group.file], column)
+                places[column] = place_of(self._metadata[group.file], column)
         found = [place for column in columns if (place := places[column]) is not None]
         self.byte_count.add(sum(chunks.column(place).total_compressed_size for place in found))
 
-    def _check_rows(self, group: RowGroup, rows: int) -> None:
+    def _check_rows(self, group: RowGroup, rows: int, columns: Sequence[str]) -> None:
         if rows != group.num_file_rows:
-            raise self._unreadable(group, ValueError(f"it holds {rows} rows, its footer says {group.num_file_rows}"))
+            met = ValueError(f"it holds {rows} rows, its footer says {group.num_file_rows}")
+            raise self._unreadable(group, met, columns)
 
-    def _unreadable(self, group: RowGroup, error: Exception) -> DataError:
+    def _unreadable(self, group: RowGroup, error: Exception, columns: Sequence[str]) -> DataError:
+        """Returns what is raised where columns of a row group cannot be read; it names those alone that fail, if it can."""
+        named = [column for column in columns if len(columns) > 1 and self._fails(group, column)] or list(columns)
+        where = f"{'column' if len(named) == 1 else 'columns'} {', '.join(named)}"
         return DataError(
-            f"{self.uri_of(group)}, row group {group.index}: cannot be read: {' '.join(str(error).split())} "
-            f"(columns {', '.join(self.decoder.columns)}). The file is damaged or changed while it was read: write it anew."
+            f"{self.uri_of(group)}, row group {group.index}: cannot be read: {' '.join(str(error).split())} ({where}). "
+            f"The file is damaged or changed while it was read: write it anew."
         )
+
+    def _fails(self, group: RowGroup, column: str) -> bool:
+        """Returns whether a column of a local file cannot be read; a store that fails is not asked again."""
+        if not self._locations[group.file].is_local:
+            return False
+        try:
+            with self._parquet_file(group.file) as file:
+                table = file.read_row_group(group.index, columns=[column], use_threads=False)
+        except (OSError, pa.ArrowException, ValueError):
+            return True
+        return bool(table.num_rows != group.num_file_rows)
 
 
 def _taken(table: pa.Table | pa.RecordBatch, rows: IntArray | None) -> pa.Table | pa.RecordBatch:
@@ -507,7 +372,7 @@ def open_source(patterns: Sequence[str], decoder: Decoder) -> Source:
     """
     locations, skipped = data_files(patterns)
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        footers = list(pool.map(lambda location: _open_footer(location, decoder), locations))
+        footers = list(pool.map(lambda location: open_footer(location, decoder), locations))
     for _, _, refusals in footers:
         for refusal in refusals.values():
             raise DataError(refusal)
@@ -529,7 +394,7 @@ def inventory_of(patterns: Sequence[str]) -> Inventory:
     """
     locations, _ = data_files(patterns)
     with ThreadPoolExecutor(min(_FOOTER_THREADS, len(locations))) as pool:
-        return Inventory(tuple(file for file, _ in pool.map(_read_footer, locations)))
+        return Inventory(tuple(file for file, _ in pool.map(read_footer, locations)))
 
 
 def open_file(location: Location, decoder: Decoder) -> tuple[Source, dict[str, str]]:
@@ -541,166 +406,5 @@ def open_file(location: Location, decoder: Decoder) -> tuple[Source, dict[str, s
     Raises:
         DataError: if it is not whole Parquet.
     """
-    file, metadata, refusals = _open_footer(location, decoder)
-    return Source([location], Inventory((file,)), [metadata], _without(decoder, refusals)), refusals
-
-
-def data_files(patterns: Sequence[str]) -> tuple[list[Location], list[Location]]:
-    """Returns the files of a data set, and what is skipped: by name, or since neither name nor content is Parquet's.
-
-    Raises:
-        DataError: if nothing matches, or nothing that does is Parquet.
-    """
-    expansion = expand(patterns)
-    doubtful = [
-        location
-        for location in expansion.files
-        if location.path not in expansion.spelled_out and not location.name.lower().endswith(_PARQUET_NAMES)
-    ]
-    others = {location.path for location in doubtful if not _begins_as_parquet(location)}
-    files = [location for location in expansion.files if location.path not in others]
-    skipped = expansion.skipped + [location for location in expansion.files if location.path in others]
-    if not files:
-        shown = ", ".join(location.name for location in skipped[:8]) + (", ..." if len(skipped) > 8 else "")
-        raise DataError(
-            f"{', '.join(patterns)}: none of the files there is Parquet: {shown}. Correct the path, or make the data first."
-        )
-    return files, sorted(skipped, key=lambda location: location.path)
-
-
-def _begins_as_parquet(location: Location) -> bool:
-    try:
-        with location.open_input() as file:
-            return bool(file.read(len(_MAGIC)) == _MAGIC)
-    except OSError as error:
-        raise DataError(f"{location.uri} cannot be read: {error}. See that it may be read, or exclude it.") from error
-
-
-def _open_footer(location: Location, decoder: Decoder) -> tuple[InventoryFile, pq.FileMetaData, dict[str, str]]:
-    """Returns what a footer tells, and what is wrong with the file's columns."""
-    file, metadata = _read_footer(location)
-    refusals = _schema_refusals(location, metadata, decoder)
-    columns = _without(decoder, refusals).columns
-    if columns:
-        _check_chunks(location, file.size_bytes, metadata, columns)
-    return file, metadata, refusals
-
-
-def _without(decoder: Decoder, names: Collection[str]) -> Decoder:
-    return decoder.only([spec.name for spec in decoder.specs if spec.name not in names])
-
-
-def _read_footer(location: Location) -> tuple[InventoryFile, pq.FileMetaData]:
-    try:
-        with location.open_input() as file:
-            size = file.size()
-            if size < _TAIL_BYTES + len(_MAGIC):
-                raise DataError(f"{location.uri} has {size} bytes, too few for a Parquet file. Write it anew.")
-            file.seek(size - _TAIL_BYTES)
-            tail = file.read(_TAIL_BYTES)
-            length = int.from_bytes(tail[:4], "little")
-            if tail[4:] != _MAGIC or length + _TAIL_BYTES > size:
-                raise DataError(
-                    f"{location.uri} is not a whole Parquet file: its last bytes are not 'PAR1'. It was cut off while "
-                    f"it was written, or is of another format. Write it anew, or exclude it from the path."
-                )
-            file.seek(size - _TAIL_BYTES - length)
-            digest = hashlib.sha256(file.read(length)).hexdigest()
-            file.seek(0)
-            metadata = pq.ParquetFile(file).metadata
-    except (OSError, pa.ArrowException, ValueError) as error:
-        raise DataError(
-            f"{location.uri} cannot be read as Parquet: {' '.join(str(error).split())}. Write it anew."
-        ) from error
-    groups = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-    if sum(groups) != metadata.num_rows or any(rows < 0 for rows in groups):
-        raise DataError(
-            f"{location.uri}: its footer says {metadata.num_rows} rows, and row groups of {', '.join(map(str, groups[:8]))}"
-            f"{', ...' if len(groups) > 8 else ''} rows. It is damaged: write it anew."
-        )
-    return InventoryFile(location.name, size, groups, digest), metadata
-
-
-class _Unread(io.RawIOBase):
-    """Stands for a file while only its footer is looked at: it counts what is asked of it, and has nothing to give."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.size_bytes, self.reads, self._place = size_bytes, 0, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.size_bytes}[whence]
-        self._place = start + offset
-        return self._place
-
-    def tell(self) -> int:
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        self.reads += 1
-        raise OSError("this file is not to be read")
-
-
-def _check_chunks(location: Location, size_bytes: int, metadata: pq.FileMetaData, columns: list[str]) -> None:
-    """Checks what a footer says of the parts of columns.
-
-    Arrow looks at it when asked for it, and ends the process if it does not fit; when it prepares to read, it raises. So
-    it prepares to read all row groups, of which nothing is there.
-    """
-    unread = _Unread(size_bytes)
-    try:
-        file = pq.ParquetFile(pa.PythonFile(unread, mode="r"), metadata=metadata, pre_buffer=True)
-        next(file.iter_batches(columns=columns, use_threads=False), None)
-    except (OSError, pa.ArrowException, ValueError) as error:
-        if not unread.reads:
-            raise DataError(
-                f"{location.uri} cannot be read as Parquet: {' '.join(str(error).split())}. Write it anew."
-            ) from error
-
-
-def _schema_refusals(location: Location, metadata: pq.FileMetaData, decoder: Decoder) -> dict[str, str]:
-    """Returns what is wrong with the columns of a file: name of the decoded column to message."""
-    try:
-        schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{location.uri}: its schema cannot be read: {error}. Write it anew.") from error
-    refusals: dict[str, str] = {}
-    for spec in decoder.specs:
-        for column in (spec.column, spec.second):
-            refusal = None if column is None else _column_refusal(location, schema, decoder, spec, column)
-            if refusal is not None:
-                refusals.setdefault(spec.name, refusal)
-    return refusals
-
-
-def _column_refusal(location: Location, schema: pa.Schema, decoder: Decoder, spec: ColumnSpec, column: str) -> str | None:
-    count = schema.names.count(column)
-    if not count:
-        return f"{location.uri} has no column '{column}', which '{spec.name}' needs. {nearest(column, schema.names)}"
-    if count > 1:
-        return (
-            f"{location.uri} has {count} columns named '{column}', and '{spec.name}' needs one. "
-            f"Write the others under other names, or leave them out."
-        )
-    kind = schema.field(column).type
-    needed = decoder.check_type(spec, column, kind)
-    if needed is None:
-        return None
-    return (
-        f"{location.uri}: column '{column}' is {kind}, '{spec.name}' needs {needed}. "
-        f"Write the column so, or name another column in the config."
-    )
-
-
-def _place_of(metadata: pq.FileMetaData, column: str) -> int | None:
-    """Returns which of a file's leaves holds a column's values; None where it has none."""
-    for place in range(metadata.num_columns):
-        path = metadata.schema.column(place).path  # row groups say it again, but a damaged one may not be text
-        if path == column or path.startswith(f"{column}."):
-            return place
-    return None
+    file, metadata, refusals = open_footer(location, decoder)
+    return Source([location], Inventory((file,)), [metadata], readable(decoder, refusals)), refusals

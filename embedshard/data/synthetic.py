@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedshard.data.columns import offsets_of
 from embedshard.errors import ConfigError, DataError
 
 IntArray = npt.NDArray[np.int64]
@@ -151,7 +152,7 @@ def generate(spec: SyntheticSpec) -> Interactions:
     # next is a draw among the others. So a user's first arrivals are draws without repeats, in order of time.
     generator = _generator(spec, _ITEMS)
     rates = np.outer(shares, within).ravel()
-    offsets = np.concatenate([[0], np.cumsum(wanted)]).astype(np.int64)
+    offsets = offsets_of(wanted)
     items = np.empty(offsets[-1], dtype=np.int64)
     for users in _blocks(spec):
         arrivals = generator.standard_exponential((len(users), len(rates))) / rates
@@ -313,7 +314,7 @@ def is_written(spec: SyntheticSpec, folder: Path) -> bool:
 def _table(data: Interactions, user: IntArray, rows: IntArray) -> pa.Table:
     ends = np.minimum(rows, data.offsets[user + 1] - 2)  # training items only: nothing from the validation row on
     lengths = np.minimum(ends - data.offsets[user], data.spec.history_length)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    offsets = offsets_of(lengths)
     places = np.repeat(ends - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
     history = pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(data.items[places]))
     return pa.table({"user_id": user, "item_id": data.items[rows], "history": history})

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from embedshard.config.parts import BpeVocabulary, TokenizerVocabulary, WordsVocabulary
+from embedshard.data.columns import offsets_of
 from embedshard.errors import DataError
 
 if TYPE_CHECKING:
@@ -155,11 +156,11 @@ class Tokenizer:
         ids, lengths = self._encode_whole(stretches.dictionary.to_pylist())
         starts = (np.cumsum(lengths) - lengths)[codes]
         counts = lengths[codes]
-        ends = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
+        ends = offsets_of(counts)
         places = np.repeat(starts - ends[:-1], counts)
         places += np.arange(ends[-1])
         num_stretches = pc.list_value_length(divided).cast(pa.int64()).to_numpy(zero_copy_only=False)
-        borders = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(num_stretches)])
+        borders = offsets_of(num_stretches)
         return ids[places], np.diff(ends[borders])
 
     def _encode_whole(self, texts: Sequence[str]) -> tuple[IntArray, IntArray]:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from embedshard.config import Config
 from embedshard.config.parts import DataConfig, EachPartition
 from embedshard.data.decode import Decoder
+from embedshard.data.inventory import Inventory
 from embedshard.data.partitions import Former, Partition, divide, find_partitions
-from embedshard.data.source import Inventory, Source, joined, open_source
+from embedshard.data.source import Source, joined, open_source
 from embedshard.data.split import Selection, Split
 from embedshard.errors import DataError
 

@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from embedshard.config.parts import AutoVocabulary
-from embedshard.data.source import Source, fingerprint_of
+from embedshard.data.inventory import fingerprint_of
+from embedshard.data.source import Source
 from embedshard.data.vocabulary_file import Counted, counted_metadata
 from embedshard.errors import DataError, StorageError
 

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from embedshard.data.hashing import WordArray
-from embedshard.data.mapped_ids import IntegerIds, MappedIds, lay_out, mapped
+from embedshard.data.mapped_ids import IntegerIds, MappedIds, is_string, lay_out, mapped
 from embedshard.errors import ConfigError, DataError
 from embedshard.storage import Location, reaching
 
@@ -144,7 +144,7 @@ def load_id_file(table: str, location: Location, path: str, column: str | None) 
             name = _column(where, parquet, column)
             kind = parquet.schema_arrow.field(name).type
             kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_integer(kind) or _is_string(kind)):
+            if not (pa.types.is_integer(kind) or is_string(kind)):
                 raise DataError(f"{where}: column '{name}' is {kind}; ids are integers or strings.")
             num_rows = parquet.metadata.num_rows
 
@@ -225,7 +225,3 @@ def _digest(location: Location) -> str:
         while block := file.read(_READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -19,11 +19,11 @@ import numpy.typing as npt
 
 from embedshard.config import Config
 from embedshard.data.catalogue import Catalogue
-from embedshard.data.columns import Columns, Ragged, gather
+from embedshard.data.columns import Columns, Ragged, gather, offsets_of
 from embedshard.data.dataset import Dataset
 from embedshard.errors import ConfigError
 from embedshard.evaluate.given import candidate_sums
-from embedshard.evaluate.jagged import JaggedIds, offsets_of
+from embedshard.evaluate.jagged import JaggedIds
 from embedshard.evaluate.ranking_sums import RankingSums
 from embedshard.evaluate.retrieval import catalogue_sums
 from embedshard.evaluate.scores import Scores

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-__all__ = ["JaggedIds", "check_range", "offsets_of"]
+__all__ = ["JaggedIds", "check_range"]
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from embedshard.data.columns import offsets_of
 from embedshard.errors import DataError
 from embedshard.evaluate.ranking import IntArray
 
@@ -82,11 +83,6 @@ class JaggedIds:
     def distinct(self) -> JaggedIds:
         """Returns the lists ascending and without repetitions."""
         return JaggedIds.from_pairs(self.query_index, self.values, self.num_queries)
-
-
-def offsets_of(lengths: IntArray) -> IntArray:
-    """Returns where each of the lists of these lengths begins, and where the last one ends."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def check_range(numbers: IntArray, limit: int, what: str) -> None:

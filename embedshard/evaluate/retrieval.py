@@ -29,7 +29,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from embedshard.evaluate.jagged import JaggedIds, check_range, offsets_of
+from embedshard.data.columns import offsets_of
+from embedshard.evaluate.jagged import JaggedIds, check_range
 from embedshard.evaluate.lists import BLOCK_BYTES, ScoreBlocks, refuse_nan, take_out, top_lists, top_values
 from embedshard.evaluate.ranking import UNRANKED, IntArray, largest_k
 from embedshard.evaluate.ranking_sums import BoolArray, RankingSums, ranking_metrics

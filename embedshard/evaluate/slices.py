@@ -10,6 +10,7 @@ from typing import Final
 
 import numpy as np
 
+from embedshard.data.columns import offsets_of
 from embedshard.evaluate.ranking import IntArray, Metric
 from embedshard.evaluate.ranking_sums import RankingSums
 
@@ -77,6 +78,6 @@ def sliced_sums(
     sums = {}
     for number, name in enumerate(ItemSlices.names):
         is_in = slice_R == number
-        offsets = np.concatenate([[0], np.cumsum(np.bincount(query_R[is_in], minlength=num_queries))])
+        offsets = offsets_of(np.bincount(query_R[is_in], minlength=num_queries))
         sums[name] = RankingSums.from_positions(relevant_metrics, positions_R[is_in], offsets, {})
     return sums

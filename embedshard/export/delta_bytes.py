@@ -16,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedshard.data.columns import offsets_of
 from embedshard.errors import ExportError
 from embedshard.storage import Location
 
@@ -48,7 +49,7 @@ def write_byte_changes(base: Location, target: Location, place: Location) -> int
             begins, ends = _differences(before, after)
             if len(begins):
                 lengths = ends - begins
-                bounds = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(lengths)])
+                bounds = offsets_of(lengths)
                 inside = np.repeat(begins - bounds[:-1], lengths) + np.arange(bounds[-1])
                 buffers = [None, pa.py_buffer(bounds), pa.py_buffer(np.ascontiguousarray(after[inside]))]
                 content = pa.Array.from_buffers(pa.large_binary(), len(begins), buffers)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from embedshard.config.composition import Composition
-from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.columns import Columns, Flat, Ragged, offsets_of
 from embedshard.export.join import Vectors, join, table_vectors
 from embedshard.export.program_file import load_program
 from embedshard.export.quantised import Format
@@ -155,6 +155,6 @@ def _made_up(
         lengths[0], lengths[1] = 0, most
         total = int(lengths.sum())
         weights = generator.random(total).astype(np.float32) if spec.config["kind"] == "weighted_bag" else None
-        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        offsets = offsets_of(lengths)
         columns[spec.feature] = Ragged(generator.choice(known, total), offsets, weights)
     return columns

@@ -14,10 +14,9 @@ import pyarrow.parquet as pq
 
 from embedshard.config import Config
 from embedshard.config.parts import TableConfig
-from embedshard.data.columns import Columns, Flat, Ragged
+from embedshard.data.columns import Columns, Flat, Ragged, offsets_of
 from embedshard.data.vocabulary import ManagedIds, Vocabulary, load_vocabularies
 from embedshard.errors import DataError, ExportError
-from embedshard.evaluate.jagged import offsets_of
 from embedshard.export.ids import row_of
 from embedshard.export.join import Vectors, join, table_vectors
 from embedshard.export.manifest import OpenExport

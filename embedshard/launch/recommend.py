@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["show"]
+__all__ = ["show", "shown"]
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def show(found: Recommendations, console: Console) -> None:
     for name in columns:
         table.add_column(escape(name))
     for place, item in enumerate(found.items, start=1):
-        cells = [escape(_shown(item.metadata.get(name, ""))) for name in columns]
+        cells = [escape(shown(item.metadata.get(name, ""))) for name in columns]
         id_ = f"row {item.row}" if item.id is None else str(item.id)
         table.add_row(str(place), escape(id_), f"{item.score:.4f}", *cells)
     console.print(table)
@@ -38,5 +38,6 @@ def show(found: Recommendations, console: Console) -> None:
         console.print(told, markup=False, soft_wrap=True)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Returns what is told of an item beside its score."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

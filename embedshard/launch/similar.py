@@ -29,6 +29,7 @@ from embedshard.export.manifest import is_export, open_export
 from embedshard.export.read import ids_at, rows_of, vector_blocks, vectors_of
 from embedshard.export.unseen import kept_vocabulary_of
 from embedshard.export.vectors import unit_vectors
+from embedshard.launch.recommend import shown
 from embedshard.launch.run_tables import check_holds, ids_in, open_checkpoint_of, table_of
 from embedshard.storage import PathOrUri, locate, reaching
 from embedshard.train.checkpoint_reader import Checkpoint
@@ -238,7 +239,7 @@ def vectors_here(
 
 def show(found: Similar, console: Console) -> None:
     """Prints the neighbours as a table."""
-    known = "; ".join(map(_shown, found.query.metadata.values()))
+    known = "; ".join(map(shown, found.query.metadata.values()))
     title = f"Nearest to {_named(found.query)}{known and f' ({known})'} in table '{found.table}', step {found.step}"
     columns = list(dict.fromkeys(name for near in (found.query, *found.neighbours) for name in near.metadata))
     console.print(title, markup=False, soft_wrap=True)
@@ -248,7 +249,7 @@ def show(found: Similar, console: Console) -> None:
     for name in columns:
         table.add_column(escape(name))
     for near in found.neighbours:
-        cells = [_shown(near.metadata.get(name, "")) for name in columns]
+        cells = [shown(near.metadata.get(name, "")) for name in columns]
         table.add_row(escape(_named(near)), f"{near.cosine:.4f}", *map(escape, cells))
     console.print(table)
 
@@ -256,10 +257,6 @@ def show(found: Similar, console: Console) -> None:
 def _cosines_of(vectors: npt.NDArray[np.float32], unit: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Returns the cosine of each vector with one of length 1, -inf for one of zeros."""
     return np.where(vectors.any(axis=1), unit_vectors(vectors) @ unit, -np.inf).astype(np.float32)
-
-
-def _shown(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _named(near: Neighbour) -> str:

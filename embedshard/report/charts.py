@@ -5,7 +5,7 @@ A chart is drawn for a width of 480 units and scales with its column, so its let
 
 from __future__ import annotations
 
-__all__ = ["Line", "Mark", "line_chart", "smoothed", "ticks"]
+__all__ = ["Line", "Mark", "line_chart", "smoothed", "text_at", "ticks"]
 
 import math
 from collections.abc import Sequence
@@ -151,15 +151,15 @@ class _Plot:
                     self._left, right, self._y(value)
                 )
             )
-            parts.append(_text(self._left - 7, self._y(value) + 4, text, "end"))
+            parts.append(text_at(self._left - 7, self._y(value) + 4, text, "end"))
         parts.append(
             Markup('<line class="axis" x1="{0:.1f}" x2="{1}" y1="{2}" y2="{2}"/>').format(self._left, right, bottom)
         )
         for step, text in zip(self._step_ticks, self._step_texts, strict=True):
             place = self._x(step)
             is_at_edge = place > right - _DIGIT_WIDTH * len(text) / 2
-            parts.append(_text(right if is_at_edge else place, bottom + 17, text, "end" if is_at_edge else "middle"))
-        parts.append(_text((self._left + right) / 2, _HEIGHT - 4, "step", "middle"))
+            parts.append(text_at(right if is_at_edge else place, bottom + 17, text, "end" if is_at_edge else "middle"))
+        parts.append(text_at((self._left + right) / 2, _HEIGHT - 4, "step", "middle"))
         return Markup("").join(parts)
 
     def curve(self, line: Line) -> Markup:
@@ -213,5 +213,6 @@ class _Plot:
         return _HEIGHT - _BOTTOM - min(max(place, 0.0), 1.0) * (_HEIGHT - _BOTTOM - _TOP)
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
+def text_at(x: float, y: float, text: str, anchor: str) -> Markup:
+    """Returns a text that begins, has its middle or ends at a place, as its anchor says."""
     return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)

@@ -10,7 +10,7 @@ from itertools import pairwise
 from markupsafe import Markup
 
 from embedshard.quantities import number, share
-from embedshard.report.charts import ticks
+from embedshard.report.charts import text_at, ticks
 from embedshard.report.run import Run
 from embedshard.stages import BESIDE, READING, STEP_STAGES, Waterfall
 
@@ -64,7 +64,7 @@ def waterfall_chart(found: Waterfall) -> Markup:
         parts.append(_row(top, name, STEP_STAGES[name], begin, seconds, scale, found.wall))
         top, begin = top + _ROW, begin + seconds
     if beside:
-        parts.append(_text(0, top + _ROW - 6, "beside it, in threads:", "start"))
+        parts.append(text_at(0, top + _ROW - 6, "beside it, in threads:", "start"))
         top, begin = top + _ROW, 0.0
     for name, seconds in beside:
         begin = 0.0 if name == "save" else begin
@@ -86,7 +86,7 @@ def _row(top: float, name: str, meaning: str, begin: float, seconds: float, scal
         top, _WIDTH, _ROW, f"{name}: {meaning}. {told}"
     )
     base = top + _ROW - 6
-    return bar + _text(_LABEL - 10, base, name, "end") + _text(_WIDTH, base, told, "end") + title
+    return bar + text_at(_LABEL - 10, base, name, "end") + text_at(_WIDTH, base, told, "end") + title
 
 
 def _axis(longest_ms: float, scale: float, height: float) -> Markup:
@@ -94,10 +94,6 @@ def _axis(longest_ms: float, scale: float, height: float) -> Markup:
     for tick in ticks(0.0, longest_ms, 6):
         line = '<line class="grid" x1="{0:.1f}" x2="{0:.1f}" y1="{1}" y2="{2}"/>'
         parts.append(Markup(line).format(_LABEL + tick * scale, _TOP, height - _BOTTOM))
-        parts.append(_text(_LABEL + tick * scale, height - 9, f"{tick:g}", "middle"))
-    parts.append(_text(_WIDTH - _VALUE + 24, height - 9, "ms", "start"))
+        parts.append(text_at(_LABEL + tick * scale, height - 9, f"{tick:g}", "middle"))
+    parts.append(text_at(_WIDTH - _VALUE + 24, height - 9, "ms", "start"))
     return Markup("").join(parts)
-
-
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)

@@ -19,9 +19,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from embedshard.data.columns import offsets_of
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import ExportError
-from embedshard.evaluate.jagged import JaggedIds, offsets_of
+from embedshard.evaluate.jagged import JaggedIds
 from embedshard.export.ids import Id, align_metadata, find_row
 from embedshard.export.index import load_index, look_up
 from embedshard.export.manifest import ExportedTower, OpenExport

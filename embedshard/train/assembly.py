@@ -15,10 +15,10 @@ from embedshard.config import Config, TableSpec, table_specs
 from embedshard.config.parts import ManagedVocabulary
 from embedshard.data.collate import Collator
 from embedshard.data.dataset import Dataset, open_dataset
+from embedshard.data.inventory import Inventory
 from embedshard.data.partitions import Partition
 from embedshard.data.quarantine import Tally
 from embedshard.data.reader import BatchReader
-from embedshard.data.source import Inventory
 from embedshard.data.tokenizer_training import PreparationProgress
 from embedshard.evaluate.evaluator import Evaluator
 from embedshard.evaluate.label_metrics import prediction_link

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 from embedshard.config import Config
 from embedshard.data.expected import ExpectedRows
+from embedshard.data.inventory import Inventory, fingerprint_of
 from embedshard.data.order import Order, Position, sum_of_digests
-from embedshard.data.source import Inventory, fingerprint_of
 from embedshard.data.training_set import without_held_out
 from embedshard.errors import ConfigError, DataError
 from embedshard.storage import reaching

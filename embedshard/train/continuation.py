@@ -16,8 +16,8 @@ from typing import Any, Final
 
 from embedshard.config import Config, Loaded, differences
 from embedshard.config.parts import EachPartition, HierarchicalSoftmaxConfig, ManagedVocabulary
+from embedshard.data.inventory import Inventory
 from embedshard.data.partitions import Former
-from embedshard.data.source import Inventory
 from embedshard.errors import CheckpointError, ConfigError
 from embedshard.storage import reaching
 from embedshard.train.checkpoint import Checkpoint, newest_intact, open_step

@@ -23,8 +23,8 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 
 from embedshard.config import Config
 from embedshard.config.parts import InitFromConfig
-from embedshard.data.mapped_ids import integers
-from embedshard.data.source import data_files
+from embedshard.data.footers import data_files
+from embedshard.data.mapped_ids import integers, is_string
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import DataError, nearest
 from embedshard.sharding.shards import Shard, weight_shards
@@ -167,7 +167,7 @@ class _Reader:
             if column not in schema.names:
                 raise DataError(f"{where} has no column '{column}'. {nearest(column, schema.names)}")
         kind = schema.field(self._source.id).type
-        if not (pa.types.is_integer(kind) or _is_string(kind)):
+        if not (pa.types.is_integer(kind) or is_string(kind)):
             raise DataError(f"{where}: column '{self._source.id}' is {kind}; ids are integers or strings.")
         kind = schema.field(self._source.vector).type
         is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
@@ -264,7 +264,3 @@ def _write(shard: Shard, rows: IntArray, vectors_ND: npt.NDArray[np.float32]) ->
     block = np.ascontiguousarray(vectors_ND[mine, first_column : first_column + shard.tensor.shape[1]])
     places = torch.from_numpy(rows[mine] - first_row).to(shard.tensor.device)
     shard.tensor[places] = torch.from_numpy(block).to(shard.tensor)
-
-
-def _is_string(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from embedshard.config.parts import DataConfig, EachPartition
+from embedshard.data.inventory import Inventory
 from embedshard.data.partitions import Former, Partition, find_partitions
-from embedshard.data.source import Inventory, inventory_of
+from embedshard.data.source import inventory_of
 from embedshard.errors import DataError
 from embedshard.storage import expand
 from embedshard.train.stop import Notices

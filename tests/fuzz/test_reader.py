@@ -31,9 +31,10 @@ from embedshard.data.check import check_data
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, Flat, Ragged, concatenate, num_rows
 from embedshard.data.decode import Decoder, Where, column_specs
+from embedshard.data.inventory import RowGroup
 from embedshard.data.order import Order
 from embedshard.data.reader import BatchReader
-from embedshard.data.source import RowGroup, Source, open_source
+from embedshard.data.source import Source, open_source
 from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer import UNKNOWN_WORD, blank_tokenizer
 from embedshard.data.tokenizer_training import train_tokenizers

@@ -248,15 +248,27 @@ def test_a_row_group_that_is_read_is_let_go_before_its_window_is_whole(data, thr
     assert most[0] < 2 * threads + 2 or groups < 10, f"{groups} row groups are all in the first window"
 
 
-def test_what_a_thread_cannot_read_stops_the_loop(data, tmp_path):
+@pytest.mark.parametrize("whole_rows", [2**17, 500])
+def test_what_cannot_be_read_stops_the_loop_and_names_its_column(data, whole_rows, tmp_path, monkeypatch):
+    """By columns, and as a stream of all of them; with one thread as with several."""
+    monkeypatch.setattr(windows, "_WHOLE_ROWS", whole_rows)
+    monkeypatch.setattr(windows, "_DECODE_ROWS", 500)
     path = tmp_path / "part.parquet"
     pq.write_table(pq.read_table(data), path, row_group_size=10_000, write_page_checksum=True)
+    chunk = pq.ParquetFile(path).metadata.row_group(2).column(1)
+    assert chunk.path_in_schema.startswith("items")
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[chunk.data_page_offset + chunk.total_compressed_size // 2] ^= 1
     path.write_bytes(content)
-    _, reader = open_reader(tmp_path, 0, threads=3, window_steps=10)
-    with pytest.raises(DataError, match=r"part\.parquet, row group \d: cannot be read"), reader.batches(0, 78) as batches:
-        list(batches)
+    told = []
+    for threads in (1, 3):
+        _, reader = open_reader(tmp_path, 0, threads=threads, window_steps=10)
+        with pytest.raises(DataError) as caught, reader.batches(0, 78) as batches:
+            list(batches)
+        told.append(str(caught.value))
+    assert "part.parquet, row group 2: cannot be read" in told[0]
+    assert "(column items)" in told[0]
+    assert told[0] == told[1]
 
 
 def test_leaving_early_lets_go(data):
