@@ -1,6 +1,6 @@
 """A device that stands in for CUDA where there is none: its tensors lie in the host's memory and say that they do not.
 
-What is computed there is computed by torch's CPU kernels, so results can be compared. As on CUDA, an operator refuses tensors
+What is computed there is computed by torch's CPU kernels, so results can be compared. As on CUDA, operators refuse tensors
 of both sides (but for numbers, (), and indices), and numpy refuses those that lie there. Code that asks whether it is on a
 CPU is told that it is not.
 

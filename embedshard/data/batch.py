@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Batch", "Draws", "Pairs", "Paths"]
+__all__ = ["Batch", "Draws", "Pairs", "Paths", "on_device"]
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +16,15 @@ from embedshard.data.order import Position
 
 Move = Callable[[Any], Any]
 """From a tensor or a KeyedJaggedTensor to the same elsewhere."""
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor on a device, itself where it is there. Unlike torch's `to`, it does not wait for what CUDA is at."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @dataclass
@@ -187,7 +196,7 @@ class Batch(Pipelineable):
 
     def pin_memory(self) -> Batch:
         """Returns a copy that a CUDA device can fetch while other work goes on."""
-        return self.moved(lambda part: part.pin_memory())
+        return replace(self.moved(lambda part: part.pin_memory()), rows=self.rows.pin_memory())
 
     def moved(self, move: Move) -> Batch:
         """Returns what a function makes of each tensor and KeyedJaggedTensor, but for those that stay on the CPU."""
