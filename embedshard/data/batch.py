@@ -27,6 +27,10 @@ def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
+def _pinned(part: Any) -> Any:
+    return (part.sync() if isinstance(part, KeyedJaggedTensor) else part).pin_memory()
+
+
 @dataclass
 class Draws:
     """This rank's share of the candidates drawn for a step, the same for all rows of the global batch.
@@ -195,8 +199,11 @@ class Batch(Pipelineable):
         return self.moved(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Returns a copy that a CUDA device can fetch while other work goes on."""
-        return replace(self.moved(lambda part: part.pin_memory()), rows=self.rows.pin_memory())
+        """Returns a copy that a CUDA device can fetch while other work goes on.
+
+        How many ids each key has is counted before, as TorchRec else asks the device for it, and waits for the copy.
+        """
+        return replace(self.moved(_pinned), rows=self.rows.pin_memory())
 
     def moved(self, move: Move) -> Batch:
         """Returns what a function makes of each tensor and KeyedJaggedTensor, but for those that stay on the CPU."""

@@ -9,9 +9,9 @@ The data, 16 batches, are drawn and kept in a folder (`--data`), and read from P
 the first 20 steps. Tables begin with zeros, which changes no time of a step. They take 104 GB, or as much less as leaves a
 smaller GPU 30 % (`--scale`). Reading is the same reader with nothing behind it, by as many threads as training has (half of
 the cores, unless it is told); `reading` trains nothing, and reads by one thread, too. `memory` trains a quarter of the
-tables in the GPU's memory, behind a cache of a fifth of their rows (`uvm_caching`, without and with `train.prefetch`), and in
-the host's. `stages` is `embedshard bench` on a fortieth of them, whose checkpoints it writes: each stage's share of its limit. A
-case that fails is told, and the others go on. No case has been run on a GPU yet.
+tables in the GPU's memory, behind a cache of a fifth of their rows (`uvm_caching`, without and with `train.prefetch`), and
+in the host's. `stages` is `embedshard bench` on a fortieth of them, whose checkpoints it writes: each stage's share of its
+limit. A case that fails is told, and the others go on. No case has been run on a GPU yet.
 """
 
 from __future__ import annotations

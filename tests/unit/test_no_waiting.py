@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from embedshard.data import batch as module
 from embedshard.data.batch import Batch, on_device
@@ -53,6 +54,14 @@ def test_row_numbers_are_pinned_too_for_dropout(told):
     assert batch.rows is told
     assert told.asked == ["pinned"] * 4
     assert module.on_device(batch.rows, torch.device("cpu")) is told
+
+
+def test_how_many_ids_a_key_has_is_known_before_they_are_on_the_device(told, monkeypatch):
+    monkeypatch.setattr(KeyedJaggedTensor, "pin_memory", lambda ids: ids)
+    ids = KeyedJaggedTensor(keys=["a", "b"], values=torch.arange(5), lengths=torch.tensor([1, 1, 2, 1]))
+    moved = Batch(ids, None, told, told, told, {}, told).pin_memory().sparse.to(torch.device("meta"))
+    assert moved.length_per_key() == [2, 3], "of numbers that the device does not tell"
+    assert moved.offset_per_key() == [0, 2, 5]
 
 
 def test_fbgemms_adam_is_told_its_steps_by_filling():
