@@ -1,4 +1,6 @@
-"""What a step hands to a GPU, without one: pinned, and in ways that do not wait for it."""
+"""What a step hands to a GPU, without one: pinned, and in ways that do not wait for it; and what makes it deterministic."""
+
+import os
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from embedshard.data import batch as module
 from embedshard.data.batch import Batch, on_device
 from embedshard.sharding.lazy_adam import AdamSteps
 from embedshard.train.step import _in_a_row
+from embedshard.world import set_process_environment
 
 
 class Told(torch.Tensor):
@@ -74,3 +77,11 @@ def test_fbgemms_adam_is_told_its_steps_by_filling():
         steps.add()
     steps.tell()
     assert (int(Tables.iter), int(Tables.iter_cpu)) == (3, 3)
+
+
+@pytest.mark.parametrize(("own", "kept"), [({}, ":4096:8"), ({"CUBLAS_WORKSPACE_CONFIG": ":16:8"}, ":16:8")])
+def test_cublas_may_be_deterministic(monkeypatch, own, kept):
+    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_ARENA_MAX")
+    monkeypatch.setattr(os, "environ", dict.fromkeys(names, "1") | own)
+    set_process_environment()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == kept
