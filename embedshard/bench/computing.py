@@ -20,6 +20,7 @@ from embedshard.bench.measure import Limit, Measure, Timer
 from embedshard.config import TableSpec
 from embedshard.data.batch import Batch
 from embedshard.models.embeddings import EmbeddingLookup
+from embedshard.models.output import in_full
 from embedshard.train.assembly import Assembly
 
 IntArray = npt.NDArray[np.int64]
@@ -163,11 +164,13 @@ def _copied(batch: Batch, timer: Timer, device: torch.device) -> Measure:
     name, what = "host to device", f"a batch of {batch.size:,} samples"
     if device.type == "cpu":
         return Measure(name, what, not_applicable="there is no device beside the host: batches are used where they are made")
-    host = batch.to(torch.device("cpu"))
+    host = batch.to(torch.device("cpu")).pin_memory()  # as the reader makes them
     size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(host))
     raw = torch.empty(size, dtype=torch.uint8).pin_memory()
     target = torch.empty(size, dtype=torch.uint8, device=device)
-    own, limit = timer.in_turns([(lambda: host.to(device), None), (lambda: target.copy_(raw, non_blocking=True), None)])
+    own, limit = timer.in_turns(
+        [(lambda: host.to(device, non_blocking=True), None), (lambda: target.copy_(raw, non_blocking=True), None)]
+    )
     return Measure(name, what, "B", size, own, Limit("pinned copy", size, limit), timer.peak_bytes)
 
 
@@ -218,14 +221,14 @@ def _updated(
 
 def _dense(parts: Assembly, lookup: EmbeddingLookup, batch: Batch, timer: Timer) -> Measure:
     """Measures the model beyond its tables and the objective, forward and backward, from vectors that were looked up."""
-    name, device = "dense forward, backward", parts.world.device
+    name, device, precision = "dense forward, backward", parts.world.device, parts.config.train.precision
     with torch.no_grad():
         vectors = {key: vector.detach().clone() for key, vector in lookup(batch).items()}
 
     def step(_: object = None) -> None:
         given = {key: vector.requires_grad_() for key, vector in vectors.items()}
-        with _instead(lookup, given):
-            output = parts.model(batch)
+        with _instead(lookup, given), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            output = in_full(parts.model(batch))
         losses = parts.objective(output, batch)
         weights = getattr(output, "weights", batch.weights)
         loss = torch.where(weights > 0, losses * weights, 0.0).sum() / weights.sum().clamp(min=1e-6)
@@ -245,9 +248,9 @@ def _dense(parts: Assembly, lookup: EmbeddingLookup, batch: Batch, timer: Timer)
         own = timer.alone(step, ready)
         note = "it multiplies no matrices, so a product of matrices is no limit"
         return Measure(name, f"{batch.size:,} samples", "samples", batch.size, own, peak_bytes=timer.peak_bytes, note=note)
-    product = matmul(device)
+    product = matmul(device, torch.bfloat16 if precision == "bf16" else torch.float32)
     own, limit = timer.in_turns([(step, ready), (product, None)])
-    note = "operations of matrix products alone; with the objective, without the optimizer"
+    note = f"operations of matrix products alone, {precision}; with the objective, without the optimizer"
     return Measure(name, what, "FLOP", flops, own, Limit("matrix product", product.work, limit), timer.peak_bytes, note)
 
 

@@ -21,7 +21,7 @@ from embedshard.world import usable_cores
 
 _COPY_BYTES: Final = 128 * 2**20
 _LEAST_TABLE_BYTES, _MOST_TABLE_BYTES = 64 * 2**20, 2**30
-_MATMUL_SIZE: Final = 1024
+_MATMUL_SIZE: Final = {"cpu": 1024, "cuda": 8192}  # of a GPU's limit, a small product measures how it is launched
 _PACKAGES: Final = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "pyarrow", "numpy")
 
 
@@ -123,19 +123,19 @@ def random_rows(timer: Timer, count: int, row_bytes: float, num_rows: int, devic
 
 
 class _Matmul:
-    def __init__(self, device: torch.device) -> None:
-        self._a = torch.rand(_MATMUL_SIZE, _MATMUL_SIZE, device=device)
-        self._b = torch.rand(_MATMUL_SIZE, _MATMUL_SIZE, device=device)
-        self._out = torch.empty(_MATMUL_SIZE, _MATMUL_SIZE, device=device)
-        self.work = 2.0 * _MATMUL_SIZE**3
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        size = _MATMUL_SIZE[device.type]
+        self._a, self._b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+        self._out = torch.empty(size, size, device=device, dtype=dtype)
+        self.work = 2.0 * size**3
 
     def __call__(self) -> None:
         torch.mm(self._a, self._b, out=self._out)
 
 
-def matmul(device: torch.device) -> _Matmul:
-    """Returns a square product of matrices in float32, with its `work` in floating-point operations."""
-    return _Matmul(device)
+def matmul(device: torch.device, dtype: torch.dtype = torch.float32) -> _Matmul:
+    """Returns a square product of matrices, with its `work` in floating-point operations."""
+    return _Matmul(device, dtype)
 
 
 class _RawFiles:

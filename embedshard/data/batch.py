@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Batch", "Draws", "Pairs", "Paths"]
+__all__ = ["Batch", "Draws", "Pairs", "Paths", "on_device"]
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,6 +16,19 @@ from embedshard.data.order import Position
 
 Move = Callable[[Any], Any]
 """From a tensor or a KeyedJaggedTensor to the same elsewhere."""
+
+
+def on_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns a tensor on a device, itself where it is there. Unlike torch's `to`, it does not wait for what CUDA is at."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _pinned(part: Any) -> Any:
+    return (part.sync() if isinstance(part, KeyedJaggedTensor) else part).pin_memory()
 
 
 @dataclass
@@ -186,8 +199,11 @@ class Batch(Pipelineable):
         return self.moved(lambda part: part.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> Batch:
-        """Returns a copy that a CUDA device can fetch while other work goes on."""
-        return self.moved(lambda part: part.pin_memory())
+        """Returns a copy that a CUDA device can fetch while other work goes on.
+
+        How many ids each key has is counted before, as TorchRec else asks the device for it, and waits for the copy.
+        """
+        return replace(self.moved(_pinned), rows=self.rows.pin_memory())
 
     def moved(self, move: Move) -> Batch:
         """Returns what a function makes of each tensor and KeyedJaggedTensor, but for those that stay on the CPU."""

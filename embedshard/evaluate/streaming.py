@@ -112,8 +112,7 @@ class StreamingMetrics(nn.Module):
             for place in range(len(self._labels)):
                 for first, share_B in enumerate((1.0 - labels_BL[:, place], labels_BL[:, place])):
                     begin = len(_SUMS) + first * _NUM_BINS
-                    met_K = torch.bincount(bins_BL[:, place], weights=weights_B * share_B, minlength=_NUM_BINS)
-                    self._pending[place, begin : begin + _NUM_BINS] += _in_units(met_K)
+                    self._pending[place, begin : begin + _NUM_BINS] += _met(bins_BL[:, place], weights_B * share_B)
 
     def gather(self) -> None:
         """Adds what all ranks have met since the last time to the window. Collective."""
@@ -161,3 +160,13 @@ class StreamingMetrics(nn.Module):
 
 def _in_units(sums: torch.Tensor) -> torch.Tensor:
     return (sums / _UNIT).nan_to_num().clamp(-_MOST, _MOST).round().long()
+
+
+def _met(bins_B: torch.Tensor, weights_B: torch.Tensor) -> torch.Tensor:
+    """Returns the weight of each bin in units, (K,) int64.
+
+    On CUDA whole numbers are added up: torch adds others up in any order there, and under `train.deterministic` refuses.
+    """
+    if bins_B.device.type == "cpu":
+        return _in_units(torch.bincount(bins_B, weights=weights_B, minlength=_NUM_BINS))
+    return bins_B.new_zeros(_NUM_BINS).index_add_(0, bins_B, _in_units(weights_B))

@@ -214,7 +214,13 @@ def _trainer(spread: RayRequest, device: str, run: str, work: dict[str, Any], re
             name=f"start-{time.time_ns()}",  # a name that was used would make Ray continue that start
             storage_path=f"{run}/ray",
             failure_config=train.FailureConfig(max_failures=spread.max_failures),
-            worker_runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads}},
+            worker_runtime_env={
+                "env_vars": {
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "OMP_NUM_THREADS": threads,
+                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                }
+            },
         ),
     )
 

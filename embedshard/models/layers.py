@@ -28,7 +28,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from embedshard.data.batch import Batch
+from embedshard.data.batch import Batch, on_device
 
 _MIX_1, _MIX_2 = -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64's, as int64
 
@@ -66,7 +66,7 @@ class _Drawn(nn.Module):
     def _keys(self, batch: Batch, device: torch.device) -> torch.Tensor:
         """Returns a word for each row, (B,)."""
         step = batch.training_position.step
-        return _mixed(_mixed(batch.rows.to(device) + step * 0x9E3779B9) + self._key)
+        return _mixed(_mixed(on_device(batch.rows, device) + step * 0x9E3779B9) + self._key)
 
 
 class Dropout(_Drawn):

@@ -11,6 +11,7 @@ __all__ = ["initial_rows", "initialise_tables", "scattered_rows"]
 
 import zlib
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from embedshard.sharding.shards import Shard
 
 _BLOCK_ELEMENTS = 32 * 1024
 """Made at once: what is in between stays in the cache, and the allocator gives the same pages again."""
+_PART_ELEMENTS = 1024 * 1024
+"""Made by a thread at a time, and copied to a GPU in one go."""
 _WORDS_PER_COUNT = 4  # Philox4x64 gives four words a count; a dim is a multiple of four
 
 
@@ -77,14 +80,33 @@ def _values(words: npt.NDArray[np.uint64], spec: TableSpec) -> npt.NDArray[np.fl
 
 @torch.no_grad()
 def initialise_tables(seed: int, specs: Iterable[TableSpec], shards: Iterable[Shard]) -> None:
-    """Writes the first values into this rank's shards of tables, a block of rows at a time. Not collective."""
+    """Writes the first values into this rank's shards of tables, a block of rows at a time. Not collective.
+
+    In as many threads as torch has: a table of a GPU's size takes one thread many minutes (docs/performance.md).
+    """
     by_name = {spec.name: spec for spec in specs}
-    for shard in shards:
-        spec = by_name[shard.table]
-        row, column = shard.offset
-        rows, columns = shard.tensor.shape
-        block = max(1, _BLOCK_ELEMENTS // spec.dim)
-        for start in range(0, rows, block):
-            stop = min(start + block, rows)
-            values = initial_rows(seed, spec, row + start, row + stop)[:, column : column + columns]
-            shard.tensor[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    with ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="embedshard-initialise") as pool:
+        for shard in shards:
+            spec = by_name[shard.table]
+            if spec.init.kind == "zeros":
+                shard.tensor.zero_()
+                continue
+            rows = max(1, _PART_ELEMENTS // spec.dim)
+            spans = ((first, min(first + rows, len(shard.tensor))) for first in range(0, len(shard.tensor), rows))
+            for _ in pool.map(lambda span, spec=spec, shard=shard: _fill(seed, spec, shard, *span), spans):
+                pass
+
+
+@torch.no_grad()  # which is a thread's own
+def _fill(seed: int, spec: TableSpec, shard: Shard, first: int, last: int) -> None:
+    """Writes the first values of a shard's rows [first, last). What is not on the CPU is copied there in one go."""
+    row, column = shard.offset
+    part = shard.tensor[first:last]
+    made = part if part.device.type == "cpu" else torch.empty(part.shape, dtype=part.dtype)
+    block = max(1, _BLOCK_ELEMENTS // spec.dim)
+    for start in range(0, last - first, block):
+        stop = min(start + block, last - first)
+        values = initial_rows(seed, spec, row + first + start, row + first + stop)[:, column : column + part.shape[1]]
+        made[start:stop].copy_(torch.from_numpy(np.ascontiguousarray(values)))
+    if made is not part:
+        part.copy_(made)

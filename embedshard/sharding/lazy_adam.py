@@ -86,8 +86,8 @@ class AdamSteps:
     def tell(self) -> None:
         """Tells FBGEMM's own Adam, before a step: it counts lookups, also evaluations', and begins anew on resume."""
         for tables, taken in self._fbgemm:
-            tables.iter.copy_(taken)
-            tables.iter_cpu.copy_(taken)
+            tables.iter.fill_(int(taken))  # a copy would wait for the GPU
+            tables.iter_cpu.fill_(int(taken))
 
     def add(self) -> None:
         """Counts a step."""

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from embedshard.config.parts import CompileConfig
-from embedshard.data.batch import Batch
+from embedshard.data.batch import Batch, on_device
 from embedshard.errors import ConfigError, TrainingError
 from embedshard.models.repeats import Repeats
 from embedshard.world import World
@@ -195,5 +195,5 @@ def _on_device(batch: Batch, device: torch.device) -> Batch:
     A step that is a number would be a constant of the graph, and each step another graph.
     """
     position = batch.training_position
-    step: Any = torch.tensor(position.step, device=device)
-    return replace(batch, rows=batch.rows.to(device, non_blocking=True), position=replace(position, step=step))
+    step: Any = torch.full((), position.step, device=device)  # unlike a copy, it does not wait for the device
+    return replace(batch, rows=on_device(batch.rows, device), position=replace(position, step=step))

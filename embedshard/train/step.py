@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from embedshard.config import TableSpec
-from embedshard.data.batch import Batch
+from embedshard.data.batch import Batch, on_device
 from embedshard.errors import TrainingError
 from embedshard.evaluate.streaming import StreamingMetrics
 from embedshard.models.objectives.objective import Objective, l2_penalty
@@ -224,12 +224,12 @@ def _weighted(
 
 
 def _in_a_row(numbers: Sequence[torch.Tensor | float], device: torch.device) -> torch.Tensor:
-    """Returns numbers as one tensor of a device, (n,) float64. Those that are there already are not waited for."""
+    """Returns numbers as one tensor of a device, (n,) float64, without waiting for it or for those that are there."""
     if device.type == "cpu":
         return torch.tensor([float(number) for number in numbers], dtype=torch.float64)
     is_there = [isinstance(number, torch.Tensor) and number.device == device for number in numbers]
     known = [0.0 if there else float(number) for number, there in zip(numbers, is_there, strict=True)]
-    row = torch.tensor(known, dtype=torch.float64).to(device)
+    row = on_device(torch.tensor(known, dtype=torch.float64), device)
     for at, number in enumerate(numbers):
         if is_there[at]:
             row[at] = number

@@ -1,34 +1,40 @@
 """What one GPU trains and reads: MLPerf's DLRM-DCNv2, two towers over 100 million items, tables in and beyond its memory.
 
-    python tests/benchmarks/gpu.py [--only reading dcn two_tower memory stages] [--scale 1.0] [--threads N] [--write FILE]
+    python tests/benchmarks/gpu.py --only dcn two_tower [--scale 1.0] [--threads N] [--write FILE]
+    python tests/benchmarks/gpu.py --only memory stages          # each about ten minutes; the other case is `reading`
     python tests/benchmarks/gpu.py --quick --device cpu          # small tables and batches: whether it works
 
-The data are drawn and kept in a folder (`--data`). Each training is `embedshard train` in a fresh process, from Parquet, and
-ended before it writes 100 GB as its checkpoint; samples a second are those after the first 20 steps. Reading is the same
-reader with nothing behind it, by one thread and by as many as training has (half of the cores, unless it is told);
-`reading` trains nothing. `memory` trains one model with its tables in the GPU's memory, behind a cache of a fifth of their
-rows (`uvm_caching`, without and with `train.prefetch`), and in the host's. `stages` is `embedshard bench` on the DCNv2: each
-stage's share of its limit, lookup and update as shares of what rows anywhere in the GPU's memory give. No case has been run
-on a GPU yet.
+The data, 16 batches, are drawn and kept in a folder (`--data`), and read from Parquet again in each epoch. Each training is
+`embedshard train` in a fresh process, and ended before it writes 100 GB as its checkpoint; samples a second are those after
+the first 20 steps. Tables begin with zeros, which changes no time of a step. They take 104 GB, or as much less as leaves a
+smaller GPU 30 % (`--scale`). Reading is the same reader with nothing behind it, by as many threads as training has (half of
+the cores, unless it is told); `reading` trains nothing, and reads by one thread, too. `memory` trains a quarter of the
+tables in the GPU's memory, behind a cache of a fifth of their rows (`uvm_caching`, without and with `train.prefetch`), and
+in the host's. `stages` is `embedshard bench` on a fortieth of them, whose checkpoints it writes: each stage's share of its
+limit. A case that fails is told, and the others go on. No case has been run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
-from data import skewed, write_files
+from data import skewed
 
 # Criteo's tables of 2022 and ids a row in MLPerf's training benchmark (mlcommons/training, recommendation_v2/torchrec_dlrm).
 ROWS = [
@@ -38,8 +44,31 @@ ROWS = [
 IDS_A_ROW = [3, 2, 1, 2, 6, 1, 1, 1, 1, 7, 3, 8, 1, 6, 9, 5, 1, 1, 1, 12, 100, 27, 10, 3, 1, 1]
 NUMBERS, DIM, BATCH = 13, 128, 65_536
 ITEMS, USERS = 100_000_000, 10_000_000
-WARM_UP = 20
+WARM_UP, BATCHES = 20, 16
+TABLE_BYTES = sum(ROWS) * DIM * 4
 MARKS = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+
+
+def write_files(folder: Path, rows: int, make: Callable[[np.random.Generator, int], pa.Table]) -> Path:
+    """Writes files of at most 65,536 rows in as many threads as there are cores. What is there already is kept."""
+
+    def write(number: int) -> None:
+        table = make(np.random.default_rng([0, number]), min(65_536, rows - number * 65_536))
+        pq.write_table(table, folder / f"part-{number:03}.parquet", compression="zstd")
+
+    if not (folder / "DONE").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            list(pool.map(write, range(math.ceil(rows / 65_536))))
+        (folder / "DONE").touch()
+    return folder
+
+
+def fitting_scale() -> float:
+    """Returns how much of the tables leaves 30 % of the GPU's memory free, at most all."""
+    code = "import torch; print(torch.cuda.get_device_properties(0).total_memory)"
+    found = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True).stdout
+    return min(1.0, math.floor(20 * 0.7 * int(found) / TABLE_BYTES) / 20)
 
 
 def dcn(data: Path, rows: int, scale: float, batch: int, precision: str, memory: str = "device", dim: int = DIM) -> dict:
@@ -54,15 +83,16 @@ def dcn(data: Path, rows: int, scale: float, batch: int, precision: str, memory:
         numbers = {f"i{number}": generator.exponential(10.0, count).astype(np.float32) for number in range(NUMBERS)}
         return pa.table(found | numbers)
 
-    folder = write_files(data / f"dcn-{rows}-{scale:g}", rows, 65_536, rows_of)
+    folder = write_files(data / f"dcn-{rows}-{scale:g}", rows, rows_of)
     names = [f"c{number}" for number in range(len(sizes))]
     return {
         "name": "dcn",
-        "data": {"train": f"{folder}/*.parquet", "label": "label", "window_steps": 8},
+        "data": {"train": f"{folder}/*.parquet", "label": "label", "window_steps": 8, "cache_bytes": 0},
         "features": {name: {"kind": "bag", "table": name} for name in names}
         | {f"i{number}": {"kind": "dense", "normalise": "log1p"} for number in range(NUMBERS)},
         "tables": {
-            name: {"rows": size, "dim": dim, "memory": {"kind": memory}} for name, size in zip(names, sizes, strict=True)
+            name: {"rows": size, "dim": dim, "memory": {"kind": memory}, "init": {"kind": "zeros"}}
+            for name, size in zip(names, sizes, strict=True)
         },
         "model": {"kind": "dcn_v2", "cross_layers": 3, "low_rank": 512, "mlp": [1024, 1024, 512, 256]}
         if dim == DIM
@@ -85,12 +115,14 @@ def two_tower(data: Path, rows: int, items: int, users: int, batch: int, precisi
         }
         return pa.table(columns)
 
-    folder = write_files(data / f"towers-{rows}-{items}", rows, 65_536, rows_of)
+    folder = write_files(data / f"towers-{rows}-{items}", rows, rows_of)
     return {
         "name": "towers",
         "data": {"train": f"{folder}/*.parquet", "label": "label"},
         "features": {"user_id": {"kind": "id", "table": "user"}, "item_id": {"kind": "id", "table": "item"}},
-        "tables": {"user": {"rows": users, "dim": 64}, "item": {"rows": items, "dim": 64}},
+        "tables": {
+            name: {"rows": size, "dim": 64, "init": {"kind": "zeros"}} for name, size in (("user", users), ("item", items))
+        },
         "model": {
             "kind": "two_tower",
             "user": {"features": ["user_id"], "mlp": [128, 64]},
@@ -106,6 +138,7 @@ def two_tower(data: Path, rows: int, items: int, users: int, batch: int, precisi
 def trained(tree: dict, device: str, steps: int, scratch: Path) -> tuple[float, dict[str, float]]:
     """Trains a config; returns samples a second after warm-up, and milliseconds of the stages of a step."""
     run, config = scratch / "run", scratch / "config.json"
+    tree = tree | {"train": tree["train"] | {"epochs": math.ceil((steps + 2) / BATCHES)}}  # no end before it is told
     shutil.rmtree(run, ignore_errors=True)
     config.write_text(json.dumps(tree))
     command = [sys.executable, "-m", "embedshard.cli", "train", str(config), "--run-dir", str(run), "--device", device]
@@ -196,9 +229,9 @@ def main() -> None:
     cases = ("dcn", "two_tower", "memory", "stages")
     parser.add_argument("--only", nargs="+", choices=("reading", *cases), default=list(cases))
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the DCNv2's tables: 1.0 takes 104 GB")
+    parser.add_argument("--scale", type=float, help="of the DCNv2's tables: 1.0 takes 104 GB")
     parser.add_argument("--batch", type=int, default=BATCH)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="that read")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-gpu", help="kept")
     parser.add_argument("--quick", action="store_true")
@@ -208,22 +241,33 @@ def main() -> None:
     if arguments.read:
         read_here(arguments.read)
         return
-    scale, batch, items, users, dim = arguments.scale, arguments.batch, ITEMS, USERS, DIM
+    batch, items, users, dim = arguments.batch, ITEMS, USERS, DIM
     if arguments.quick:
         scale, batch, items, users, dim = 1e-4, 512, 10_000, 1_000, 8
-    rows = (arguments.steps + 2) * batch
-    columns = ["samples/s", *(f"the reader alone, rows/s, `data.threads` {threads}" for threads in (1, arguments.threads))]
-    lines = [f"| | {' | '.join(columns)} | longest stages of a step, ms |", "|---|---|---|---|---|"]
+    else:
+        scale = arguments.scale or (fitting_scale() if arguments.device == "cuda" else 1.0)
+    rows = BATCHES * batch
+    columns = ["samples/s", f"the reader alone, rows/s, `data.threads` {arguments.threads}"]
+    lines = [f"| | {' | '.join(columns)} | longest stages of a step, ms |", "|---|---|---|---|"]
+    alone: dict[str, float] = {}
 
     def told(name: str, tree: dict, scratch: Path, is_trained: bool = True) -> None:
         tree["data"]["threads"] = arguments.threads
         speed = shown = ""
-        if is_trained:
-            samples, stages = trained(tree, arguments.device, arguments.steps, scratch)
-            longest = sorted(stages.items(), key=lambda stage: -stage[1])[:4]
-            speed, shown = f"{samples:,.0f}", ", ".join(f"{stage} {value:.1f}" for stage, value in longest)
-        alone = " | ".join(f"{read(tree, threads, scratch):,.0f}" for threads in (1, arguments.threads))
-        lines.append(f"| {name} | {speed} | {alone} | {shown} |")
+        try:
+            if is_trained:
+                samples, stages = trained(tree, arguments.device, arguments.steps, scratch)
+                longest = sorted(stages.items(), key=lambda stage: -stage[1])[:4]
+                speed, shown = f"{samples:,.0f}", ", ".join(f"{stage} {value:.1f}" for stage, value in longest)
+            else:
+                shown = f"by 1 thread {read(tree, 1, scratch):,.0f} rows/s"
+            data = tree["data"]["train"]
+            if data not in alone:
+                alone[data] = read(tree, arguments.threads, scratch)
+            lines.append(f"| {name} | {speed} | {alone[data]:,.0f} | {shown} |")
+        except SystemExit as error:
+            print(error, file=sys.stderr)
+            lines.append(f"| {name} | failed | | {str(error).strip().splitlines()[-1][:200]} |")
         print(lines[-1], file=sys.stderr, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="embedshard-gpu-") as folder:
@@ -246,9 +290,12 @@ def main() -> None:
                     told(f"DCNv2, tables times {scale / 4:g}, `memory: {memory}`{how}", tree, scratch)
         if "stages" in arguments.only:
             config = scratch / "bench.json"
-            config.write_text(json.dumps(dcn(arguments.data, rows, scale / 4, batch, "bf16", dim=dim)))
+            config.write_text(json.dumps(dcn(arguments.data, rows, scale / 40, batch, "bf16", dim=dim)))
             command = [sys.executable, "-m", "embedshard.cli", "bench", str(config), "--device", arguments.device]
-            lines += ["", "```", finished([*command, "--workers", "1"], scratch).strip(), "```"]
+            try:
+                lines += ["", "```", finished([*command, "--workers", "1"], scratch).strip(), "```"]
+            except SystemExit as error:
+                lines += ["", "```", str(error), "```"]
     text = "\n".join(lines)
     print(text)
     if arguments.write:

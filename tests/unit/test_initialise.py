@@ -4,10 +4,13 @@ import zlib
 
 import numpy as np
 import pytest
+import torch
 
 from embedshard.config import TableSpec
 from embedshard.config.parts import InitConfig, TableOptimizerConfig, TableShardingConfig
-from embedshard.sharding.initialise import initial_rows
+from embedshard.sharding import initialise
+from embedshard.sharding.initialise import initial_rows, initialise_tables
+from embedshard.sharding.shards import Shard
 
 
 def spec(name="item", rows=1000, dim=12, **init):
@@ -66,3 +69,15 @@ def test_values_are_those_of_the_formula(kind):
         expected = np.sqrt(-2.0 * np.log(high)) * np.cos(2.0 * np.pi * low)
     values = initial_rows(5, spec(kind=kind, scale=0.3, rows=4000), 0, 4000)
     np.testing.assert_allclose(values.ravel(), expected * 0.3, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["normal", "zeros"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_threads_write_the_rows_of_a_shard(monkeypatch, kind, dtype):
+    monkeypatch.setattr(initialise, "_PART_ELEMENTS", 100 * 12)
+    monkeypatch.setattr(initialise, "_BLOCK_ELEMENTS", 30 * 12)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    tensor = torch.full((711, 4), torch.nan, dtype=dtype)
+    initialise_tables(5, [spec(kind=kind)], [Shard("item", "weight", tensor, (200, 4), (1001, 12))])
+    whole = torch.from_numpy(initial_rows(5, spec(kind=kind), 0, 1001))
+    assert tensor.equal(whole[200:911, 4:8].to(dtype))

@@ -18,6 +18,7 @@ from embedshard.data.batch import Batch
 from embedshard.errors import ConfigError
 
 _BLOCK_ELEMENTS = 2**20  # scores made at once: 4 MiB
+_TIMES_ON_A_GPU = 2**6  # as many more there: its kernels are launched one by one, and each is to have enough to do
 KEPT_ELEMENTS = 2**25
 """Scores of a rank of which something is kept for the backward pass instead of made again: 128 MiB."""
 
@@ -59,9 +60,10 @@ def valid_ids(batch: Batch, item_id: str) -> torch.Tensor:
     return torch.where(batch.weights > 0, batch.ids[item_id], -1)
 
 
-def row_blocks(num_rows: int, num_candidates: int) -> Iterator[slice]:
-    """Yields blocks of rows whose scores against all candidates stay in the cache."""
-    size = max(1, _BLOCK_ELEMENTS // max(num_candidates, 1))
+def row_blocks(num_rows: int, num_candidates: int, device: torch.device) -> Iterator[slice]:
+    """Yields blocks of rows whose scores against all candidates are made at once; on a CPU they stay in the cache."""
+    elements = _BLOCK_ELEMENTS * (1 if device.type == "cpu" else _TIMES_ON_A_GPU)
+    size = max(1, elements // max(num_candidates, 1))
     return (slice(first, min(first + size, num_rows)) for first in range(0, num_rows, size))
 
 

@@ -50,7 +50,7 @@ class _MeanCost(torch.autograd.Function):
         hits = OwnHits(own_B, candidate_N)
         total_B = torch.empty_like(threshold_B)
         kept: list[_Few | torch.Tensor | None] = []
-        for rows in row_blocks(len(query_BD), len(candidate_ND)):
+        for rows in row_blocks(len(query_BD), len(candidate_ND), query_BD.device):
             excess_RN = _excess(query_BD[rows], candidate_ND, threshold_B[rows], hits, rows)
             slopes = _slopes(excess_RN, cost)
             kept.append(slopes if isinstance(slopes, _Few) or _fits(query_BD, candidate_ND) else None)
@@ -66,7 +66,7 @@ class _MeanCost(torch.autograd.Function):
         scale_B = gradients[0] / count_B
         for_queries, for_candidates = torch.empty_like(query_BD), torch.zeros_like(candidate_ND)
         for_thresholds = torch.empty_like(threshold_B)
-        for rows, kept in zip(row_blocks(len(query_BD), len(candidate_ND)), ctx.kept, strict=True):
+        for rows, kept in zip(row_blocks(len(query_BD), len(candidate_ND), query_BD.device), ctx.kept, strict=True):
             slopes = kept
             if slopes is None:
                 excess_RN = _excess(query_BD[rows], candidate_ND, threshold_B[rows], ctx.hits, rows)

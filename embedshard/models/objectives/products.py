@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 _CENTRES = 16  # of a small product
 _BLOCK_ELEMENTS = 2**16  # logits of centres and candidates made at once: 256 KiB
+_TIMES_ON_A_GPU = 2**10  # as many more there, where each kernel is to have enough to do
 _KEPT_ELEMENTS = 2**25  # of which slopes are kept: 128 MiB
 _FACTORS = 64  # each from 1/2 to 1, whose product is no smaller than 2^-64
 
@@ -171,7 +172,7 @@ class _Sums(torch.autograd.Function):
         kind: Literal["softplus", "log"],
     ) -> torch.Tensor:
         sums_V = query_VD.new_empty(len(query_VD) * sides)
-        blocks = list(_blocks(len(query_VD), len(candidate_ND), groups))
+        blocks = list(_blocks(len(query_VD), len(candidate_ND), groups, query_VD.device))
         keeps = sum((rows.stop - rows.start) * (met.stop - met.start) for rows, met in blocks) <= _KEPT_ELEMENTS
         kept = []
         for rows, met in blocks:
@@ -234,11 +235,14 @@ def _softplus_sum(logits_RN: torch.Tensor, sigmoid_RN: torch.Tensor) -> torch.Te
     return logits_RN.clamp(min=0.0).sum(dim=1) - logs_R - near_RN[:, whole:].log().sum(dim=1)
 
 
-def _blocks(num_queries: int, num_candidates: int, groups: Sequence[int] | None) -> Iterator[tuple[slice, slice]]:
+def _blocks(
+    num_queries: int, num_candidates: int, groups: Sequence[int] | None, device: torch.device
+) -> Iterator[tuple[slice, slice]]:
     """Yields places with the candidates that they meet."""
     begins = [0, num_queries] if groups is None else groups
     share = num_candidates // (len(begins) - 1)
-    size = max(128, _BLOCK_ELEMENTS // max(share, 1))
+    elements = _BLOCK_ELEMENTS * (1 if device.type == "cpu" else _TIMES_ON_A_GPU)
+    size = max(128, elements // max(share, 1))
     for group, (begin, end) in enumerate(itertools.pairwise(begins)):
         for first in range(begin, end, size):
             yield slice(first, min(first + size, end)), slice(group * share, (group + 1) * share)

@@ -72,7 +72,7 @@ class _OthersLogSum(torch.autograd.Function):
         most_B, sums_B = query_BD.new_empty(len(query_BD)), query_BD.new_empty(len(query_BD))
         keeps = len(query_BD) * len(candidate_ND) <= KEPT_ELEMENTS
         ctx.hits, ctx.kept = hits, []
-        for rows in row_blocks(len(query_BD), len(candidate_ND)):
+        for rows in row_blocks(len(query_BD), len(candidate_ND), query_BD.device):
             logits_RN = _logits(query_BD, candidate_ND, offset_N, hits, rows)
             most_R = logits_RN.amax(dim=1)
             most_B[rows] = most_R.masked_fill_(torch.isneginf(most_R), 0.0)
@@ -90,7 +90,7 @@ class _OthersLogSum(torch.autograd.Function):
         # Where no candidate is left there is nothing to push away.
         slopes_B = torch.where(sums_B > 0, gradient_B / sums_B, 0.0)
         for_queries, for_candidates = torch.empty_like(query_BD), torch.zeros_like(candidate_ND)
-        for number, rows in enumerate(row_blocks(len(query_BD), len(candidate_ND))):
+        for number, rows in enumerate(row_blocks(len(query_BD), len(candidate_ND), query_BD.device)):
             if ctx.kept:
                 exponentials_RN = ctx.kept[number]
             else:
