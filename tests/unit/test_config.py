@@ -158,6 +158,21 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
         load_config(path, {})
 
 
+def test_a_policy_for_nulls_is_written_as_the_documentation_has_it(config_file):
+    plain = config_file.read_text().replace("kind: id\n    table: user", "kind: id\n    table: user\n    null: empty")
+    config_file.write_text(plain)
+    loaded = load_config(config_file, {}, ["features.item_id={kind: id, table: item, null: empty}"])
+    assert [loaded.config.features[name].null for name in ("user_id", "item_id")] == ["empty", "empty"]
+
+
+@pytest.mark.parametrize("text", ["a: {b: 1}\nc: 2\na: 3\n", "c: {x: 1, 'x': 2}\n"])
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"'[ax]' is in line 1 already; a key stands once in a mapping.*line [13]"):
+        load_config(path, {})
+
+
 def test_variables_are_expanded_in_the_config_and_kept_in_the_tree(config_file):
     override = "data.train=${ROOT}/x/${DAY:-monday}/*.parquet"
     loaded = load_config(config_file, {"ROOT": "/somewhere"}, [override])
