@@ -21,9 +21,10 @@ from embedshard.config.lookups import (
     num_negative_slots,
     table_specs,
 )
-from embedshard.config.root import LOSS, POINTWISE_METRICS, Config
+from embedshard.config.root import CUT_METRICS, LOSS, POINTWISE_METRICS, Config
 
 __all__ = [
+    "CUT_METRICS",
     "LOSS",
     "POINTWISE_METRICS",
     "Config",

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["POINTWISE_METRICS", "Config"]
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Final
 
@@ -66,6 +67,9 @@ from embedshard.config.parts import (
 from embedshard.config.placement import check_table_sharding
 from embedshard.config.ranking import check_ranking_model, check_sasrec
 from embedshard.errors import nearest, with_article
+
+CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
+"""The metrics of ranked lists that look at the first k of them, which is written as `recall@20`."""
 
 POINTWISE_METRICS: Final = (
     "rmse",
@@ -443,6 +447,13 @@ class Config(Strict):
             )
 
     def _check_metrics(self) -> None:
+        for name in self.evaluate.metrics:
+            word, _, cut = name.partition("@")
+            if not (
+                name in ("mrr", LOSS, *POINTWISE_METRICS) or (word in CUT_METRICS and re.fullmatch("[1-9][0-9]{0,8}", cut))
+            ):
+                known = [*(f"{one}@{cut if cut.isdigit() else 20}" for one in CUT_METRICS), "mrr", *POINTWISE_METRICS]
+                raise ValueError(f"evaluate.metrics: there is no metric '{name}'. {nearest(name, known)}")
         from_ranking = [name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
         pointwise = [name for name in self.evaluate.metrics if name in POINTWISE_METRICS]
         if LOSS in self.evaluate.metrics and not isinstance(self.model, ItemEmbeddingConfig):

@@ -31,7 +31,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.config import LOSS, POINTWISE_METRICS
+from embedshard.config import CUT_METRICS, LOSS, POINTWISE_METRICS
 from embedshard.errors import ConfigError, nearest
 
 IntArray = npt.NDArray[np.int64]
@@ -40,7 +40,6 @@ FloatArray = npt.NDArray[np.float64]
 UNRANKED: Final = int(np.iinfo(np.int64).max)
 """The position of an item that is too far down to earn anything."""
 
-_CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
 _UNCUT_METRICS: Final = ("mrr", LOSS, *POINTWISE_METRICS)
 _LOWER_IS_BETTER: Final = frozenset({LOSS, "rmse", "mae", "log_loss", "normalised_entropy"})
 
@@ -86,14 +85,14 @@ def parse_metric(text: str) -> Metric:
         if at:
             raise ConfigError(f"metric '{text}': '{name}' looks at everything and takes no k. Write '{name}'.")
         return Metric(name)
-    if name in _CUT_METRICS:
+    if name in CUT_METRICS:
         if not at:
             raise ConfigError(f"metric '{text}' needs the length of the list that it looks at. Write '{name}@20'.")
         if not re.fullmatch(r"[1-9][0-9]{0,8}", cut):
             raise ConfigError(f"metric '{text}': '{cut}' is not a whole number from 1. Write '{name}@20'.")
         return Metric(name, int(cut))
     shown = cut if re.fullmatch(r"[1-9][0-9]{0,8}", cut) else "k"
-    known = [f"{cut_name}@{shown}" for cut_name in _CUT_METRICS] + list(_UNCUT_METRICS)
+    known = [f"{cut_name}@{shown}" for cut_name in CUT_METRICS] + list(_UNCUT_METRICS)
     raise ConfigError(f"there is no metric '{text}'. {nearest(text if at else f'{text}@{shown}', known)}")
 
 
