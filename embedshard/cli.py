@@ -11,6 +11,7 @@ __all__ = ["app", "main"]
 import enum
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -183,7 +184,9 @@ def train(
         )
     elif workers is not None:
         errors, place = Console(stderr=True, soft_wrap=True), request.resume or request.run_dir or "RUN_DIR"
-        after_death = f"Go on from the last checkpoint with: embedshard train --resume {place} --workers {workers}"
+        after_death = (
+            f"Go on from the last checkpoint with: embedshard train --resume {shlex.quote(str(place))} --workers {workers}"
+        )
         raise typer.Exit(run_workers(request.arguments(), most, os.environ, errors, after_death))
     else:
         with long_imports():
@@ -753,7 +756,7 @@ def checkpoint_resize(
             f"lose it"
         ),
     )
-    typer.echo(f"Train on: embedshard train --resume {run_dir}")
+    typer.echo(f"Train on: embedshard train --resume {shlex.quote(str(run_dir))}")
 
 
 @checkpoint_app.command("extract")

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from embedshard.bench.measure import Limit, Measure, Timer
+from embedshard.config import parse_metric
 from embedshard.data.columns import gather
 from embedshard.evaluate.held_out import SPLITS, RetrievalSet
 from embedshard.evaluate.lists import BLOCK_BYTES
-from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.scores import DotProducts
 from embedshard.train.assembly import Assembly
 

@@ -21,7 +21,7 @@ from embedshard.config.lookups import (
     num_negative_slots,
     table_specs,
 )
-from embedshard.config.metrics import LOSS, POINTWISE_METRICS
+from embedshard.config.metrics import LOSS, POINTWISE_METRICS, Metric, parse_metric
 from embedshard.config.root import Config
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Config",
     "Loaded",
     "Lookup",
+    "Metric",
     "TableSpec",
     "bias_key",
     "build_config",
@@ -41,6 +42,7 @@ __all__ = [
     "node_key",
     "num_negative_slots",
     "parse_config",
+    "parse_metric",
     "schema_json",
     "table_specs",
     "variable_values",

@@ -87,7 +87,7 @@ def parse_config(text: str, source: str, environment: Mapping[str, str], overrid
         ConfigError: naming the place, the value and what is allowed.
     """
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
@@ -154,12 +154,30 @@ def differences(ours: Any, theirs: Any, path: str = "") -> list[tuple[str, Any, 
 
 
 # ------------------------------------------------------------------------------------------------- reading the tree
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key `null` is that word, a policy's name, and no key may stand twice in a mapping."""
+
+    def compose_mapping_node(self, anchor: dict[Any, yaml.Node]) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if key.value == "null":
+                key.tag = "tag:yaml.org,2002:str"
+            if key.value in lines:
+                first = f"'{key.value}' is in line {lines[key.value]} already; a key stands once in a mapping"
+                raise yaml.MarkedYAMLError(problem=first, problem_mark=key.start_mark)
+            lines[key.value] = key.start_mark.line + 1
+        return node
+
+
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise ConfigError(f"--set {override}: not of the form a.b=value, for example --set train.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from error
     *parents, last = path.split(".")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["LOSS", "POINTWISE_METRICS", "check_baselines", "check_metrics"]
+__all__ = ["LOSS", "POINTWISE_METRICS", "Metric", "check_baselines", "check_metrics", "parse_metric"]
 
+import difflib
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from embedshard.config.objectives import check_catalogue
@@ -19,10 +22,13 @@ from embedshard.config.parts import (
     RankingModel,
     SASRecConfig,
 )
-from embedshard.errors import nearest
+from embedshard.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from embedshard.config.root import Config
+
+CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
+"""The metrics of ranked lists that look at the first k of them, which is written as `recall@20`."""
 
 POINTWISE_METRICS: Final = (
     "rmse",
@@ -59,7 +65,62 @@ MOST_WINDOW_ROWS: Final = 2**22
 
 STREAMING_OF_NUMBERS: Final = STREAMING_METRICS[-2:]
 
+_UNCUT_METRICS: Final = ("mrr", LOSS, *POINTWISE_METRICS)
 _OF_CLASSES: Final = ("log_loss", "auc", "accuracy", "f1")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as the config names it.
+
+    Attributes:
+        name: the part before '@', such as 'recall'.
+        k: length of the list that it looks at; None for metrics without a cut.
+    """
+
+    name: str
+    k: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.k is None else f"{self.name}@{self.k}"
+
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether it compares predictions with labels, so that it has no ranked list."""
+        return self.name in POINTWISE_METRICS
+
+    @property
+    def ranks(self) -> bool:
+        """Whether it looks at ranked items."""
+        return not self.is_pointwise and self.name != LOSS
+
+
+def parse_metric(text: str) -> Metric:
+    """Returns the metric that `text` names.
+
+    Args:
+        text: recall@k, precision@k, ndcg@k, hit_rate@k, map@k or coverage@k with a whole k of at least 1; or mrr, loss,
+            rmse, mae, log_loss, auc, pr_auc, gauc, normalised_entropy, calibration, accuracy, f1.
+
+    Raises:
+        ConfigError: there is no such metric, or its k is missing, superfluous or not a whole number above 0.
+    """
+    name, at, cut = text.partition("@")
+    if name in _UNCUT_METRICS:
+        if at:
+            raise ConfigError(f"metric '{text}': '{name}' looks at everything and takes no k. Write '{name}'.")
+        return Metric(name)
+    if name in CUT_METRICS:
+        if not at:
+            raise ConfigError(f"metric '{text}' needs the length of the list that it looks at. Write '{name}@20'.")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", cut):
+            raise ConfigError(f"metric '{text}': '{cut}' is not a whole number from 1. Write '{name}@20'.")
+        return Metric(name, int(cut))
+    shown = cut if re.fullmatch(r"[1-9][0-9]{0,8}", cut) else "20"
+    written = {known: f"{known}@{shown}" for known in CUT_METRICS} | {known: known for known in _UNCUT_METRICS}
+    close = difflib.get_close_matches(name, written, n=1)
+    advice = f"Did you mean '{written[close[0]]}'?" if close else nearest(text, written.values())
+    raise ConfigError(f"there is no metric '{text}'. {advice}")
 
 
 def check_metrics(config: Config) -> None:
@@ -68,6 +129,11 @@ def check_metrics(config: Config) -> None:
     Raises:
         ValueError: saying what was met, what was needed and what to do.
     """
+    for name in config.evaluate.metrics:
+        try:
+            parse_metric(name)
+        except ConfigError as error:
+            raise ValueError(f"evaluate.metrics: {error}") from error
     from_ranking = [name for name in config.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
     pointwise = [name for name in config.evaluate.metrics if name in POINTWISE_METRICS]
     if LOSS in config.evaluate.metrics and not isinstance(config.model, ItemEmbeddingConfig):

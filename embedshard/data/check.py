@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 from embedshard.config import Config
 from embedshard.config.parts import AutoVocabulary, DenseFeature, TokenizerVocabulary, WordNgramsVocabulary
 from embedshard.data.check_report import ColumnReport, Known, ProblemReport, Refusal, Report, RowGroups, SetReport
-from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_specs
+from embedshard.data.decode import ColumnSpec, Decoder, Role, Where, column_specs, slice_column
 from embedshard.data.distinct import DistinctIds
 from embedshard.data.findings import Action, Finding, Problem, text_of
 from embedshard.data.footers import data_files
@@ -38,7 +38,7 @@ from embedshard.data.split import Selection
 from embedshard.data.statistics import Statistics
 from embedshard.data.tokenizer_training import train_tokenizers
 from embedshard.data.training_set import held_out_of_training, without_held_out
-from embedshard.data.vocabulary import Vocabulary, load_vocabularies
+from embedshard.data.vocabulary import MetVocabulary, Vocabulary, load_vocabularies
 from embedshard.data.vocabulary_building import build_vocabularies, counted_tables
 from embedshard.data.windows import rows_that_wait, window_steps
 from embedshard.errors import DataError
@@ -65,6 +65,7 @@ def check_data(config: Config, progress: Progress | None = None) -> Report:
         ConfigError: if a path cannot be understood, or vocabularies and tables disagree.
     """
     vocabularies, refused = _load_vocabularies(config, progress)
+    vocabularies |= {slice_column(column): MetVocabulary() for column in config.evaluate.slice_by}
     sets = [_SetCheck(config, *named, vocabularies) for named in _sets(config)]
     refused += _hold_out(config, sets)
     for check in sets:
@@ -185,6 +186,7 @@ class _SetCheck:
         self._problems: dict[Problem, ProblemReport] = {}
         self._examples: dict[Problem, list[tuple[tuple[str, int, int], str]]] = defaultdict(list)
         self._refusals: dict[str, Refusal] = {}
+        self._slices = {slice_column(column) for column in config.evaluate.slice_by}
         self._lock = threading.Lock()
         item_id = config.identity("item_id")
         self._item_rows = (
@@ -300,7 +302,8 @@ class _SetCheck:
                     refused[finding.rows] = True
                 elif action == "quarantine":
                     set_aside[finding.rows] = True
-                self._count_problem(finding, action, where)
+                if name not in self._slices:  # in which a null is a value like others
+                    self._count_problem(finding, action, where)
             self.columns[spec.name, spec.column].add(parsed, table.schema.field(spec.column).type, table.column(spec.column))
             if spec.second is not None:
                 weights = table.column(spec.second)

@@ -22,9 +22,11 @@ import pyarrow as pa
 from embedshard.config import POINTWISE_METRICS, Config
 from embedshard.config.parts import (
     BagFeature,
+    CrossEntropyConfig,
     DenseFeature,
     IdFeature,
     ListFeature,
+    PointwiseConfig,
     SequenceFeature,
     TextFeature,
     WeightedBagFeature,
@@ -70,6 +72,7 @@ class ColumnSpec:
         feature: how it is decoded; None for labels, weights and candidates.
         table: whose rows ids become, if it holds ids.
         second: another column that belongs to it: a weighted bag's weights.
+        greatest: of a label that must lie between 0 and this; None where any number will do.
     """
 
     name: str
@@ -77,6 +80,7 @@ class ColumnSpec:
     feature: IdFeature | ListFeature | TextFeature | DenseFeature | None = None
     table: str | None = None
     second: str | None = None
+    greatest: float | None = None
 
     @property
     def is_list(self) -> bool:
@@ -105,6 +109,8 @@ class ColumnSpec:
             reasons: list[Reason] = ["missing number", "infinite number"]
             if self.name == "weight":
                 reasons.append("negative weight")
+            if self.greatest is not None:
+                reasons.append("label out of range")
             return [Problem(self.name, self.column, reason) for reason in reasons]
         if self.is_text:
             return [Problem(self.name, self.column, "null text")]
@@ -132,7 +138,10 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
         specs.append(ColumnSpec(name, feature.column or name, feature, table, second))
     needs_label = any(name in POINTWISE_METRICS for name in config.evaluate.metrics)
     if role == "train" or (role == "evaluation" and needs_label):
-        specs += [ColumnSpec(f"label:{name}", column) for name, column in config.data.label_columns.items()]
+        greatest = _greatest_label(config)
+        specs += [
+            ColumnSpec(f"label:{name}", column, greatest=greatest) for name, column in config.data.label_columns.items()
+        ]
     if role == "train" and config.data.weight is not None:
         specs.append(ColumnSpec("weight", config.data.weight))
     if role == "evaluation":
@@ -143,6 +152,14 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
         assert isinstance(item, IdFeature), "the config checks that an item is named by an id"
         specs.append(ColumnSpec("candidates", config.evaluate.candidates, None, item.table))
     return tuple(specs)
+
+
+def _greatest_label(config: Config) -> float | None:
+    """Returns the greatest label that the objective takes, of which 0 is the least; None where any number will do."""
+    objective = config.objective
+    if isinstance(objective, CrossEntropyConfig):
+        return objective.classes - 1
+    return 1 if isinstance(objective, PointwiseConfig) and objective.kind == "bce" else None
 
 
 def slice_column(column: str) -> str:
@@ -319,7 +336,7 @@ class Decoder:
         """
         array = table.column(spec.column)
         if spec.table is None:
-            return parse_numbers(spec.name, spec.column, array)
+            return parse_numbers(spec.name, spec.column, array, spec.greatest)
         vocabulary = self._vocabularies[spec.table]
         try:
             if spec.is_text:
@@ -532,6 +549,8 @@ class Decoder:
                 f"Correct the row, or set {aside}."
             )
         need = "a finite float32 of at least 0" if name == "weight" else "a finite float32"
+        if spec.greatest is not None:
+            need = f"a number from 0 to {spec.greatest:g}, as the objective does,"
         zero = f"features.{name}.missing to 'zero' or " if isinstance(spec.feature, DenseFeature) else ""
         zero = zero if finding.problem.reason == "missing number" else ""
         return (

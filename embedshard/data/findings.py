@@ -14,7 +14,14 @@ import pyarrow as pa
 IntArray = npt.NDArray[np.int64]
 
 Reason = Literal[
-    "null id", "null text", "unknown id", "lengths differ", "missing number", "infinite number", "negative weight"
+    "null id",
+    "null text",
+    "unknown id",
+    "lengths differ",
+    "missing number",
+    "infinite number",
+    "negative weight",
+    "label out of range",
 ]
 """`lengths differ`: of a row's ids and weights. `missing number`: null or NaN. `infinite number`: as float32."""
 

@@ -169,6 +169,11 @@ def _schema_refusals(location: Location, metadata: pq.FileMetaData, decoder: Dec
 
 def _column_refusal(location: Location, schema: pa.Schema, decoder: Decoder, spec: ColumnSpec, column: str) -> str | None:
     count = schema.names.count(column)
+    if not count and f"/{column}=" in location.uri:
+        return (
+            f"{location.uri} has no column '{column}', which '{spec.name}' needs: it stands in the folder's name, which is "
+            f"not read. Write the column into the files."
+        )
     if not count:
         return f"{location.uri} has no column '{column}', which '{spec.name}' needs. {nearest(column, schema.names)}"
     if count > 1:

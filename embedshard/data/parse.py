@@ -170,10 +170,10 @@ def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.C
     parsed.weights = weights
 
 
-def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array) -> Parsed:
-    """Parses a number a row; one that is called `weight` must be at least 0."""
+def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array, greatest: float | None = None) -> Parsed:
+    """Parses a number a row; one that is called `weight` must be at least 0, one with a greatest value from 0 to that."""
     numbers = _one_array(array)
-    fitting = _fitting_float32(numbers) if name != "weight" else None
+    fitting = _fitting_float32(numbers) if name != "weight" and greatest is None else None
     if fitting is not None:
         return Parsed(fitting, numbers, [])
     values = _as_float64(numbers)
@@ -181,6 +181,9 @@ def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array) -> 
     if name == "weight":
         negative = np.flatnonzero((values < 0) & (values >= -_LARGEST_FLOAT32))
         wrong += [("negative weight", negative)] if len(negative) else []
+    if greatest is not None:
+        outside = np.flatnonzero(((values < 0) | (values > greatest)) & (np.abs(values) <= _LARGEST_FLOAT32))
+        wrong += [("label out of range", outside)] if len(outside) else []
     findings = [Finding(Problem(name, column, reason), places, places, numbers) for reason, places in wrong]
     return Parsed(values, numbers, findings)
 

@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 import torch
 
-from embedshard.config import Config
+from embedshard.config import POINTWISE_METRICS, Config
 from embedshard.config.parts import Baseline, BiasBaseline, EaseBaseline, ItemKnnBaseline, MeanBaseline, PopularityBaseline
 from embedshard.data.columns import Columns
 from embedshard.data.dataset import Dataset
@@ -32,7 +32,7 @@ from embedshard.evaluate.item_models import (
 from embedshard.evaluate.label_metrics import prediction_link
 from embedshard.evaluate.label_models import bias_bytes, fit_biases, mean_logit
 from embedshard.evaluate.pointwise import PointwiseSums
-from embedshard.evaluate.ranking import POINTWISE_METRICS, FloatArray
+from embedshard.evaluate.ranking import FloatArray
 from embedshard.evaluate.scores import Scores
 from embedshard.evaluate.users import Users
 from embedshard.quantities import size

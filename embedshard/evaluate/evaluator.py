@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from embedshard.config import LOSS, Config
+from embedshard.config import LOSS, Config, parse_metric
 from embedshard.data.batch import Batch
 from embedshard.data.collate import Collator
 from embedshard.data.columns import Columns, num_rows
@@ -24,7 +24,6 @@ from embedshard.evaluate.held_out import HeldOutSets, Split
 from embedshard.evaluate.label_metrics import LabelMetrics, in_order
 from embedshard.evaluate.label_rows import LabelRows
 from embedshard.evaluate.pair_loss import PairLoss
-from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.scores import DotProducts
 from embedshard.evaluate.slices import ItemSlices
 from embedshard.evaluate.users import Users

@@ -12,27 +12,22 @@ Shapes: Q queries, R relevant items of all queries.
 from __future__ import annotations
 
 __all__ = [
-    "POINTWISE_METRICS",
     "UNRANKED",
     "FloatArray",
     "IntArray",
-    "Metric",
     "higher_is_better",
     "largest_k",
     "metric_values",
-    "parse_metric",
 ]
 
-import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from embedshard.config import LOSS, POINTWISE_METRICS
-from embedshard.errors import ConfigError, nearest
+from embedshard.config import LOSS, Metric, parse_metric
+from embedshard.errors import ConfigError
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
@@ -40,61 +35,7 @@ FloatArray = npt.NDArray[np.float64]
 UNRANKED: Final = int(np.iinfo(np.int64).max)
 """The position of an item that is too far down to earn anything."""
 
-_CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
-_UNCUT_METRICS: Final = ("mrr", LOSS, *POINTWISE_METRICS)
 _LOWER_IS_BETTER: Final = frozenset({LOSS, "rmse", "mae", "log_loss", "normalised_entropy"})
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A metric as the config names it.
-
-    Attributes:
-        name: the part before '@', such as 'recall'.
-        k: length of the list that it looks at; None for metrics without a cut.
-    """
-
-    name: str
-    k: int | None = None
-
-    def __str__(self) -> str:
-        return self.name if self.k is None else f"{self.name}@{self.k}"
-
-    @property
-    def is_pointwise(self) -> bool:
-        """Whether it compares predictions with labels, so that it has no ranked list."""
-        return self.name in POINTWISE_METRICS
-
-    @property
-    def ranks(self) -> bool:
-        """Whether it looks at ranked items."""
-        return not self.is_pointwise and self.name != LOSS
-
-
-def parse_metric(text: str) -> Metric:
-    """Returns the metric that `text` names.
-
-    Args:
-        text: recall@k, precision@k, ndcg@k, hit_rate@k, map@k or coverage@k with a whole k of at least 1; or mrr, loss,
-            rmse, mae, log_loss, auc, pr_auc, gauc, normalised_entropy, calibration, accuracy, f1.
-
-    Raises:
-        ConfigError: there is no such metric, or its k is missing, superfluous or not a whole number above 0.
-    """
-    name, at, cut = text.partition("@")
-    if name in _UNCUT_METRICS:
-        if at:
-            raise ConfigError(f"metric '{text}': '{name}' looks at everything and takes no k. Write '{name}'.")
-        return Metric(name)
-    if name in _CUT_METRICS:
-        if not at:
-            raise ConfigError(f"metric '{text}' needs the length of the list that it looks at. Write '{name}@20'.")
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", cut):
-            raise ConfigError(f"metric '{text}': '{cut}' is not a whole number from 1. Write '{name}@20'.")
-        return Metric(name, int(cut))
-    shown = cut if re.fullmatch(r"[1-9][0-9]{0,8}", cut) else "k"
-    known = [f"{cut_name}@{shown}" for cut_name in _CUT_METRICS] + list(_UNCUT_METRICS)
-    raise ConfigError(f"there is no metric '{text}'. {nearest(text if at else f'{text}@{shown}', known)}")
 
 
 def higher_is_better(metric: str) -> bool:

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from embedshard.config import Metric, parse_metric
 from embedshard.errors import ConfigError
-from embedshard.evaluate.ranking import IntArray, Metric, metric_values, parse_metric
+from embedshard.evaluate.ranking import IntArray, metric_values
 
 BoolArray = npt.NDArray[np.bool_]
 

@@ -10,8 +10,9 @@ from typing import Final
 
 import numpy as np
 
+from embedshard.config import Metric
 from embedshard.data.columns import offsets_of
-from embedshard.evaluate.ranking import IntArray, Metric
+from embedshard.evaluate.ranking import IntArray
 from embedshard.evaluate.ranking_sums import RankingSums
 
 _UPPER_SHARES: Final = {"head": 0.5, "torso": 0.8, "tail": 1.0}

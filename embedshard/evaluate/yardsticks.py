@@ -10,12 +10,11 @@ __all__ = ["Comparison", "Yardsticks"]
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedshard.config import Config
+from embedshard.config import Config, parse_metric
 from embedshard.data.dataset import Dataset
 from embedshard.data.survey import Survey, Wanted, take_survey
 from embedshard.evaluate.baselines import Baselines
 from embedshard.evaluate.held_out import HeldOutSets, Split
-from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.slices import ItemSlices
 from embedshard.world import World
 

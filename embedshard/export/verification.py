@@ -33,11 +33,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from embedshard.config import parse_metric
 from embedshard.data.columns import Columns, gather
 from embedshard.evaluate.held_out import GivenSet, RankedSet, RetrievalSet, Split
 from embedshard.evaluate.jagged import JaggedIds
 from embedshard.evaluate.lists import topk
-from embedshard.evaluate.ranking import parse_metric
 from embedshard.evaluate.scores import DotProducts
 from embedshard.export.index import load_index, look_up
 from embedshard.export.read import rows_of, seen_by, vector_blocks, vectors_of

@@ -17,12 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from embedshard import __version__
-from embedshard.config import Config
+from embedshard.config import Config, parse_metric
 from embedshard.config.parts import ItemEmbeddingConfig
 from embedshard.data.columns import Columns
 from embedshard.data.vocabulary import Vocabulary
 from embedshard.errors import ConfigError
-from embedshard.evaluate.ranking import parse_metric
 from embedshard.export.item_verification import verify_items
 from embedshard.export.join import table_vectors
 from embedshard.export.manifest import (

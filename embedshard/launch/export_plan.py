@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from embedshard.config import Config, table_specs
+from embedshard.config import Config, parse_metric, table_specs
 from embedshard.config.parts import CustomModelConfig, ItemEmbeddingConfig, ManagedVocabulary, SASRecConfig, TwoTowerConfig
 from embedshard.data.vocabulary import Vocabulary, load_vocabularies, table_rows
 from embedshard.data.vocabulary_building import kept_vocabularies
 from embedshard.errors import ConfigError, with_article
-from embedshard.evaluate.ranking import parse_metric
 from embedshard.export.index import choose_kind
 from embedshard.export.manifest import plain
 from embedshard.export.quantised import Format, quantised_formats

@@ -354,7 +354,7 @@ class _Training:
             protect=set() if self.state.best_step is None else {self.state.best_step},
         )
         if self.checkpointer.decision != decided:
-            self.reporter.said(f"Checkpoints are written {self.checkpointer.decision}.")
+            self.reporter.said(f"Checkpoints: {self.checkpointer.decision}.")
 
 
 def _vocabulary_metrics(managed: ManagedTables | None) -> dict[str, float]:
@@ -375,7 +375,7 @@ def _vocabulary_metrics(managed: ManagedTables | None) -> dict[str, float]:
 def _say_skipped(files: Sequence[str], reporter: Reporter) -> None:
     if files:
         shown = ", ".join(files[:5]) + (f", and {len(files) - 5} more" if len(files) > 5 else "")
-        reporter.said(f"Skipped {len(files)} file{'s' if len(files) > 1 else ''} that are not Parquet: {shown}.")
+        reporter.said(f"Skipped {len(files)} {'files that are' if len(files) > 1 else 'file that is'} not Parquet: {shown}.")
 
 
 def _say_left(newer: Sequence[str], reporter: Reporter) -> None:

@@ -10,6 +10,7 @@ __all__ = ["FREE_TO_CHANGE", "Attempt", "Origin", "RunDirectory", "is_below"]
 
 import hashlib
 import json
+import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -99,7 +100,7 @@ class RunDirectory:
             if run.config_file.exists() and run.has_begun:
                 uri = run.folder.uri
                 raise ConfigError(
-                    f"{uri} holds a run already. Continue it with --resume {uri}, or choose another --run-dir."
+                    f"{uri} holds a run already. Continue it with --resume {shlex.quote(uri)}, or choose another --run-dir."
                 )
             run.folder.make_dirs()
         run.save_config(loaded)

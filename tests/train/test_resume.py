@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from embedshard.data.order import row_digest
+from embedshard.errors import ConfigError
 from embedshard.train.checkpoint import newest_intact
 from embedshard.train.loop import train
 from embedshard.train.run_directory import RunDirectory
@@ -185,3 +186,10 @@ def test_partitions_are_trained_in_order_and_resume_anywhere(
         second, _ = run_to_end(make_config(changes), tmp_path / f"{stop}", checkpoint)
         assert second.losses == {step: whole.losses[step] for step in range(stop + 1, 17)}
         assert_same_tensors(saved_tensors(tmp_path / "whole"), saved_tensors(tmp_path / f"{stop}"))
+
+
+def test_the_command_that_goes_on_can_be_pasted_where_the_folder_has_a_space(make_config, tmp_path):
+    place, loaded = tmp_path / "my run", make_config({})
+    RunDirectory.create(place, loaded).attempts_file.write_bytes_atomically(b"{}\n")
+    with pytest.raises(ConfigError, match=f"Continue it with --resume '{place}',"):
+        RunDirectory.create(place, loaded)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedshard.config import build_config
+from embedshard.config.parts import CrossEntropyConfig, PointwiseConfig
 from embedshard.data.columns import concatenate, good_rows
 from embedshard.data.decode import Decoder, Where, column_specs
 from embedshard.data.quarantine import BadRowCounts, Tally
@@ -20,7 +21,7 @@ WHERE = Where("part.parquet", 2, 0, 5000)
 ROWS = 50
 
 
-def decoder(features, on_bad_row="error", **data):
+def decoder(features, on_bad_row="error", objective=None, **data):
     tower = {"features": [*features, "any"], "mlp": [4]}
     tree = {
         "data": {"train": "x", "label": "label", "on_bad_row": on_bad_row, **data},
@@ -30,6 +31,8 @@ def decoder(features, on_bad_row="error", **data):
         "objective": {"kind": "mse"},
     }
     config = build_config(tree, {}, "test")
+    if objective is not None:
+        config = config.model_copy(update={"objective": objective})
     names = [*features, "label:label", "weight"]
     return Decoder(column_specs(config, "train"), load_vocabularies(config), Statistics(), on_bad_row).only(names)
 
@@ -133,6 +136,25 @@ def test_a_row_weight_must_be_at_least_0_and_labels_finite():
     assert reasons == [None, "label: missing number", "weight: negative weight", "weight: missing number"]
     assert found["label:label"].values.tolist() == [1, 0, 0, 0]
     assert found["weight"].values.tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("objective", "labels", "bad"),
+    [
+        (PointwiseConfig(kind="bce"), pa.array([0, 1, 3, -1], pa.int8()), [2, 3]),
+        (PointwiseConfig(kind="bce"), pa.array([0.25, 1.0, 1.5, NAN], pa.float32()), [2]),
+        (CrossEntropyConfig(kind="cross_entropy", classes=3), pa.array([0, 1, 2, 3]), [3]),
+        (PointwiseConfig(kind="mse"), pa.array([0, 5, -7]), []),
+    ],
+)
+def test_a_label_that_the_objective_cannot_learn_is_bad(objective, labels, bad):
+    rows = pa.table({"label": labels})
+    made = decoder({}, "quarantine", objective).only(["label:label"])
+    named = [str(made.problems[code - 1]) if code else None for code in made.decode(rows, WHERE)["bad"].values]
+    assert [row for row, reason in enumerate(named) if reason == "label: label out of range"] == bad
+    if bad:
+        with pytest.raises(DataError, match=rf"row {bad[0]}: column 'label' is .* needs a number from 0 to [12], as the"):
+            decoder({}, "error", objective).only(["label:label"]).decode(rows.slice(0, bad[-1] + 1), WHERE)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,28 @@ def test_what_a_run_finds_out_late_is_refused(make_config, interactions, tmp_pat
     assert column(report, "item_id").values == 203, "what does not need that vocabulary is read"
 
 
+def test_a_column_that_slices_the_test_set_is_looked_at(make_config, interactions, tmp_path):
+    by_day = tmp_path / "day=3"
+    nulls = with_values("country", dict.fromkeys(range(5)))
+
+    def with_country(table):
+        return nulls(table.append_column("country", pa.array(["AT", "CH"] * table.num_rows)[: table.num_rows]))
+
+    copy_table(interactions, by_day, with_country, split="validation")
+    changes = {"data": {"validation": str(by_day), "test": None, "label": "rating"}, "objective": {"kind": "mse"}}
+    changes["evaluate"] = {"metrics": ["rmse"], "slice_by": ["country"]}
+    report = check_data(make_config(changes).config)
+    assert report.refused == []
+    found = column(report, "country", of=1)
+    assert (found.kind, found.nulls, found.distinct) == ("slice", 5, 2)
+    assert report.sets[1].problems == []
+    changes["evaluate"]["slice_by"] = ["day"]
+    report = check_data(make_config(changes).config)
+    (reason,) = report.refused
+    assert reason.startswith("validation (1 file): has no column 'day', which 'slice:day' needs")
+    assert reason.endswith("it stands in the folder's name, which is not read.")
+
+
 def test_lanes_that_share_row_groups_are_told(make_config, interactions, tmp_path):
     copy_table(interactions, tmp_path / "train", row_group_size=1000)
     data = {"train": str(tmp_path / "train"), "cache_bytes": 0}

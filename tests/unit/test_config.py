@@ -57,6 +57,9 @@ def refused(config_file, *overrides, environment=None):
         ("train.epochs=abc", ["train.epochs: 'abc'", "valid integer"]),
         ("features.history.pooling=men", ["features.history.pooling: 'men'", "Did you mean 'mean'?", "sum, mean"]),
         ("tables.item.vocabulary.kind=hsh", ["tables.item.vocabulary", "'hsh'", "Did you mean 'hash'?"]),
+        ("evaluate.metrics=[recal@10]", ["evaluate.metrics: there is no metric 'recal@10'", "Did you mean 'recall@10'?"]),
+        ("evaluate.metrics=[rmse, recall]", ["evaluate.metrics: metric 'recall' needs the length", "Write 'recall@20'"]),
+        ("evaluate={metrics: [acu], bootstrap: 10}", ["there is no metric 'acu'", "Did you mean 'auc'?"]),
         ("objective.kind=inbatch_softmax", ["there is no kind 'inbatch_softmax'", "Did you mean 'in_batch_softmax'?"]),
         ("train.global_batch_size=300", ["global_batch_size=300", "64 lanes", "256 or 320", "lanes=60"]),
         ("features.user_id.table=usr", ["features.user_id.table", "no table 'usr'", "Did you mean 'user'?"]),
@@ -155,6 +158,21 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"is not YAML|a config is a mapping"):
+        load_config(path, {})
+
+
+def test_a_policy_for_nulls_is_written_as_the_documentation_has_it(config_file):
+    plain = config_file.read_text().replace("kind: id\n    table: user", "kind: id\n    table: user\n    null: empty")
+    config_file.write_text(plain)
+    loaded = load_config(config_file, {}, ["features.item_id={kind: id, table: item, null: empty}"])
+    assert [loaded.config.features[name].null for name in ("user_id", "item_id")] == ["empty", "empty"]
+
+
+@pytest.mark.parametrize("text", ["a: {b: 1}\nc: 2\na: 3\n", "c: {x: 1, 'x': 2}\n"])
+def test_a_key_that_stands_twice_is_refused_with_its_line(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"'[ax]' is in line 1 already; a key stands once in a mapping.*line [13]"):
         load_config(path, {})
 
 

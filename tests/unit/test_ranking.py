@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score, ndcg_score
 
+from embedshard.config import Metric, parse_metric
 from embedshard.errors import ConfigError
-from embedshard.evaluate.ranking import UNRANKED, Metric, higher_is_better, largest_k, metric_values, parse_metric
+from embedshard.evaluate.ranking import UNRANKED, higher_is_better, largest_k, metric_values
 
 NAMES = ("recall", "precision", "ndcg", "hit_rate", "map")
 
@@ -100,7 +101,7 @@ def test_pointwise_metrics_know_their_direction():
     [
         ("recal@20", "Did you mean 'recall@20'"),
         ("hitrate@5", "Did you mean 'hit_rate@5'"),
-        ("ndgc", "Did you mean 'ndcg@k'"),
+        ("ndgc", "Did you mean 'ndcg@20'"),
         ("logloss", "Did you mean 'log_loss'"),
         ("MRR", "Known names|Did you mean"),
         ("", "Known names"),
