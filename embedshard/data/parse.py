@@ -173,8 +173,9 @@ def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.C
 def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array, greatest: float | None = None) -> Parsed:
     """Parses a number a row; one that is called `weight` must be at least 0, one with a greatest value from 0 to that."""
     numbers = _one_array(array)
-    fitting = _fitting_float32(numbers) if name != "weight" and greatest is None else None
-    if fitting is not None:
+    fitting = _fitting_float32(numbers)
+    is_bounded = name == "weight" or greatest is not None
+    if fitting is not None and (not is_bounded or _lies_between(fitting, 0.0, greatest)):
         return Parsed(fitting, numbers, [])
     values = _as_float64(numbers)
     wrong = list(_wrong_numbers(values))
@@ -286,6 +287,10 @@ def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray
         return ids, lengths
     padding = np.bincount(row_of(np.flatnonzero(is_padding), lengths), minlength=len(lengths))
     return ids.filter(pa.array(~is_padding)), lengths - padding
+
+
+def _lies_between(values: npt.NDArray[np.float32], least: float, greatest: float | None) -> bool:
+    return not len(values) or bool(values.min() >= least and (greatest is None or values.max() <= greatest))
 
 
 def _fitting_float32(array: pa.Array) -> npt.NDArray[np.float32] | None:
