@@ -35,6 +35,7 @@ import pyarrow.parquet as pq
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
 from data import skewed
+from tables import check_marks, machine, put
 
 # Criteo's tables of 2022 and ids a row in MLPerf's training benchmark (mlcommons/training, recommendation_v2/torchrec_dlrm).
 ROWS = [
@@ -46,7 +47,7 @@ NUMBERS, DIM, BATCH = 13, 128, 65_536
 ITEMS, USERS = 100_000_000, 10_000_000
 WARM_UP, BATCHES = 20, 16
 TABLE_BYTES = sum(ROWS) * DIM * 4
-MARKS = "<!-- gpu: begin -->", "<!-- gpu: end -->"
+CASES = ("reading", "dcn", "two_tower", "memory", "stages")
 
 
 def write_files(folder: Path, rows: int, make: Callable[[np.random.Generator, int], pa.Table]) -> Path:
@@ -226,8 +227,7 @@ def finished(command: list[str], scratch: Path) -> str:
 def main() -> None:
     """Parses arguments, measures, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cases = ("dcn", "two_tower", "memory", "stages")
-    parser.add_argument("--only", nargs="+", choices=("reading", *cases), default=list(cases))
+    parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES[1:]))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--scale", type=float, help="of the DCNv2's tables: 1.0 takes 104 GB")
     parser.add_argument("--batch", type=int, default=BATCH)
@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=max(1, len(os.sched_getaffinity(0)) // 2), help="that read")
     parser.add_argument("--data", type=Path, default=Path(tempfile.gettempdir()) / "embedshard-gpu", help="kept")
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--write", type=Path, help="file whose tables, between its marks, are replaced")
+    parser.add_argument("--write", type=Path, help="file whose tables, between their marks, are replaced")
     parser.add_argument("--read", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.read:
@@ -246,12 +246,15 @@ def main() -> None:
         scale, batch, items, users, dim = 1e-4, 512, 10_000, 1_000, 8
     else:
         scale = arguments.scale or (fitting_scale() if arguments.device == "cuda" else 1.0)
+    if arguments.write:
+        check_marks(arguments.write, [f"gpu {case}" for case in arguments.only])
     rows = BATCHES * batch
-    columns = ["samples/s", f"the reader alone, rows/s, `data.threads` {arguments.threads}"]
-    lines = [f"| | {' | '.join(columns)} | longest stages of a step, ms |", "|---|---|---|---|"]
+    columns = ["samples/s", f"the reader alone, rows/s, `data.threads` {arguments.threads}", "longest stages of a step, ms"]
+    head = [f"| | {' | '.join(columns)} |", "|---|---|---|---|"]
     alone: dict[str, float] = {}
 
-    def told(name: str, tree: dict, scratch: Path, is_trained: bool = True) -> None:
+    def told(name: str, tree: dict, is_trained: bool = True) -> str:
+        """Returns a line of a table."""
         tree["data"]["threads"] = arguments.threads
         speed = shown = ""
         try:
@@ -264,44 +267,47 @@ def main() -> None:
             data = tree["data"]["train"]
             if data not in alone:
                 alone[data] = read(tree, arguments.threads, scratch)
-            lines.append(f"| {name} | {speed} | {alone[data]:,.0f} | {shown} |")
+            return f"| {name} | {speed} | {alone[data]:,.0f} | {shown} |"
         except SystemExit as error:
             print(error, file=sys.stderr)
-            lines.append(f"| {name} | failed | | {str(error).strip().splitlines()[-1][:200]} |")
-        print(lines[-1], file=sys.stderr, flush=True)
+            return f"| {name} | failed | | {str(error).strip().splitlines()[-1][:200]} |"
 
-    with tempfile.TemporaryDirectory(prefix="embedshard-gpu-") as folder:
-        scratch = Path(folder)
-        if "reading" in arguments.only:
-            told("rows of the DCNv2", dcn(arguments.data, rows, scale, batch, "fp32", dim=dim), scratch, is_trained=False)
-        for precision in ("fp32", "bf16"):
-            if "dcn" in arguments.only:
+    def lines_of(case: str) -> list[str]:
+        if case == "reading":
+            return [*head, told("rows of the DCNv2", dcn(arguments.data, rows, scale, batch, "fp32", dim=dim), False)]
+        lines = list(head)
+        if case == "dcn":
+            for precision in ("fp32", "bf16"):
                 tree = dcn(arguments.data, rows, scale, batch, precision, dim=dim)
-                told(f"DCNv2, tables of MLPerf times {scale:g}, batches of {batch:,}, {precision}", tree, scratch)
-            if "two_tower" in arguments.only:
+                lines.append(told(f"DCNv2, tables of MLPerf times {scale:g}, batches of {batch:,}, {precision}", tree))
+        elif case == "two_tower":
+            for precision in ("fp32", "bf16"):
                 tree = two_tower(arguments.data, rows, items, users, batch, precision)
-                told(f"two towers, {items:,} items of 64 numbers, batches of {batch:,}, {precision}", tree, scratch)
-        if "memory" in arguments.only:
+                lines.append(told(f"two towers, {items:,} items of 64 numbers, batches of {batch:,}, {precision}", tree))
+        elif case == "memory":
             for memory in ("device", "uvm_caching", "uvm") if arguments.device == "cuda" else ("device",):
                 for fetches in (False, True) if memory == "uvm_caching" else (False,):
                     tree = dcn(arguments.data, rows, scale / 4, batch, "bf16", memory, dim)
                     tree["train"]["prefetch"] = fetches
                     how = ", `prefetch`" if fetches else ""
-                    told(f"DCNv2, tables times {scale / 4:g}, `memory: {memory}`{how}", tree, scratch)
-        if "stages" in arguments.only:
+                    lines.append(told(f"DCNv2, tables times {scale / 4:g}, `memory: {memory}`{how}", tree))
+        else:
             config = scratch / "bench.json"
             config.write_text(json.dumps(dcn(arguments.data, rows, scale / 40, batch, "bf16", dim=dim)))
             command = [sys.executable, "-m", "embedshard.cli", "bench", str(config), "--device", arguments.device]
             try:
-                lines += ["", "```", finished([*command, "--workers", "1"], scratch).strip(), "```"]
+                return finished([*command, "--workers", "1", "--markdown"], scratch).splitlines()
             except SystemExit as error:
-                lines += ["", "```", str(error), "```"]
-    text = "\n".join(lines)
-    print(text)
-    if arguments.write:
-        whole = arguments.write.read_text()
-        before, after = whole.split(MARKS[0])[0], whole.split(MARKS[1])[1]
-        arguments.write.write_text(f"{before}{MARKS[0]}\n{text}\n{MARKS[1]}{after}")
+                return ["```", str(error), "```"]
+        return lines
+
+    with tempfile.TemporaryDirectory(prefix="embedshard-gpu-") as folder:
+        scratch = Path(folder)
+        for case in arguments.only:
+            text = "\n".join([machine(), "", *lines_of(case)])
+            print(text, flush=True)
+            if arguments.write:
+                put(arguments.write, f"gpu {case}", text)
 
 
 if __name__ == "__main__":

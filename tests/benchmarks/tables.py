@@ -10,12 +10,15 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import torch
+
 PACKAGES = ("torch", "torchrec", "fbgemm-gpu-cpu", "fbgemm-gpu", "pyarrow", "ray", "numba")
 
 
 def machine() -> str:
     """Returns the machine, the day and the versions in a line."""
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    gpus = f", {torch.cuda.device_count()} x {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     names = []
     for package in PACKAGES:
         try:
@@ -24,8 +27,8 @@ def machine() -> str:
             continue
     load = "/".join(f"{value:.0f}" for value in os.getloadavg())
     return (
-        f"{datetime.now(UTC):%Y-%m-%d}, {cpu.group(1).strip() if cpu else platform.machine()}, {os.cpu_count()} cores, "
-        f"load {load} at the end, Python {platform.python_version()}, {', '.join(names)}."
+        f"{datetime.now(UTC):%Y-%m-%d}, {cpu.group(1).strip() if cpu else platform.machine()}, {os.cpu_count()} cores"
+        f"{gpus}, load {load} at the end, Python {platform.python_version()}, {', '.join(names)}."
     )
 
 
