@@ -30,6 +30,7 @@ from embedshard.config.parts import (
 from embedshard.data.catalogue import Catalogue, catalogue_from_columns, catalogue_from_rows
 from embedshard.data.columns import Columns, concatenate, good_rows, num_rows
 from embedshard.data.decode import Decoder, column_specs, slice_column
+from embedshard.data.footers import check_first_file
 from embedshard.data.huffman import HuffmanTree
 from embedshard.data.inventory import Inventory, changes, fingerprint_of
 from embedshard.data.negatives import AllRows, CandidateSampler, RowSampler, Sampler
@@ -296,10 +297,12 @@ def open_dataset(
         own = [Inventory.from_json(partition) for partition in resolved["partitions"]]
     if partitions is None:
         partitions = world.from_rank_zero(lambda: find_partitions(config.data, waits=own is not None))
+    specs = column_specs(config, "train")
+    if resolved is None and partitions:
+        world.from_rank_zero(lambda: check_first_file(partitions[0].patterns, specs))
     tokenizers = _tokenizers(config, world, resolved, progress, partitions)
     vocabularies = _vocabularies(config, world, resolved, tokenizers, progress, folder, partitions)
     rows = table_rows(vocabularies)
-    specs = column_specs(config, "train")
     statistics = Statistics.from_json(resolved["statistics"]) if resolved is not None else None
     decoder = Decoder(specs, vocabularies, statistics or Statistics(), config.data.on_bad_row)
     training = open_training_set(config, decoder, partitions, former, own)

@@ -5,7 +5,7 @@ Nothing else of a file is read here, so that a data set of many files is opened 
 
 from __future__ import annotations
 
-__all__ = ["data_files", "open_footer", "place_of", "read_footer", "readable"]
+__all__ = ["check_first_file", "data_files", "open_footer", "place_of", "read_footer", "readable"]
 
 import hashlib
 import io
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from embedshard.data.decode import ColumnSpec, Decoder
 from embedshard.data.inventory import InventoryFile
+from embedshard.data.statistics import Statistics
 from embedshard.errors import DataError, nearest
 from embedshard.storage import Location, expand
 
@@ -45,6 +46,28 @@ def data_files(patterns: Sequence[str]) -> tuple[list[Location], list[Location]]
             f"{', '.join(patterns)}: none of the files there is Parquet: {shown}. Correct the path, or make the data first."
         )
     return files, sorted(skipped, key=lambda location: location.path)
+
+
+def check_first_file(patterns: Sequence[str], specs: Sequence[ColumnSpec]) -> None:
+    """Refuses a data set whose first file lacks a column, or has numbers of another type: before what takes a pass over all.
+
+    Args:
+        patterns: of the files.
+        specs: what is to be decoded of them; types of ids are for vocabularies to say, which may not be there yet.
+
+    Raises:
+        DataError: saying what is wrong with the first column of which something is.
+    """
+    location = data_files(patterns)[0][0]
+    _, metadata = read_footer(location)
+    schema = _schema_of(location, metadata)
+    decoder = Decoder(specs, {}, Statistics())
+    for spec in specs:
+        for column in (spec.column, spec.second):
+            if column is not None and (spec.table is None or column not in schema.names):
+                refusal = _column_refusal(location, schema, decoder, spec, column)
+                if refusal is not None:
+                    raise DataError(refusal)
 
 
 def _begins_as_parquet(location: Location) -> bool:
@@ -154,10 +177,7 @@ def _check_chunks(location: Location, size_bytes: int, metadata: pq.FileMetaData
 
 def _schema_refusals(location: Location, metadata: pq.FileMetaData, decoder: Decoder) -> dict[str, str]:
     """Returns what is wrong with the columns of a file: name of the decoded column to message."""
-    try:
-        schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, ValueError) as error:
-        raise DataError(f"{location.uri}: its schema cannot be read: {error}. Write it anew.") from error
+    schema = _schema_of(location, metadata)
     refusals: dict[str, str] = {}
     for spec in decoder.specs:
         for column in (spec.column, spec.second):
@@ -165,6 +185,13 @@ def _schema_refusals(location: Location, metadata: pq.FileMetaData, decoder: Dec
             if refusal is not None:
                 refusals.setdefault(spec.name, refusal)
     return refusals
+
+
+def _schema_of(location: Location, metadata: pq.FileMetaData) -> pa.Schema:
+    try:
+        return metadata.schema.to_arrow_schema()
+    except (pa.ArrowException, ValueError) as error:
+        raise DataError(f"{location.uri}: its schema cannot be read: {error}. Write it anew.") from error
 
 
 def _column_refusal(location: Location, schema: pa.Schema, decoder: Decoder, spec: ColumnSpec, column: str) -> str | None:

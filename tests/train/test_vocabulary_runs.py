@@ -78,6 +78,21 @@ def loaded(root, **changes):
     return Loaded(build_config(tree, {}, "test"), tree, "test")
 
 
+@pytest.mark.parametrize(
+    ("label", "words"),
+    [
+        ("lable", "has no column 'lable', which 'label:lable' needs. Did you mean 'label'?"),
+        ("user", "column 'user' is string, 'label:user' needs"),
+    ],
+)
+def test_a_wrong_column_is_told_before_vocabularies_are_counted(rows, monkeypatch, label, words):
+    monkeypatch.setattr("embedshard.data.dataset.build_vocabularies", lambda *_, **__: pytest.fail("all data were read"))
+    config = loaded(rows, data__label=label, objective={"kind": "bce"}, evaluate={"metrics": ["auc"]}).config
+    with open_world("cpu") as world, pytest.raises(DataError) as caught:
+        open_dataset(config, world, None)
+    assert words in str(caught.value)
+
+
 class StopAt(Reporter):
     """Asks for a stop after a step, and keeps what was told."""
 
