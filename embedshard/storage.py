@@ -11,6 +11,7 @@ __all__ = ["Expansion", "Location", "PathOrUri", "expand", "expand_each", "locat
 import errno
 import os
 import re
+import shlex
 import shutil
 import uuid
 from collections.abc import Iterator, Sequence
@@ -59,6 +60,11 @@ class Location:
         path = self.path.rstrip("/").rpartition("/")[0] or ("/" if self.path.startswith("/") else "")
         uri = self.uri.rstrip("/").rpartition("/")[0]
         return Location(self.filesystem, path, uri or path or self.uri)
+
+    @property
+    def quoted(self) -> str:
+        """Its URI as one word of a shell, for commands to paste."""
+        return shlex.quote(self.uri)
 
     @property
     def is_local(self) -> bool:

@@ -13,7 +13,6 @@ __all__ = [
 ]
 
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -92,9 +91,7 @@ def train_in(
     if result.stopped_by is not None:
         where = f"after step {result.step}, with a checkpoint" if result.step else "while it waited for its first partition"
         teller.said(f"Stopped by {result.stopped_by} {where}. Continue with:")
-        teller.said(
-            f"  embedshard train --resume {shlex.quote(run.folder.uri)}{' --watch' if request.poll_s is not None else ''}"
-        )
+        teller.said(f"  embedshard train --resume {run.folder.quoted}{' --watch' if request.poll_s is not None else ''}")
     else:
         teller.said(f"Result: {run.folder.join('result.json').uri}")
     report = run.folder.join("report.html")

@@ -72,7 +72,7 @@ def open_checkpoint_of(run: RunDirectory, step: int | None) -> Checkpoint:
             why = "it ended before its first step" if has_ended else "it has not got so far"
             more = " --set train.max_steps=null" if has_ended else ""
             raise CheckpointError(
-                f"{run.folder.uri} has no checkpoint: {why}. Train on: embedshard train --resume {run.folder.uri}{more}"
+                f"{run.folder.uri} has no checkpoint: {why}. Train on: embedshard train --resume {run.folder.quoted}{more}"
             )
         found = newest_intact(root, verify=False) if step is None else open_step(root, step)
     assert found is not None, "there is one, or an error"

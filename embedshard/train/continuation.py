@@ -115,7 +115,7 @@ def take_over(former: RunDirectory, loaded: Loaded, environment: Mapping[str, st
     if checkpoint is None or inventory is None:
         raise CheckpointError(
             f"{former.folder.uri} has no checkpoint yet, so there is nothing to continue. Train it first: "
-            f"embedshard train --resume {former.folder.uri}."
+            f"embedshard train --resume {former.folder.quoted}."
         )
     planned = _planned_steps(former.load_config(environment).config, inventory)
     ended_at = (former.read_json("result.json") or {}).get("steps")

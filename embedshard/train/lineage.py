@@ -75,7 +75,7 @@ def follow(run: RunDirectory) -> Lineage:
     if not steps:
         raise CheckpointError(
             f"{run.folder.uri} has no checkpoint yet, so none of its steps counts and there is nothing to audit. "
-            f"Train on: embedshard train --resume {run.folder.uri}."
+            f"Train on: embedshard train --resume {run.folder.quoted}."
         )
     stretches = []
     end = steps

@@ -274,7 +274,7 @@ class _Training:
             hints = [
                 self.quarantine.example(),
                 f"All so far are in {folder.uri}. Correct the rows or what the config says of them and start a new run, or "
-                f"allow more and go on: embedshard train --resume {folder.parent.uri} --set data.max_bad_fraction=SHARE.",
+                f"allow more and go on: embedshard train --resume {folder.parent.quoted} --set data.max_bad_fraction=SHARE.",
             ]
             what = f"step {state.step}, epoch {position.epoch + 1} of the training data"
             raise too_many(what, state.epoch_quarantined, rows, data.max_bad_fraction, state.bad_rows, hints)

@@ -10,7 +10,6 @@ __all__ = ["FREE_TO_CHANGE", "Attempt", "Origin", "RunDirectory", "is_below"]
 
 import hashlib
 import json
-import shlex
 import socket
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -98,9 +97,9 @@ class RunDirectory:
         run = cls(place)
         with reaching(run.folder):
             if run.config_file.exists() and run.has_begun:
-                uri = run.folder.uri
                 raise ConfigError(
-                    f"{uri} holds a run already. Continue it with --resume {shlex.quote(uri)}, or choose another --run-dir."
+                    f"{run.folder.uri} holds a run already. Continue it with --resume {run.folder.quoted}, or choose "
+                    f"another --run-dir."
                 )
             run.folder.make_dirs()
         run.save_config(loaded)
