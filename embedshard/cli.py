@@ -659,7 +659,7 @@ def vocabulary_build(
     """Count the ids of the training set and write vocabularies: Parquet of (id, count, row), the most frequent first."""
     from dataclasses import asdict
 
-    from embedshard.launch.vocabulary import build_here, parse_size, show
+    from embedshard.launch.vocabulary import build_here, parse_memory, show
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(_TERMINATED))  # as an exception, so that what was spilled is removed
     built = build_here(
@@ -669,7 +669,7 @@ def vocabulary_build(
         Console(stderr=True),
         tables=tables or (),
         out=out,
-        memory_bytes=parse_size(memory),
+        memory_bytes=parse_memory(memory),
         min_count=min_count,
         max_size=max_size,
         replace=replace,

@@ -1,13 +1,21 @@
-"""How quantities are written for people: four digits that mean something, thousands separated, units that fit."""
+"""How quantities are written for people, four digits that mean something and units that fit, and sizes by them."""
 
 from __future__ import annotations
 
-__all__ = ["MISSING", "duration", "number", "share", "size"]
+__all__ = ["MISSING", "duration", "number", "parse_size", "share", "size"]
 
 import math
+import re
+from typing import Final
 
 MISSING = "—"
 """What stands where a quantity is not known."""
+
+_UNITS: Final = {"": 1} | {
+    f"{prefix}{binary}": base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for binary, base in (("", 10**3), ("I", 2**10))
+}
 
 
 def number(value: float | None) -> str:
@@ -43,6 +51,18 @@ def size(count: float | None) -> str:
         if count < 1024:
             return f"{count:,.1f} {unit}"
     return f"{count / 1024:,.1f} TiB"
+
+
+def parse_size(text: str) -> int:
+    """Returns the bytes of `2GB`, `512MiB`, `1.5 T` or a number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", text.upper().replace("_", ""))
+    if found is None or found[2] not in _UNITS:
+        raise ValueError("give a number of bytes, such as 2GB or 512MiB")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def duration(seconds: float | None) -> str:

@@ -18,11 +18,13 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
 
 from embedshard.config.composition import Composition
+from embedshard.quantities import parse_size
 
 __all__ = [
     "AdmissionConfig",
@@ -116,6 +118,19 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
+def _as_bytes(value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else value
+
+
+Bytes = Annotated[
+    int,
+    BeforeValidator(_as_bytes),
+    Field(ge=0),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 0}, {"type": "string", "examples": ["2GB", "512MiB"]}]}),
+]
+"""A number of bytes, or a text such as `2GB` (10^9 each) or `512MiB`."""
+
+
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
@@ -182,7 +197,7 @@ class DataConfig(Strict):
     a million rows over all lanes, or as many as take 256 MiB."""
     shuffle: bool = True
     """False trains the rows in file order (each lane's), as streams that are ordered by time may want."""
-    cache_bytes: int = Field(2 * 1024**3, ge=0)
+    cache_bytes: Bytes = 2 * 1024**3
     """Data whose decoded columns fit this many bytes (per process) are decoded once and kept. Of larger data so much
     may wait in memory for its turn."""
     threads: int = Field(1, ge=1, le=256)
@@ -1357,7 +1372,7 @@ class EvaluateConfig(Strict):
     baselines: list[Baseline] | Literal["auto"] = "auto"
     """What the test set's metrics are seen beside: popularity, ease, item_knn for ranking metrics; mean, bias for
     the others. `auto`: those that cost next to nothing, popularity or mean and bias; an empty list: none."""
-    baseline_bytes: int = Field(2 * 1024**3, ge=0)
+    baseline_bytes: Bytes = 2 * 1024**3
     """What a baseline may take; one that needs more is left out, and said."""
     id_statistics_rows: int = Field(20_000_000, ge=0)
     """Training rows whose ids are counted for result.json; of more, evenly spaced row groups are. 0 counts none."""
@@ -1373,7 +1388,7 @@ class CheckpointConfig(Strict):
     mode: Literal["auto", "background", "blocking"] = "auto"
     """`background` copies the state and writes while training goes on; `auto` does so if the copy fits
     `memory_bytes`, else writes piece by piece before training goes on."""
-    memory_bytes: int = Field(2 * 1024**3, ge=0)
+    memory_bytes: Bytes = 2 * 1024**3
     """How much the copy of a background save may take."""
 
 

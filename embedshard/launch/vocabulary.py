@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-__all__ = ["Built", "build_here", "parse_size", "show"]
+__all__ = ["Built", "build_here", "parse_memory", "show"]
 
-import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,10 +21,9 @@ from embedshard.data.tokenizer_training import PreparationProgress
 from embedshard.data.vocabulary_building import build_vocabularies
 from embedshard.data.vocabulary_file import read_footer
 from embedshard.errors import ConfigError, nearest
-from embedshard.quantities import share
+from embedshard.quantities import parse_size, share
 from embedshard.storage import Location, locate, reaching
 
-_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _LEAST_MEMORY: Final = 256 * 2**20
 
 
@@ -118,19 +116,19 @@ def show(built: Sequence[Built], console: Console) -> None:
         )
 
 
-def parse_size(text: str) -> int:
+def parse_memory(text: str) -> int:
     """Returns the bytes of `2GB`, `512MiB` or a number.
 
     Raises:
         ConfigError: if it is none, or too few to count anything in.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?)B?\s*", text.upper())
-    if found is None or found[2] not in _UNITS:
-        raise ConfigError(f"--memory {text}: give a number of bytes, such as 2GB or 512MiB.")
-    size = int(float(found[1]) * _UNITS[found[2]])
-    if size < _LEAST_MEMORY:
+    try:
+        memory = parse_size(text)
+    except ValueError as error:
+        raise ConfigError(f"--memory {text}: {error}.") from error
+    if memory < _LEAST_MEMORY:
         raise ConfigError(f"--memory {text}: counting takes {_LEAST_MEMORY // 2**20} MiB at least. Give as much or more.")
-    return size
+    return memory
 
 
 def _wanted(config: Config, tables: Sequence[str]) -> list[str]:
