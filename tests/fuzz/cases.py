@@ -260,8 +260,11 @@ def _columns(case: Case) -> dict[str, tuple[str, str | None]]:
         columns[column] = (kind, feature.get("table"))
         if "weights" in feature:
             columns[feature["weights"]] = ("lists", None)
+    of_labels = ["integers", "bits", "eighths", "any"]
+    if case.tree["objective"]["kind"] == "bce":
+        of_labels = ["bits", "bits", "bits", "eighths"]  # numbers that it does not learn now and then
     for column in case.config.data.label_columns.values():
-        columns[column] = (case.random.choice(["integers", "bits", "eighths", "any"]), None)
+        columns[column] = (case.random.choice(of_labels), None)
     if case.config.data.weight is not None:
         columns[case.config.data.weight] = ("positive", None)
     return columns

@@ -46,6 +46,8 @@ def _row(case: Case, row: dict[str, Any], statistics: dict[str, tuple[float, flo
                     decoded[name] = _bag(case, feature, value, row.get(feature.get("weights")))
         for name, column in case.config.data.label_columns.items():
             decoded[f"label:{name}"] = _number(row[column], {}, None)
+            if case.tree["objective"]["kind"] == "bce" and not 0 <= row[column] <= 1:
+                return None
         if case.config.data.weight is not None:
             decoded["weight"] = _number(row[case.config.data.weight], {}, None)
             if decoded["weight"] < 0:
