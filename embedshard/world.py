@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     import torch
     import torch.distributed as dist
 
+CUBLAS_WORKSPACE = ":4096:8"
+"""Of `CUBLAS_WORKSPACE_CONFIG`: `train.deterministic` asks for it, else the first product of matrices on CUDA fails."""
 TIMEOUT = timedelta(seconds=300)
 """How long a collective waits: the only detector of a hung one."""
 
@@ -77,8 +79,7 @@ def set_process_environment() -> None:
     if threads.isdigit():
         os.environ.setdefault("RAYON_NUM_THREADS", threads)
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false" if threads == "1" else "true")
-    # `train.deterministic` asks for it, else the first product of matrices on CUDA fails; on an H100 torch gives as much.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", CUBLAS_WORKSPACE)
     # torch.fx warns at each sharded model that TorchRec uses one of its functions in its old sense.
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
     # The planner advises a factory that guesses what it is told here, and an estimate that is not asked for.

@@ -27,7 +27,7 @@ from embedshard.errors import ConfigError, nearest
 if TYPE_CHECKING:
     from embedshard.config.root import Config
 
-CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
+_CUT_METRICS: Final = ("recall", "precision", "ndcg", "hit_rate", "map", "coverage")
 """The metrics of ranked lists that look at the first k of them, which is written as `recall@20`."""
 
 POINTWISE_METRICS: Final = (
@@ -106,18 +106,19 @@ def parse_metric(text: str) -> Metric:
         ConfigError: there is no such metric, or its k is missing, superfluous or not a whole number above 0.
     """
     name, at, cut = text.partition("@")
+    is_whole = re.fullmatch(r"[1-9][0-9]{0,8}", cut) is not None
     if name in _UNCUT_METRICS:
         if at:
             raise ConfigError(f"metric '{text}': '{name}' looks at everything and takes no k. Write '{name}'.")
         return Metric(name)
-    if name in CUT_METRICS:
+    if name in _CUT_METRICS:
         if not at:
             raise ConfigError(f"metric '{text}' needs the length of the list that it looks at. Write '{name}@20'.")
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", cut):
+        if not is_whole:
             raise ConfigError(f"metric '{text}': '{cut}' is not a whole number from 1. Write '{name}@20'.")
         return Metric(name, int(cut))
-    shown = cut if re.fullmatch(r"[1-9][0-9]{0,8}", cut) else "20"
-    written = {known: f"{known}@{shown}" for known in CUT_METRICS} | {known: known for known in _UNCUT_METRICS}
+    shown = cut if is_whole else "20"
+    written = {known: f"{known}@{shown}" for known in _CUT_METRICS} | {known: known for known in _UNCUT_METRICS}
     close = difflib.get_close_matches(name, written, n=1)
     advice = f"Did you mean '{written[close[0]]}'?" if close else nearest(text, written.values())
     raise ConfigError(f"there is no metric '{text}'. {advice}")
@@ -134,7 +135,7 @@ def check_metrics(config: Config) -> None:
             parse_metric(name)
         except ConfigError as error:
             raise ValueError(f"evaluate.metrics: {error}") from error
-    from_ranking = [name for name in config.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
+    from_ranking = config.ranking_metrics()
     pointwise = [name for name in config.evaluate.metrics if name in POINTWISE_METRICS]
     if LOSS in config.evaluate.metrics and not isinstance(config.model, ItemEmbeddingConfig):
         raise ValueError(

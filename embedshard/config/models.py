@@ -23,7 +23,7 @@ from embedshard.config.parts import (
     TowerConfig,
     TwoTowerConfig,
 )
-from embedshard.errors import nearest, with_article
+from embedshard.errors import with_article
 
 if TYPE_CHECKING:
     from embedshard.config.root import Config
@@ -42,8 +42,7 @@ def check_two_tower(config: Config, model: TwoTowerConfig) -> None:
 
 def _check_tower(config: Config, side: str, tower: TowerConfig, biases: Sequence[str]) -> None:
     for name in tower.features:
-        if name not in config.features:
-            raise ValueError(f"model.{side}.features: there is no feature '{name}'. {nearest(name, config.features)}")
+        config.check_feature(f"model.{side}.features", name)
         if side == "item" and config.is_sequence(name):
             raise ValueError(
                 f"model.item.features: '{name}' is a sequence, a vector a place; the item tower joins one vector a "
@@ -89,8 +88,7 @@ def check_text_classifier(config: Config, model: TextClassifierConfig) -> None:
         ValueError: saying what was met, what was needed and what to do.
     """
     for name in (*([] if model.text is None else [model.text]), *model.features):
-        if name not in config.features:
-            raise ValueError(f"model: there is no feature '{name}'. {nearest(name, config.features)}")
+        config.check_feature("model", name)
     if model.text is None and not model.features:
         raise ValueError("model: it reads nothing. Give 'text' the feature that is encoded, or 'features' pooled ones")
     if model.text is not None and not config.is_sequence(model.text):
@@ -123,8 +121,7 @@ def check_item_embedding(config: Config, model: ItemEmbeddingConfig) -> None:
         ValueError: saying what was met, what was needed and what to do.
     """
     name = model.sequence
-    if name not in config.features:
-        raise ValueError(f"model.sequence: there is no feature '{name}'. {nearest(name, config.features)}")
+    config.check_feature("model.sequence", name)
     if not config.is_sequence(name):
         kind = with_article(config.features[name].kind)
         raise ValueError(

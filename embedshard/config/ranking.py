@@ -33,8 +33,7 @@ def check_ranking_model(config: Config, model: RankingModel) -> None:
         ValueError: saying what was met, what was needed and what to do.
     """
     for name in model.features:
-        if name not in config.features:
-            raise ValueError(f"model.features: there is no feature '{name}'. {nearest(name, config.features)}")
+        config.check_feature("model.features", name)
         if model.features.count(name) > 1:
             raise ValueError(f"model.features: '{name}' is there twice. Name it once")
     read = config.read_features(model)
@@ -78,10 +77,7 @@ def _check_sequences(config: Config, model: RankingModel, read: list[str]) -> No
         if not isinstance(pooling, TargetAttention):
             continue
         target = pooling.target
-        if target not in config.features:
-            raise ValueError(
-                f"model.sequences.{name}.target: there is no feature '{target}'. {nearest(target, config.features)}"
-            )
+        config.check_feature(f"model.sequences.{name}.target", target)
         if not isinstance(config.features[target], IdFeature):
             kind = with_article(config.features[target].kind)
             raise ValueError(f"model.sequences.{name}.target: feature '{target}' is {kind}; it must be an id")
@@ -113,8 +109,7 @@ def check_sasrec(config: Config, model: SASRecConfig) -> None:
         ValueError: saying what was met, what was needed and what to do.
     """
     for role, name in (("sequence", model.sequence), ("item_id", model.item_id)):
-        if name not in config.features:
-            raise ValueError(f"model.{role}: there is no feature '{name}'. {nearest(name, config.features)}")
+        config.check_feature(f"model.{role}", name)
     sequence, item = config.features[model.sequence], config.features[model.item_id]
     if not isinstance(sequence, SequenceFeature):
         raise ValueError(

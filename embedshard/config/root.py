@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from embedshard.config.compilation import check_compile
 from embedshard.config.memory import check_prefetch, check_table_memory
-from embedshard.config.metrics import POINTWISE_METRICS, check_baselines, check_metrics
+from embedshard.config.metrics import LOSS, POINTWISE_METRICS, check_baselines, check_metrics
 from embedshard.config.models import check_item_embedding, check_text_classifier, check_two_tower
 from embedshard.config.objectives import check_objective
 from embedshard.config.parts import (
@@ -106,8 +106,7 @@ class Config(Strict):
         for role in ("user_id", "item_id"):
             self._check_identity(role)
         for name in getattr(self.model, "item_features", []):
-            if name not in self.features:
-                raise ValueError(f"model.item_features: there is no feature '{name}'. {nearest(name, self.features)}")
+            self.check_feature("model.item_features", name)
         check_managed(self)
         check_objective(self)
         check_metrics(self)
@@ -138,12 +137,16 @@ class Config(Strict):
         name = getattr(self.model, role, None)
         if name is None:
             return
-        if name not in self.features:
-            raise ValueError(f"model.{role}: there is no feature '{name}'. {nearest(name, self.features)}")
+        self.check_feature(f"model.{role}", name)
         if not isinstance(self.features[name], IdFeature):
             raise ValueError(f"model.{role}: feature '{name}' is {with_article(self.features[name].kind)}, it must be an id")
 
     # ---------------------------------------------------------------------------------------- what others ask of it
+    def check_feature(self, place: str, name: str) -> None:
+        """Raises a ValueError if there is no feature of a name, which stands in a place of the config."""
+        if name not in self.features:
+            raise ValueError(f"{place}: there is no feature '{name}'. {nearest(name, self.features)}")
+
     def width(self, name: str) -> int:
         """The size of a feature's vector, or of each of its vectors."""
         feature = self.features[name]
@@ -210,6 +213,10 @@ class Config(Strict):
             if self.knows_user_and_item() and not self.is_identity_managed():
                 found.append(BiasBaseline(kind="bias"))
         return found
+
+    def ranking_metrics(self) -> list[str]:
+        """Those of `evaluate.metrics` that rank items."""
+        return [name for name in self.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
 
     def measured(self) -> list[str]:
         """The names of what is measured of a set: each of `evaluate.metrics`, and its parts, such as `auc:click`."""

@@ -6,7 +6,6 @@ __all__ = ["check_compositions", "check_hashed_item", "check_managed", "check_ta
 
 from typing import TYPE_CHECKING
 
-from embedshard.config.metrics import LOSS, POINTWISE_METRICS
 from embedshard.config.parts import (
     DenseFeature,
     DoubleHashVocabulary,
@@ -117,7 +116,7 @@ def check_hashed_item(config: Config) -> None:
     table = None if item_id is None else getattr(config.features[item_id], "table", None)
     if table is None or not isinstance(config.tables[table].vocabulary, DoubleHashVocabulary):
         return
-    ranked = [name for name in config.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)]
+    ranked = config.ranking_metrics()
     if isinstance(config.objective, DrawsNegatives) or ranked:
         who = f"metric '{ranked[0]}' ranks" if ranked else f"objective '{config.objective.kind}' draws"
         raise ValueError(
@@ -158,7 +157,7 @@ def check_managed(config: Config) -> None:
             f"objective '{config.objective.kind}' draws items by their rows, and those of table '{of['item_id']}' change "
             f"hands. Choose 'in_batch_softmax', whose negatives are the other rows' items, or another vocabulary"
         )
-    ranks = next((name for name in config.evaluate.metrics if name not in (LOSS, *POINTWISE_METRICS)), None)
+    ranks = next(iter(config.ranking_metrics()), None)
     both = managed & set(of.values())
     if ranks is not None and both:
         raise ValueError(

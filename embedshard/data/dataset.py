@@ -298,7 +298,7 @@ def open_dataset(
     if partitions is None:
         partitions = world.from_rank_zero(lambda: find_partitions(config.data, waits=own is not None))
     specs = column_specs(config, "train")
-    if resolved is None and partitions:
+    if resolved is None and (counted_tables(config) or _has_tokenizers(config)):
         world.from_rank_zero(lambda: check_first_file(partitions[0].patterns, specs))
     tokenizers = _tokenizers(config, world, resolved, progress, partitions)
     vocabularies = _vocabularies(config, world, resolved, tokenizers, progress, folder, partitions)
@@ -357,9 +357,13 @@ def _tokenizers(
     """Returns the tokenizers that the run has kept, or new ones where it has none."""
     if resolved is not None:
         return dict(resolved.get("tokenizers", {}))
-    if not any(isinstance(table.vocabulary, TokenizerVocabulary) for table in config.tables.values()):
+    if not _has_tokenizers(config):
         return {}
     return world.from_rank_zero(lambda: train_tokenizers(config, progress, partitions))
+
+
+def _has_tokenizers(config: Config) -> bool:
+    return any(isinstance(table.vocabulary, TokenizerVocabulary) for table in config.tables.values())
 
 
 def _vocabularies(

@@ -48,7 +48,7 @@ from embedshard.train.loop import TrainResult
 from embedshard.train.run_directory import RunDirectory
 from embedshard.train.stop import Notices
 from embedshard.train.tracking import ConsoleReporter, Reporter, Reporters
-from embedshard.world import TIMEOUT, open_world, process_environment, shrink_world
+from embedshard.world import CUBLAS_WORKSPACE, TIMEOUT, open_world, process_environment, shrink_world
 
 if TYPE_CHECKING:
     from embedshard.data.quarantine import BadRowCounts
@@ -218,7 +218,7 @@ def _trainer(spread: RayRequest, device: str, run: str, work: dict[str, Any], re
                 "env_vars": {
                     "OMP_WAIT_POLICY": "PASSIVE",
                     "OMP_NUM_THREADS": threads,
-                    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+                    "CUBLAS_WORKSPACE_CONFIG": CUBLAS_WORKSPACE,
                 }
             },
         ),
