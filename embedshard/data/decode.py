@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["ColumnSpec", "Decoder", "Where", "column_specs", "slice_column"]
 
+import math
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ from embedshard.data.parse import (
     is_list,
     is_number,
     is_text,
+    out_of_range,
     parse_ids,
     parse_lists,
     parse_numbers,
@@ -72,7 +74,7 @@ class ColumnSpec:
         feature: how it is decoded; None for labels, weights and candidates.
         table: whose rows ids become, if it holds ids.
         second: another column that belongs to it: a weighted bag's weights.
-        greatest: of a label that must lie between 0 and this; None where any number will do.
+        greatest: of a weight, or a label, that must lie between 0 and this; None where any number will do.
     """
 
     name: str
@@ -107,10 +109,8 @@ class ColumnSpec:
         """All that can be wrong with it, in the order of precedence."""
         if self.table is None:
             reasons: list[Reason] = ["missing number", "infinite number"]
-            if self.name == "weight":
-                reasons.append("negative weight")
             if self.greatest is not None:
-                reasons.append("label out of range")
+                reasons.append(out_of_range(self.name))
             return [Problem(self.name, self.column, reason) for reason in reasons]
         if self.is_text:
             return [Problem(self.name, self.column, "null text")]
@@ -143,7 +143,7 @@ def column_specs(config: Config, role: Role) -> tuple[ColumnSpec, ...]:
             ColumnSpec(f"label:{name}", column, greatest=greatest) for name, column in config.data.label_columns.items()
         ]
     if role == "train" and config.data.weight is not None:
-        specs.append(ColumnSpec("weight", config.data.weight))
+        specs.append(ColumnSpec("weight", config.data.weight, greatest=math.inf))
     if role == "evaluation":
         specs += [ColumnSpec(slice_column(name), name, None, slice_column(name)) for name in config.evaluate.slice_by]
     if role == "evaluation" and config.evaluate.candidates != "catalogue":
@@ -548,8 +548,10 @@ class Decoder:
                 f"{where.row(row)}: column '{column}' holds {value}; weights are finite float32. "
                 f"Correct the row, or set {aside}."
             )
-        need = "a finite float32 of at least 0" if name == "weight" else "a finite float32"
-        if spec.greatest is not None:
+        need = "a finite float32"
+        if spec.greatest == math.inf:
+            need = "a finite float32 of at least 0"
+        elif spec.greatest is not None:
             need = f"a number from 0 to {spec.greatest:g}, as the objective does,"
         zero = f"features.{name}.missing to 'zero' or " if isinstance(spec.feature, DenseFeature) else ""
         zero = zero if finding.problem.reason == "missing number" else ""

@@ -14,6 +14,7 @@ __all__ = [
     "is_list",
     "is_number",
     "is_text",
+    "out_of_range",
     "parse_ids",
     "parse_lists",
     "parse_numbers",
@@ -170,21 +171,22 @@ def add_weights(parsed: Parsed, name: str, column: str, second: str, array: pa.C
     parsed.weights = weights
 
 
+def out_of_range(name: str) -> Reason:
+    """Returns what is wrong with a number that does not lie where it must."""
+    return "negative weight" if name == "weight" else "label out of range"
+
+
 def parse_numbers(name: str, column: str, array: pa.ChunkedArray | pa.Array, greatest: float | None = None) -> Parsed:
-    """Parses a number a row; one that is called `weight` must be at least 0, one with a greatest value from 0 to that."""
+    """Parses a number a row; one with a greatest value must lie between 0 and that."""
     numbers = _one_array(array)
     fitting = _fitting_float32(numbers)
-    is_bounded = name == "weight" or greatest is not None
-    if fitting is not None and (not is_bounded or _lies_between(fitting, 0.0, greatest)):
+    if fitting is not None and (greatest is None or not len(fitting) or (fitting.min() >= 0 and fitting.max() <= greatest)):
         return Parsed(fitting, numbers, [])
     values = _as_float64(numbers)
     wrong = list(_wrong_numbers(values))
-    if name == "weight":
-        negative = np.flatnonzero((values < 0) & (values >= -_LARGEST_FLOAT32))
-        wrong += [("negative weight", negative)] if len(negative) else []
     if greatest is not None:
         outside = np.flatnonzero(((values < 0) | (values > greatest)) & (np.abs(values) <= _LARGEST_FLOAT32))
-        wrong += [("label out of range", outside)] if len(outside) else []
+        wrong += [(out_of_range(name), outside)] if len(outside) else []
     findings = [Finding(Problem(name, column, reason), places, places, numbers) for reason, places in wrong]
     return Parsed(values, numbers, findings)
 
@@ -287,10 +289,6 @@ def _without_zeros(ids: pa.Array, lengths: IntArray) -> tuple[pa.Array, IntArray
         return ids, lengths
     padding = np.bincount(row_of(np.flatnonzero(is_padding), lengths), minlength=len(lengths))
     return ids.filter(pa.array(~is_padding)), lengths - padding
-
-
-def _lies_between(values: npt.NDArray[np.float32], least: float, greatest: float | None) -> bool:
-    return not len(values) or bool(values.min() >= least and (greatest is None or values.max() <= greatest))
 
 
 def _fitting_float32(array: pa.Array) -> npt.NDArray[np.float32] | None:
